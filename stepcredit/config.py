@@ -1,0 +1,251 @@
+"""One schema for every run: YAML file, then `--section.option value`, over the algorithm's and the recipe's defaults.
+
+defaults here < the algorithm's (algorithms.py) < the recipe of the embedded model < YAML file < command line
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from stepcredit.algorithms import algorithm
+from stepcredit.errors import UserError, did_you_mean
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split)]
+Ids = Annotated[list[int] | None, BeforeValidator(_split)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class TaskConfig(Section):
+    data: str = "embedded"  # embedded | file (.jsonl .json .csv .parquet) | hub id
+    split: str = "train"
+    eval_data: str | None = None  # held-out problems; None holds out a share of `data`
+    eval_split: str = "test"
+    held_out: float = Field(0.1, ge=0, lt=1)
+    columns: dict[str, str] = {}  # question, answer, id -> name of the column
+    system_prompt: str | None = None
+    max_prompt_tokens: int = Field(1024, ge=1)
+    template_options: dict[str, Any] = {}
+
+
+class SamplerConfig(Section):
+    name: Literal["transformers"] = "transformers"
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(1024, ge=1)
+    stop_token_ids: Ids = None  # None: the model's own
+    max_rows: int = Field(256, ge=1)
+
+
+class GrowthConfig(Section):
+    name: Literal["flat"] = "flat"
+    group_size: int = Field(8, ge=1)
+
+
+class RewardConfig(Section):
+    functions: Names = []  # empty: the task's own
+    weights: list[float] = []  # empty: all 1
+
+
+class CreditConfig(BaseModel):
+    """`name` and the credit function's own options."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "grpo"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class KLConfig(Section):
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # k1 acts in the reward, k2 and k3 in the loss
+    coef: float = 0.0
+
+
+class ObjectiveConfig(Section):
+    surrogate: Literal["clip", "reinforce"] = "clip"
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float = Field(0.0, ge=0)
+    aggregate: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum_over_constant"] = "token_mean"
+    kl: KLConfig = KLConfig()
+    entropy_coef: float = 0.0
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0)  # iterations
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = Field(1.0, gt=0)
+    num_epochs: int = Field(1, ge=1)
+    num_minibatches: int = Field(1, ge=1)
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+
+
+class TrainConfig(Section):
+    iterations: int = Field(100, ge=1)
+    problems_per_iteration: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; weights are always fp32
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)  # iterations; 0: only before the first and after the last
+    num_problems: int = Field(200, ge=0)
+    num_samples: int = Field(1, ge=1)
+    greedy: bool = True
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)  # iterations; 0: only at the end
+    keep: int = Field(2, ge=1)
+
+
+class RecordConfig(Section):
+    every: int = Field(10, ge=0)  # iterations between saved rollouts; 0: none
+    max_trees: int = Field(16, ge=1)
+
+
+class Config(Section):
+    algorithm: str = "grpo"
+    model: str = "embedded"  # embedded | folder | hub id
+    task: TaskConfig = TaskConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    growth: GrowthConfig = GrowthConfig()
+    reward: RewardConfig = RewardConfig()
+    shapers: Names = []
+    credit: CreditConfig = CreditConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    rollouts: RecordConfig = RecordConfig()
+    run_dir: str | None = None  # None: runs/ALGORITHM-NUMBER
+
+
+EMBEDDED_RECIPE: dict[str, Any] = {
+    "sampler": {"max_new_tokens": 128, "max_rows": 512},
+    "optim": {"learning_rate": 4e-4},
+    "train": {"iterations": 150},
+    "eval": {"num_problems": 600},
+}
+EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ratios of a tiny model are large
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """The full config from what a user gave (nested dictionary), with the defaults of the algorithm and recipe under it.
+
+    Raises:
+        UserError: naming the option that is unknown or has a value that does not fit.
+    """
+    chosen = algorithm(str(given.get("algorithm", "grpo")))
+    layers: list[Mapping[str, Any]] = [
+        {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective)},
+    ]
+    credit = given.get("credit")
+    same_credit = not isinstance(credit, Mapping) or credit.get("name", chosen.credit) == chosen.credit
+    if same_credit:  # another credit function has other options
+        layers.append({"credit": dict(chosen.credit_options)})
+    if given.get("model", "embedded") == "embedded":
+        layers.append(EMBEDDED_RECIPE)
+        if same_credit:
+            layers.append({"credit": EMBEDDED_CREDIT.get(chosen.credit, {})})
+    merged: dict[str, Any] = {}
+    for layer in [*layers, given]:
+        merged = merge(merged, layer)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A config file as a nested dictionary."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)})") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(loaded).__name__}")
+    return _numbers(loaded or {})
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads `1e-6` as text; take it for the number that it is."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return parse_value(value) if value[:1] in "+-.0123456789" and "e" in value.lower() else value
+    return value
+
+
+def parse_value(text: str) -> Any:
+    """What a command-line value means: number, boolean, null, list, or text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if text.lower() in ("nan", "inf"):
+        return text
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return parsed if parsed is None or isinstance(parsed, (bool, list, dict)) else text
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        return f"{name}: unknown option; {did_you_mean(path[-1], section.model_fields)}"
+    if first["type"] == "literal_error":
+        return f"{name}: '{first['input']}' is not known; {did_you_mean(str(first['input']), _choices(path))}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{name}: expected a section with options, found {first['input']!r:.60}"
+    return f"{name}: {first['msg'].lower()}, got {first['input']!r:.60}"
+
+
+def _choices(path: list[str]) -> tuple[str, ...]:
+    section: Any = Config
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation
+    return tuple(str(choice) for choice in get_args(section.model_fields[path[-1]].annotation))

@@ -1,0 +1,24 @@
+"""Credit functions: `Forest -> advantages [num_tokens]`. One row here for each.
+
+To add one, write a short file beside these and a row below, or name your own by dotted path
+(`--credit.name my_package.my_credit`). CONTRIBUTING.md has the five steps.
+"""
+
+from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of
+from stepcredit.credit.group import dr_grpo, grpo, rloo
+from stepcredit.credit.opo import opo
+from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
+from stepcredit.credit.spro import spro
+
+CREDIT: dict[str, CreditFunction] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "reward_to_go": reward_to_go,
+    "opo": opo,
+    "spro": spro,
+}
+
+__all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

@@ -1,0 +1,174 @@
+"""What every credit function is built from, and how one is called safely.
+
+A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradient, finite everywhere. It may return
+`CreditParts` instead, when it adds a process part to an outcome part. `@credit` declares what it needs.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepcredit.errors import UserError, did_you_mean
+from stepcredit.forest import Forest
+from stepcredit.ops import mean_by, segment_sum
+
+STD_EPS = 1e-6
+
+
+class CreditParts(NamedTuple):
+    """Advantages as a sum: `outcome` + `process`, each [num_tokens]."""
+
+    outcome: Tensor
+    process: Tensor
+
+
+CreditFunction = Callable[..., Tensor | CreditParts]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a credit function reads: token columns by name, and whether it takes only flat forests."""
+
+    columns: tuple[str, ...] = ()
+    forests: Literal["flat", "tree"] = "flat"
+
+
+def credit(*columns: str, forests: Literal["flat", "tree"] = "flat") -> Callable[[CreditFunction], CreditFunction]:
+    """Declare the token columns that a credit function reads and the forests that it takes."""
+
+    def declare(function: CreditFunction) -> CreditFunction:
+        function.needs = Needs(columns, forests)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def needs_of(function: CreditFunction) -> Needs:
+    """What `function` declared; a function without a declaration takes flat forests and no extra columns."""
+    return getattr(function, "needs", Needs())
+
+
+def check_options(name: str, function: CreditFunction, options: Mapping[str, Any]) -> None:
+    """Raise `UserError` when `options` has a name or a type that the credit function does not take."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    for option, value in options.items():
+        if option not in defaults:
+            hint = did_you_mean(option, defaults) if defaults else "it has no options"
+            raise UserError(f"credit '{name}' has no option '{option}': {hint}")
+        default = defaults[option]
+        number = isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if default is not inspect.Parameter.empty and not number and type(value) is not type(default):
+            raise UserError(
+                f"credit.{option}: {value!r} is not a {type(default).__name__} (credit '{name}', default {default!r})"
+            )
+
+
+def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
+    """Run a credit function: the forest with the token columns `advantages` and, where there is one, `process`.
+
+    Raises:
+        UserError: a column or a flat forest is missing, or the function returns the wrong length or a value that is
+            not finite.
+    """
+    needs = needs_of(function)
+    if needs.forests == "flat":
+        forest.require_flat(f"credit '{name}'")
+    for column in needs.columns:
+        if column not in forest.token:
+            raise UserError(f"credit '{name}' needs the token column '{column}', which these rollouts do not have")
+    with torch.no_grad():
+        result = function(forest, **options)
+    columns = {"advantages": result} if isinstance(result, Tensor) else _add(result)
+    for column, values in columns.items():
+        if values.shape != (forest.num_tokens,):
+            raise UserError(
+                f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for each of the "
+                f"{forest.num_tokens} tokens"
+            )
+        if not bool(values.isfinite().all()):
+            segment = int(forest.token["segment"][(~values.isfinite()).nonzero()[0]])
+            raise UserError(f"credit '{name}': {column} is not finite in {forest.describe_segment(segment)}")
+    return forest.with_token(**{column: values.float() for column, values in columns.items()})
+
+
+def _add(parts: CreditParts) -> dict[str, Tensor]:
+    return {"advantages": parts.outcome + parts.process, "process": parts.process}
+
+
+# ---------------------------------------------------------------------- completions of flat forests
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The judged completions of a flat forest as rows, in the order of their leaves.
+
+    Attributes:
+        leaf: [n] row of the segment table; tree: [n] the group; returns: [n] outcome reward plus the token rewards of
+        the path; length: [n] sampled tokens.
+    """
+
+    leaf: Tensor
+    tree: Tensor
+    returns: Tensor
+    length: Tensor
+
+    @property
+    def varied(self) -> Tensor:
+        """[n] False for singletons and for groups of equal returns, whose outcome credit is exactly 0."""
+        groups = int(self.tree.max()) + 1 if len(self.tree) else 0
+        high = torch.full((groups,), -torch.inf).scatter_reduce(0, self.tree, self.returns, "amax")
+        low = torch.full((groups,), torch.inf).scatter_reduce(0, self.tree, self.returns, "amin")
+        return (high > low)[self.tree]
+
+
+def completions(forest: Forest) -> Completions:
+    """The completions that have a reward; the others are out of every baseline."""
+    leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"]).nonzero().squeeze(1)
+    token_leaf = forest.leaf[forest.token["segment"]]
+    returns = forest.segment["reward"].clone()
+    if "token_rewards" in forest.token:
+        returns += segment_sum(forest.token["token_rewards"] * forest.token_sampled, token_leaf, forest.num_segments)
+    length = segment_sum(forest.token_sampled.float(), token_leaf, forest.num_segments)
+    return Completions(leaf, forest.segment["tree"][leaf], returns[leaf], length[leaf])
+
+
+def outcome_credit(forest: Forest, rows: Completions, values: Tensor) -> Tensor:
+    """`to_tokens`, with exactly 0 where the group shows no difference (rounding would leave traces there)."""
+    return to_tokens(forest, rows, torch.where(rows.varied, values, 0.0))
+
+
+def to_tokens(forest: Forest, rows: Completions, values: Tensor) -> Tensor:
+    """Give every sampled token of a completion its completion's value; 0 elsewhere.
+
+    Args:
+        values: [n], one for each row.
+    """
+    by_segment = torch.zeros(forest.num_segments).index_copy_(0, rows.leaf, values.float())
+    return by_segment[forest.leaf][forest.token["segment"]] * forest.token_sampled
+
+
+def judged_tokens(forest: Forest) -> Tensor:
+    """[num_tokens] True for sampled tokens of judged completions."""
+    return forest.judged[forest.token["segment"]] & forest.token_sampled
+
+
+def group_std(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation (ddof 1) of each row's group; the deviation of a singleton is 0."""
+    mean, count = mean_by(values, groups)
+    variance = mean_by((values - mean).square(), groups)[0] * count / (count - 1).clamp(min=1)
+    return mean, variance.sqrt()
+
+
+def whiten(values: Tensor, where: Tensor) -> Tensor:
+    """(values - mean) / (std + 1e-6) over the rows of `where`, std unbiased; 0 elsewhere and when all are equal."""
+    counted = values[where]
+    if len(counted) < 2 or bool((counted == counted[0]).all()):
+        return torch.zeros_like(values)
+    return torch.where(where, (values - counted.mean()) / (counted.std() + STD_EPS), 0.0)

@@ -1,0 +1,70 @@
+"""Numbers about one iteration, read off the finished forest."""
+
+import torch
+
+from stepcredit.forest import FINISH_CODE, Forest
+from stepcredit.ops import mean_by, segment_sum
+
+
+def forest_metrics(forest: Forest) -> dict[str, float]:
+    """Rewards, completions and credit of a forest that has `advantages`.
+
+    See docs/metrics.md for each formula.
+    """
+    leaf = forest.segment["is_leaf"]
+    judged = leaf & forest.segment["has_reward"]
+    reward = forest.segment["reward"][judged]
+    sampled = forest.token_sampled
+    metrics = {
+        "reward/mean": _mean(reward),
+        "reward/std": float(reward.std()) if len(reward) > 1 else 0.0,
+        "reward/judged": float(judged.sum() / leaf.sum().clamp(min=1)),
+        **_reward_parts(forest),
+        **_groups(forest, judged),
+        "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
+        "completion/length": float(sampled.sum() / leaf.sum().clamp(min=1)),
+        "tokens/sampled": float(sampled.sum()),
+    }
+    if "entropy" in forest.token:
+        metrics["policy/entropy"] = _mean(forest.token["entropy"][sampled])
+    if "ref_logprobs" in forest.token and "old_logprobs" in forest.token:
+        metrics["policy/kl_ref"] = _mean((forest.token["old_logprobs"] - forest.token["ref_logprobs"])[sampled])
+    if "old_logprobs" in forest.token and "rollout_logprobs" in forest.token:
+        difference = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[sampled].abs()
+        metrics["sampler/logprob_diff"] = float(difference.max()) if len(difference) else 0.0
+    advantages = forest.token["advantages"][forest.active]
+    metrics["credit/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
+    if "process" in forest.token:
+        process = forest.token["process"][forest.active]
+        outcome = advantages - process
+        spread = float(process.square().mean().sqrt()) if len(process) else 0.0
+        metrics["credit/process_std"] = spread
+        size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
+        metrics["credit/process_ratio"] = spread / size if size > 0 else (float("inf") if spread > 0 else 0.0)
+    return metrics
+
+
+def _groups(forest: Forest, judged: torch.Tensor) -> dict[str, float]:
+    """Shares of groups whose outcomes are all equal, and of groups with a single judged completion."""
+    tree, reward = forest.segment["tree"], forest.segment["reward"]
+    mean, count = mean_by(reward, tree, where=judged)
+    spread = segment_sum(((reward - mean).abs() * judged), tree, forest.num_trees)
+    size = segment_sum(judged.float(), tree, forest.num_trees)
+    return {
+        "group/uniform": _mean(((spread <= 1e-6) & (size > 1)).float()),
+        "group/singleton": _mean((size == 1).float()),
+        "group/unjudged": _mean((size == 0).float()),
+    }
+
+
+def _reward_parts(forest: Forest) -> dict[str, float]:
+    parts: dict[str, list[float]] = {}
+    for detail in forest.details:
+        for name, value in detail["rewards"].items():
+            if value is not None:
+                parts.setdefault(name, []).append(value)
+    return {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()} if len(parts) > 1 else {}
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0

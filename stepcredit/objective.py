@@ -1,0 +1,173 @@
+"""The loss: surrogate x aggregator x regularisers, all pure functions over the token table.
+
+    loss = sum over tokens of weight * (surrogate + kl_coef * kl - entropy_coef * entropy)
+
+The weight column is computed once over a whole optimiser step, so neither micro-batches nor processes change the
+gradient: the sum is the same however it is cut.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepcredit.errors import UserError
+from stepcredit.forest import Forest
+from stepcredit.ops import KL_ESTIMATORS, segment_sum
+from stepcredit.policy.head import TokenScores
+
+# ---------------------------------------------------------------------- aggregators: weights [num_tokens]
+
+
+def _units(forest: Forest) -> tuple[Tensor, Tensor]:
+    """The unit that each token belongs to, and the active tokens of each unit ([num_segments], rows of units).
+
+    The unit of a flat forest is the completion (named by its leaf), of a branching one the segment.
+    """
+    unit = (forest.leaf if forest.is_flat else torch.arange(forest.num_segments))[forest.token["segment"]]
+    return unit, segment_sum(forest.active.float(), unit, forest.num_segments)
+
+
+def token_mean(forest: Forest, constant: float) -> Tensor:
+    """1 / (active tokens): every token counts the same (DAPO, arXiv 2503.14476)."""
+    active = forest.active.float()
+    return active / active.sum().clamp(min=1)
+
+
+def seq_mean_token_mean(forest: Forest, constant: float) -> Tensor:
+    """1 / (units * tokens of the unit): every completion (or segment) counts the same (GRPO, arXiv 2402.03300)."""
+    unit, size = _units(forest)
+    return forest.active / ((size > 0).sum().clamp(min=1) * size[unit].clamp(min=1))
+
+
+def seq_mean_token_sum(forest: Forest, constant: float) -> Tensor:
+    """1 / units: the plain policy gradient, long completions weigh more."""
+    _, size = _units(forest)
+    return forest.active / (size > 0).sum().clamp(min=1)
+
+
+def sum_over_constant(forest: Forest, constant: float) -> Tensor:
+    """1 / (units * constant), the constant being `max_new_tokens` (Dr. GRPO, arXiv 2503.20783)."""
+    _, size = _units(forest)
+    return forest.active / ((size > 0).sum().clamp(min=1) * constant)
+
+
+AGGREGATORS = {
+    "token_mean": token_mean,
+    "seq_mean_token_mean": seq_mean_token_mean,
+    "seq_mean_token_sum": seq_mean_token_sum,
+    "sum_over_constant": sum_over_constant,
+}
+
+
+# ---------------------------------------------------------------------- surrogates: loss per token
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One choice of each part.
+
+    Attributes:
+        surrogate: "clip" or "reinforce".
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: bound c > 1 on the loss of negative advantages, at -c * A (arXiv 1912.09729); 0 is off.
+        aggregate: a name of `AGGREGATORS`.
+        kl_estimator: "k2" or "k3" act in the loss, "k1" is subtracted from the token rewards.
+        kl_coef, entropy_coef: 0 is off.
+        constant: divisor of sum_over_constant.
+    """
+
+    surrogate: Literal["clip", "reinforce"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    aggregate: str = "token_mean"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    constant: float = 1.0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef != 0 and self.kl_estimator != "k1"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coef != 0 and self.kl_estimator == "k1"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef != 0
+
+    def weights(self, forest: Forest) -> Tensor:
+        """The weight column of one optimiser step, [num_tokens]."""
+        return AGGREGATORS[self.aggregate](forest, self.constant)
+
+    def has_gradient(self, forest: Forest) -> Tensor:
+        """[num_tokens] tokens whose loss can have a gradient: of non-zero weight, and advantage unless regularised."""
+        weighted = forest.token["weights"] != 0
+        if self.kl_in_loss or self.entropy_coef != 0:
+            return weighted
+        return weighted & (forest.token["advantages"] != 0)
+
+    def loss(self, scores: TokenScores, forest: Forest) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part of an optimiser step, and sums over its weighted tokens for the metrics.
+
+        Args:
+            scores: of the current policy, with gradient.
+            forest: columns `advantages` and `weights`; `old_logprobs` when the policy has moved since sampling (without
+                them it is taken to be exactly on-policy, ratio 1); `ref_logprobs` for a KL term in the loss.
+        """
+        device = scores.logprobs.device
+        column = {name: forest.token[name].to(device) for name in _COLUMNS if name in forest.token}
+        advantages, weights = column["advantages"], column["weights"]
+        counted = weights != 0
+        old = column.get("old_logprobs", scores.logprobs.detach())
+        log_ratio = torch.where(counted, scores.logprobs - old, 0.0)
+        if self.surrogate == "reinforce":
+            per_token, clipped = -advantages * scores.logprobs, torch.zeros_like(counted)
+        else:
+            per_token, clipped = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+        metrics = {
+            "policy/clip_fraction": clipped[counted].float().sum(),
+            "policy/ratio_max": log_ratio.detach().abs().max().exp() if len(log_ratio) else torch.ones(()),
+            "policy/kl_old": (log_ratio.exp() - 1 - log_ratio)[counted].detach().sum(),
+        }
+        if self.kl_in_loss:
+            kl = KL_ESTIMATORS[self.kl_estimator](scores.logprobs, column["ref_logprobs"])
+            per_token = per_token + self.kl_coef * kl
+        if self.entropy_coef:
+            per_token = per_token - self.entropy_coef * scores.entropy
+        loss = torch.where(counted, weights * per_token, 0.0).sum()
+        return loss, metrics
+
+
+_COLUMNS = ("advantages", "weights", "old_logprobs", "ref_logprobs")
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) per token (PPO, arXiv 1707.06347), and where the clip acts.
+
+    With `dual_clip` c the loss of a negative advantage is at most -c A (arXiv 1912.09729).
+    """
+    ratio = log_ratio.exp()
+    plain = -ratio * advantages
+    bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = torch.maximum(plain, bounded)
+    clipped = bounded > plain
+    if dual_clip:
+        ceiling = -dual_clip * advantages
+        beyond = (advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(beyond, ceiling, loss), clipped | beyond
+    return loss, clipped
+
+
+def check(objective: Objective) -> None:
+    """Raise `UserError` for a value that cannot work, naming the option."""
+    if objective.aggregate not in AGGREGATORS:
+        raise UserError(f"objective.aggregate: '{objective.aggregate}' is not one of {', '.join(AGGREGATORS)}")
+    if objective.dual_clip and objective.dual_clip <= 1:
+        raise UserError(f"objective.dual_clip must be above 1 (or 0 for none), got {objective.dual_clip}")

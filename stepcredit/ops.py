@@ -1,0 +1,105 @@
+"""Vectorised sums and means over segments, groups and paths, and the Kullback-Leibler estimators.
+
+No loop over tokens: path sums take log2(longest path) rounds of pointer jumping.
+"""
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+
+
+def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """Sum of `values` by row number.
+
+    Args:
+        values: [n]; index: [n] row in 0..num_segments-1.
+
+    Returns:
+        [num_segments], 0 where no value falls.
+
+    >>> segment_sum(torch.tensor([1., 2., 3.]), torch.tensor([0, 2, 2]), 3).tolist()
+    [1.0, 0.0, 5.0]
+    """
+    return torch.zeros(num_segments, dtype=values.dtype).index_add_(0, index, values)
+
+
+def mean_by(values: Tensor, *keys: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean over the rows that share all keys, given back at every row.
+
+    Args:
+        values: [n]; keys: each [n] integers; where: [n] bool, rows that count (all by default).
+
+    Returns:
+        mean [n] (0 where no row of the group counts) and count [n], the number of counted rows in the group.
+
+    >>> mean, count = mean_by(torch.tensor([1., 3., 5.]), torch.tensor([0, 0, 1]))
+    >>> mean.tolist(), count.tolist()
+    ([2.0, 2.0, 5.0], [2.0, 2.0, 1.0])
+    """
+    weight = torch.ones_like(values) if where is None else where.to(values.dtype)
+    group, num_groups = _group_ids(keys)
+    # A value that does not count must not matter, not even NaN.
+    total = segment_sum(torch.where(weight > 0, values, 0.0), group, num_groups)
+    count = segment_sum(weight, group, num_groups)
+    return (total / count.clamp(min=1))[group], count[group]
+
+
+def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    combined = keys[0]
+    for key in keys[1:]:
+        combined = combined * (int(key.max()) + 1 if len(key) else 1) + key
+    unique, inverse = combined.unique(return_inverse=True)
+    return inverse, len(unique)
+
+
+def cumsum_along_path(forest: Forest, values: Tensor) -> Tensor:
+    """Sum of `values` over the path from the prompt to each token, that token included, in fp32.
+
+    Args:
+        values: [num_tokens].
+
+    Returns:
+        [num_tokens].
+    """
+    return _scan(values.float(), forest.previous_token, 1.0)
+
+
+def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
+    """Discounted sum of `values` from each token to the end of its completion: G_t = x_t + discount * G_{t+1}, in fp32.
+
+    Flat forests only (a token of a branching tree has several ends).
+    """
+    return _scan(values.float(), forest.next_token, discount)
+
+
+def _scan(values: Tensor, link: Tensor, discount: float) -> Tensor:
+    """Sum along the chains of `link` (row of the next token of the chain, -1 at its end) by pointer jumping."""
+    total, factor = values.clone(), discount
+    link = link.clone()
+    while (rows := (link >= 0).nonzero().squeeze(1)).numel():
+        step = link[rows]
+        gathered, further = total[step], link[step]
+        total[rows] += factor * gathered
+        link[rows] = further
+        factor *= factor
+    return total
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log(pi / pi_ref) per token: unbiased for KL(pi, pi_ref) under samples of pi, of either sign."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = (log(pi / pi_ref))^2 / 2 per token: its gradient is log(pi / pi_ref) * grad log pi, the gradient of the KL."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(u) - u - 1 with u = log(pi_ref / pi), per token: unbiased and never negative (GRPO, arXiv 2402.03300)."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

@@ -1,0 +1,118 @@
+"""How rows are cut into batches: length-sorted buckets inside a level, and parts of a forest by token budget."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+
+CALL_OVERHEAD = 256  # what one more forward call costs, in token positions (measured on CPU with the embedded model)
+
+
+def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = CALL_OVERHEAD) -> list[list[int]]:
+    """Cut rows into padded batches of the least total cost, sum over batches of rows * longest + overhead.
+
+    Exact, by dynamic programming over the rows sorted by length (the best batches are runs of that order).
+
+    Args:
+        lengths: tokens in each row.
+        max_positions: largest rows * longest of one batch; a single longer row still makes a batch of its own.
+
+    Returns:
+        Row numbers of each batch, short rows first.
+
+    >>> length_buckets([9, 1, 1, 9], max_positions=100, overhead=4)
+    [[1, 2], [0, 3]]
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    ordered = np.asarray(lengths)[order]
+    best = np.zeros(len(order) + 1)
+    cut = np.zeros(len(order) + 1, dtype=np.int64)
+    for end in range(1, len(order) + 1):
+        rows = end - np.arange(end)
+        positions = rows * ordered[end - 1]
+        cost = np.where((positions <= max_positions) | (rows == 1), best[:end] + positions + overhead, np.inf)
+        cut[end] = int(cost.argmin())
+        best[end] = cost[cut[end]]
+    buckets = []
+    end = len(order)
+    while end > 0:
+        buckets.append(order[cut[end] : end].tolist())
+        end = int(cut[end])
+    return buckets[::-1]
+
+
+def parts(forest: Forest, max_tokens: int) -> list[Forest]:
+    """Cut a forest into parts of at most `max_tokens` token positions, prompts counted once per part.
+
+    Trees with prompts of similar length come together. A tree over the budget is split between its leaves: the
+    ancestors of a leaf stand in every part that needs them, but `token["owned"]` is True in one part only. A single
+    path over the budget still makes a part of its own.
+
+    Returns:
+        Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the forest.
+    """
+    prompt_length = forest.tree["prompt_length"]
+    leaves = forest.segment["is_leaf"].nonzero().squeeze(1)
+    tree = forest.segment["tree"][leaves]
+    by_prompt = np.lexsort((tree.numpy(), prompt_length[tree].numpy()))
+    groups: list[list[int]] = []
+    used: set[int] = set()
+    budget = 0
+    parent, length = forest.segment["parent"].tolist(), forest.segment["length"].tolist()
+    tree_of, prompt = forest.segment["tree"].tolist(), prompt_length.tolist()
+    for leaf in leaves[torch.from_numpy(by_prompt)].tolist():
+        cost, path = _cost(leaf, used, parent, length, tree_of, prompt)
+        if not groups or budget + cost > max_tokens:
+            groups.append([])
+            used, budget = set(), 0
+            cost, path = _cost(leaf, used, parent, length, tree_of, prompt)
+        groups[-1].append(leaf)
+        used |= path
+        budget += cost
+    owned = torch.zeros(forest.num_segments, dtype=torch.bool)
+    result = []
+    for group in groups:
+        keep = torch.zeros(forest.num_segments, dtype=torch.bool)
+        keep[group] = True
+        part = _with_source(forest).select(keep)
+        source = part.segment["part_source"]
+        first = ~owned[source]
+        owned[source] = True
+        result.append(part.with_token(owned=first[part.token["segment"]]))
+    return result
+
+
+def _with_source(forest: Forest) -> Forest:
+    """Rows counted from `forest` itself, whatever it was selected from."""
+    return forest.with_segment(
+        part_source=torch.arange(forest.num_segments), source=torch.arange(forest.num_segments)
+    ).with_token(source=torch.arange(forest.num_tokens))
+
+
+def _cost(
+    leaf: int, used: set[int], parent: list[int], length: list[int], tree: list[int], prompt: list[int]
+) -> tuple[int, set[int]]:
+    """Token positions that adding the path of `leaf` costs, and its rows; the prompt is row -1 - tree."""
+    path: set[int] = set()
+    cost, row = 0, leaf
+    while row >= 0 and row not in used:
+        path.add(row)
+        cost += length[row]
+        row = parent[row]
+    root = -1 - tree[leaf]
+    if root not in used:
+        path.add(root)
+        cost += prompt[tree[leaf]]
+    return cost, path
+
+
+def gather_owned(forest: Forest, pieces: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
+    """Put per-token values of the parts back into the rows of the whole forest."""
+    out = torch.zeros(forest.num_tokens, dtype=torch.float32)
+    for piece, value in zip(pieces, values, strict=True):
+        owned = piece.token["owned"]
+        out[piece.token["source"][owned]] = value.detach().float().cpu()[owned]
+    return out

@@ -1,0 +1,82 @@
+"""Loading and saving policies: the embedded model, a local folder or a hub id."""
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from stepcredit.errors import UserError
+from stepcredit.policy.forward import Policy, choose_path
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded_model"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"train.device: '{name}' is not available here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from error
+    return device
+
+
+def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy:
+    """A policy with fp32 weights, checked against the model's own logits.
+
+    Args:
+        model: "embedded", a folder with model and tokenizer, or a hub id.
+        dtype: of the computation, by autocast: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
+
+    Raises:
+        UserError: the folder, the model or the tokenizer is missing or cannot be loaded.
+    """
+    source = str(EMBEDDED_MODEL) if model == "embedded" else model
+    folder = Path(source)
+    if not folder.is_dir() and (
+        folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith(".")
+    ):
+        raise UserError(
+            f"model: '{model}' is not a folder (give a folder with model and tokenizer, a hub id, or 'embedded')"
+        )
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or not any(list(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            raise UserError(f"model: folder '{model}' holds no model (config.json and *.safetensors)")
+        if not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        ):
+            raise UserError(f"model: folder '{model}' holds no tokenizer (tokenizer.json)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
+    where = pick_device(device)
+    network.to(where)
+    autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
+    policy = Policy(network, tokenizer, autocast)
+    choose_path(policy)
+    return policy
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A copy that is never trained: the reference."""
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return Policy(model, policy.tokenizer, policy.autocast, policy.path)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write model and tokenizer as a folder that `from_pretrained` loads."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)

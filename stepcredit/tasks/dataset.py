@@ -1,0 +1,157 @@
+"""Problems from a file (JSONL, JSON, CSV, parquet) or a hub data set."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepcredit.errors import UserError, did_you_mean
+from stepcredit.tasks.base import Task
+from stepcredit.types import Problem
+
+log = logging.getLogger("stepcredit")
+
+QUESTION_COLUMNS = ("question", "problem", "prompt", "query", "instruction")
+ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "solution", "target", "response")
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class DatasetTask(Task):
+    """Rows in an order shuffled by the seed, every row once per pass; some are held out."""
+
+    reward_functions = ("math",)
+
+    def __init__(self, name: str, train: list[Problem], held_out: list[Problem], seed: int) -> None:
+        self.name = name
+        self.train, self._held_out, self.seed = train, held_out, seed
+
+    def draw(self, start: int, count: int) -> list[Problem]:
+        drawn = []
+        for number in range(start, start + count):
+            epoch, index = divmod(number, len(self.train))
+            order = torch.randperm(
+                len(self.train), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            )
+            drawn.append(self.train[int(order[index])])
+        return drawn
+
+    def held_out(self, count: int) -> list[Problem]:
+        return self._held_out[:count]
+
+
+def load_problems(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> list[Problem]:
+    """Read problems and check every row.
+
+    Args:
+        source: a file, or a hub id such as `owner/name`.
+        columns: which column holds "question" and "answer" (and "id"), where the names differ from the usual ones.
+
+    Raises:
+        UserError: naming the file and line or column at fault.
+    """
+    problems, without_answer = [], []
+    chosen: dict[str, str | None] = {}
+    for where, row in _rows(source, split):
+        if not chosen:
+            chosen = _choose_columns(source, list(row), columns or {})
+        question, answer = row.get(chosen["question"] or ""), row.get(chosen["answer"] or "")
+        _check_question(where, chosen["question"] or "question", question)
+        if answer is None or answer == "":
+            without_answer.append(where)
+            continue
+        id_ = row.get(chosen["id"] or "")
+        problems.append(Problem(question, str(answer), str(len(problems) if id_ is None else id_), dict(row)))
+    if not chosen:
+        raise UserError(f"{source}: the data set is empty")
+    if not problems:
+        raise UserError(
+            f"{source}: no row has an answer in column '{chosen['answer']}'; name the right one with --task.columns.answer"
+        )
+    if without_answer:
+        log.warning("%d rows without an answer were left out (first: %s)", len(without_answer), without_answer[0])
+    return problems
+
+
+def split_held_out(problems: list[Problem], share: float, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Hold out a share of the rows, the same for every training seed of a data set when `seed` is."""
+    count = min(int(len(problems) * share), len(problems) - 1)
+    if count < 1:
+        log.warning("too few rows to hold any out: evaluating on the training problems")
+        return problems, problems
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [problems[i] for i in sorted(order[count:])], [problems[i] for i in order[:count]]
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        yield from _jsonl_rows(path)
+        return
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub id")
+    if not path.is_file() and (path.suffix in FILE_KINDS or source.startswith((".", "/", "~"))):
+        raise UserError(f"{source}: no such file")
+    if path.is_file() and path.suffix not in FILE_KINDS:
+        raise UserError(f"{source}: unknown kind of file '{path.suffix}'; use {', '.join(FILE_KINDS)}")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            table = datasets.load_dataset(FILE_KINDS[path.suffix], data_files=source, split="train")
+        else:
+            table = datasets.load_dataset(source, split=split)
+    except Exception as error:  # every loader has its own kinds; all of them mean that the source cannot be read
+        reason = str(error.__cause__ or error).strip().splitlines()[0] if str(error.__cause__ or error).strip() else ""
+        raise UserError(f"{source}: cannot be read as a data set ({type(error).__name__}: {reason})") from error
+    for number, row in enumerate(table, 1):
+        yield f"{source}, row {number}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield where, row
+
+
+def _choose_columns(source: str, found: list[str], named: Mapping[str, str]) -> dict[str, str | None]:
+    for role, column in named.items():
+        if role not in ("question", "answer", "id"):
+            raise UserError(f"task.columns.{role}: {did_you_mean(role, ('question', 'answer', 'id'))}")
+        if column not in found:
+            raise UserError(f"{source}: no column '{column}' (task.columns.{role}); {did_you_mean(column, found)}")
+    chosen: dict[str, str | None] = {"id": named.get("id") or ("id" if "id" in found else None)}
+    for role, usual in (("question", QUESTION_COLUMNS), ("answer", ANSWER_COLUMNS)):
+        column = named.get(role) or next((name for name in usual if name in found), None)
+        if column is None:
+            raise UserError(
+                f"{source}: no {role} column; columns are {', '.join(found)}; name one with --task.columns.{role} COLUMN"
+            )
+        chosen[role] = column
+    return chosen
+
+
+def _check_question(where: str, column: str, question: Any) -> None:
+    if isinstance(question, str) and question.strip():
+        return
+    if (
+        isinstance(question, list)
+        and question
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+    ):
+        return
+    raise UserError(
+        f"{where}: column '{column}' must be text or chat messages with role and content, found {question!r:.60}"
+    )

@@ -1,0 +1,184 @@
+"""What a run writes and shows: metrics.jsonl, saved rollouts, live progress, warnings, the closing summary."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stepcredit.forest import Forest
+from stepcredit.records import write_trees
+
+log = logging.getLogger("stepcredit")
+
+SHOWN = (
+    ("reward/mean", "reward", "{:.2f}"),
+    ("eval/accuracy", "acc", "{:.1%}"),
+    ("completion/length", "length", "{:.0f}"),
+    ("policy/entropy", "entropy", "{:.2f}"),
+    ("tokens/per_second", "tok/s", "{:.0f}"),
+)
+PLAIN_EVERY = 10  # iterations between lines when the output is not a terminal
+WARN_AFTER = 5  # iterations in a row before a warning is given
+
+
+class Tracker:
+    """Writes one JSON object an iteration to `metrics.jsonl` and shows progress.
+
+    Args:
+        run_dir: exists.
+        first, last: iterations of this run.
+        rollouts_every, max_trees: which rollouts are saved to `rollouts/ITERATION.jsonl.zst`.
+    """
+
+    def __init__(
+        self, run_dir: Path, console: Console, first: int, last: int, rollouts_every: int, max_trees: int
+    ) -> None:
+        self.run_dir, self.console, self.last = run_dir, console, last
+        self.rollouts_every, self.max_trees = rollouts_every, max_trees
+        self.health = Health(console)
+        self.before: dict[str, float] = {}
+        self.latest_eval: dict[str, float] = {}
+        self.tokens_sampled = 0.0
+        self.started = time.monotonic()
+        _cut_metrics(run_dir / "metrics.jsonl", first - 1)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bar = self._progress.add_task("train", total=last, completed=first - 1, shown="")
+
+    def __enter__(self) -> "Tracker":
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def report(self, iteration: int, metrics: dict[str, float], forest: Forest | None = None) -> None:
+        """Write and show the metrics of one iteration; 0 is the state before the first."""
+        self.tokens_sampled += metrics.get("tokens/sampled", 0.0)
+        row = {"iteration": iteration, **metrics, "tokens/total": self.tokens_sampled}
+        row["time/elapsed"] = time.monotonic() - self.started
+        self._file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
+        self._file.flush()
+        self.latest_eval |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        self.before = self.before or dict(self.latest_eval)
+        if forest is not None:
+            self.health.observe(iteration, metrics)
+            if self.rollouts_every and (iteration % self.rollouts_every == 0 or iteration in (1, self.last)):
+                self._save_rollouts(iteration, forest)
+        self._show(iteration, row)
+
+    def _show(self, iteration: int, row: dict[str, Any]) -> None:
+        shown = "  ".join(
+            f"{label} {pattern.format(value)}"
+            for name, label, pattern in SHOWN
+            if (value := row.get(name, self.latest_eval.get(name))) is not None
+        )
+        self._progress.update(self._bar, completed=iteration, shown=shown)
+        plain = not self.console.is_terminal and (iteration % PLAIN_EVERY == 0 or iteration in (1, self.last))
+        if plain and iteration:
+            left = row["time/elapsed"] / iteration * (self.last - iteration)
+            self.console.print(f"iteration {iteration}/{self.last}  {shown}  {left:.0f}s left", highlight=False)
+
+    def _save_rollouts(self, iteration: int, forest: Forest) -> None:
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        import torch
+
+        few = forest.select_trees(torch.arange(min(self.max_trees, forest.num_trees)))
+        write_trees(folder / f"{iteration:06d}.jsonl.zst", few, iteration)
+
+    def summary(self, seconds: float) -> bool:
+        """Print before -> after and where everything is. False when nothing was learnt."""
+        for name, label in (
+            ("eval/accuracy", "held-out accuracy, sampled"),
+            ("eval/accuracy_greedy", "held-out accuracy, greedy"),
+        ):
+            if name in self.before:
+                self.console.print(f"{label}: {self.before[name]:.1%} -> {self.latest_eval[name]:.1%}", highlight=False)
+        self.console.print(
+            f"{self.tokens_sampled:,.0f} tokens sampled in {seconds:.0f}s; everything is in {self.run_dir}",
+            highlight=False,
+        )
+        return self.health.verdict()
+
+
+class Health:
+    """Watches for runs that look alive and learn nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.iterations = self.idle = self.idle_in_a_row = self.dominated = 0
+        self.rewards: set[float] = set()
+        self.judged = 0.0
+
+    def observe(self, iteration: int, metrics: dict[str, float]) -> None:
+        self.iterations += 1
+        self.judged += metrics["reward/judged"]
+        if len(self.rewards) < 3:
+            self.rewards.add(round(metrics["reward/mean"], 6))
+        idle = metrics["credit/std"] == 0.0
+        self.idle += idle
+        self.idle_in_a_row = self.idle_in_a_row + 1 if idle else 0
+        if self.idle_in_a_row == WARN_AFTER:
+            self._warn(
+                f"iteration {iteration}: no group had two different rewards for {WARN_AFTER} iterations (mean reward "
+                f"{metrics['reward/mean']:.2f}); nothing is being learnt"
+            )
+        ratio = metrics.get("credit/process_ratio", 0.0)
+        self.dominated = self.dominated + 1 if ratio > 1.0 else 0
+        if self.dominated == WARN_AFTER:
+            self._warn(
+                f"iteration {iteration}: process credit is larger than outcome credit (ratio {ratio:.1f}) for "
+                f"{WARN_AFTER} iterations; lower --credit.beta, or set --credit.uniform drop"
+            )
+
+    def verdict(self) -> bool:
+        """Say whether anything was learnt, and why not."""
+        if self.iterations == 0 or self.idle < self.iterations:
+            if self.idle:
+                self.console.print(
+                    f"{self.idle} of {self.iterations} iterations had no group with two different rewards",
+                    highlight=False,
+                )
+            return True
+        rewards = f"the mean reward was {min(self.rewards):g}" if len(self.rewards) == 1 else "each group was uniform"
+        if self.judged == 0:
+            rewards = "no completion was judged (every reward function returned None)"
+        self._warn(
+            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. Check the "
+            "reward function on a known right and wrong answer, the answer column, --sampler.max-new-tokens (truncated "
+            "completions rarely score) and that --group-size is at least 2; an easier or harder data set may be needed"
+        )
+        return False
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _cut_metrics(path: Path, last: int) -> None:
+    """Drop the rows after iteration `last`: a resumed run writes them anew."""
+    if not path.is_file():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    kept = [line for line in rows if json.loads(line)["iteration"] <= last]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
