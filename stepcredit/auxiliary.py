@@ -43,7 +43,7 @@ class Reference:
         return forest.with_token(ref_logprobs=score(self.policy, forest, self.temperature, self.max_tokens).logprobs)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.policy.model.state_dict()
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.model.load_state_dict(state)
+        """Nothing of its own: a resumed run starts from the same model folder."""

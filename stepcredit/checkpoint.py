@@ -64,6 +64,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Put a checkpoint's weights into a policy of the same model."""
+    saved = type(policy.model).from_pretrained(folder, dtype=torch.float32)
+    policy.model.load_state_dict(saved.state_dict())
+
+
 def _sync(file: Path) -> None:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -149,7 +149,7 @@ EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ra
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
-    """The full config from what a user gave (nested dictionary), with the defaults of the algorithm and recipe under it.
+    """The full config: what a user gave (a nested dictionary) over the defaults of the algorithm and recipe.
 
     Raises:
         UserError: naming the option that is unknown or has a value that does not fit.

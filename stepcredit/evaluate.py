@@ -1,15 +1,14 @@
 """Accuracy on held-out problems, sampled and greedy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from stepcredit.build import Rollouts
 from stepcredit.forest import Forest
 from stepcredit.growth import flat, sampling_seed
-from stepcredit.judging import Judge
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.types import Problem
 
 EVALUATION = 1  # stream of sampling seeds
@@ -23,16 +22,7 @@ class Evaluation:
     sampled: Forest
 
 
-def evaluate(
-    sampler: TransformersSampler,
-    problems: Sequence[Problem],
-    encode: Callable[[Problem], list[int]],
-    judge: Judge,
-    params: SamplingParams,
-    num_samples: int,
-    greedy: bool,
-    seed: int,
-) -> Evaluation:
+def evaluate(rollouts: Rollouts, problems: Sequence[Problem], num_samples: int, greedy: bool, seed: int) -> Evaluation:
     """Sample `num_samples` completions of each problem, and one greedily.
 
     `eval/accuracy` is the share of sampled completions that the first reward function gives 1 or more,
@@ -40,7 +30,11 @@ def evaluate(
     k = `num_samples`. Unjudged completions count as wrong.
     """
     seeds = [sampling_seed(seed, EVALUATION, number) for number in range(len(problems))]
-    sampled = judge(flat(sampler, problems, encode, num_samples, params, seeds))
+
+    def completions(count: int, params: SamplingParams) -> Forest:
+        return rollouts.judge(flat(rollouts.sampler, problems, rollouts.encode, count, params, seeds))
+
+    sampled = completions(num_samples, rollouts.params)
     correct = _correct(sampled).reshape(len(problems), num_samples)
     metrics = {
         "eval/accuracy": float(correct.mean()),
@@ -49,7 +43,7 @@ def evaluate(
     if num_samples > 1:
         metrics[f"eval/pass@{num_samples}"] = float(correct.amax(1).mean())
     if greedy:
-        at_zero = judge(flat(sampler, problems, encode, 1, replace(params, temperature=0.0), seeds))
+        at_zero = completions(1, replace(rollouts.params, temperature=0.0))
         metrics["eval/accuracy_greedy"] = float(_correct(at_zero).mean())
     return Evaluation(metrics, sampled)
 

@@ -78,7 +78,7 @@ class Forest:
         """Turn trees into columns.
 
         Raises:
-            UserError: naming the tree and segment that break a rule of `Tree.validate`, or lack a column that others have.
+            UserError: naming the tree and segment that break a rule of `Tree.validate` or lack a column.
         """
         for tree in trees:
             tree.validate()
@@ -136,8 +136,8 @@ class Forest:
 
     def to_trees(self) -> list[Tree]:
         """The inverse of `from_trees`; columns added since then come along as `Segment.columns`."""
-        bounds = self.segment["start"].tolist() + [self.num_tokens]
-        prompt_bounds = self.tree["prompt_start"].tolist() + [len(self.prompt_ids)]
+        bounds = [*self.segment["start"].tolist(), self.num_tokens]
+        prompt_bounds = [*self.tree["prompt_start"].tolist(), len(self.prompt_ids)]
         token_ids = self.token["token_ids"].tolist()
         prompt_ids = self.prompt_ids.tolist()
         columns = {name: self.token[name].tolist() for name in self.token if name not in _OWN_TOKEN_COLUMNS}

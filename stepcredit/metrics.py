@@ -47,7 +47,7 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
 def _groups(forest: Forest, judged: torch.Tensor) -> dict[str, float]:
     """Shares of groups whose outcomes are all equal, and of groups with a single judged completion."""
     tree, reward = forest.segment["tree"], forest.segment["reward"]
-    mean, count = mean_by(reward, tree, where=judged)
+    mean, _ = mean_by(reward, tree, where=judged)
     spread = segment_sum(((reward - mean).abs() * judged), tree, forest.num_trees)
     size = segment_sum(judged.float(), tree, forest.num_trees)
     return {

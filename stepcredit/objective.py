@@ -12,10 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import KL_ESTIMATORS, segment_sum
-from stepcredit.policy.head import TokenScores
+from stepcredit.ops import KL_ESTIMATORS, TokenScores, segment_sum
 
 # ---------------------------------------------------------------------- aggregators: weights [num_tokens]
 
@@ -163,11 +161,3 @@ def clipped_surrogate(
         beyond = (advantages < 0) & (loss > ceiling)
         loss, clipped = torch.where(beyond, ceiling, loss), clipped | beyond
     return loss, clipped
-
-
-def check(objective: Objective) -> None:
-    """Raise `UserError` for a value that cannot work, naming the option."""
-    if objective.aggregate not in AGGREGATORS:
-        raise UserError(f"objective.aggregate: '{objective.aggregate}' is not one of {', '.join(AGGREGATORS)}")
-    if objective.dual_clip and objective.dual_clip <= 1:
-        raise UserError(f"objective.dual_clip must be above 1 (or 0 for none), got {objective.dual_clip}")

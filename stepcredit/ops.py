@@ -3,10 +3,19 @@
 No loop over tokens: path sums take log2(longest path) rounds of pointer jumping.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
+
+
+class TokenScores(NamedTuple):
+    """`logprobs` and `entropy`, each [num_tokens] fp32, of the full distribution at the sampling temperature."""
+
+    logprobs: Tensor
+    entropy: Tensor
 
 
 def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
@@ -92,12 +101,12 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log(pi / pi_ref))^2 / 2 per token: its gradient is log(pi / pi_ref) * grad log pi, the gradient of the KL."""
+    """k2 = (log(pi / pi_ref))^2 / 2 per token; its mean gradient is that of the KL."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(u) - u - 1 with u = log(pi_ref / pi), per token: unbiased and never negative (GRPO, arXiv 2402.03300)."""
+    """k3 = exp(u) - u - 1, u = log(pi_ref / pi), per token: unbiased, never negative (arXiv 2402.03300)."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 

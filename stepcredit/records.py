@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -137,7 +137,7 @@ def _segment(record: Any, where: str, has_children: bool) -> Segment:
         isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward)
     ):
         raise UserError(f"{where}: reward must be a finite number, or null for unjudged; found {reward!r}")
-    columns = {}
+    columns: dict[str, Sequence[float]] = {}
     for name in (*TOKEN_COLUMNS, "logprobs"):
         if record.get(name) is not None:
             column = "rollout_logprobs" if name == "logprobs" else name
@@ -183,8 +183,8 @@ def _open(path: Path, mode: str) -> Iterator[IO[str]]:
         with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8")
     else:
-        with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8", write_through=True)
+        with path.open("wb") as packed, zstandard.ZstdCompressor().stream_writer(packed) as sink:
+            text = io.TextIOWrapper(sink, encoding="utf-8", write_through=True)
             yield text
             text.flush()
 

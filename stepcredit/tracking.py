@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stepcredit.config import Config
 from stepcredit.forest import Forest
 from stepcredit.records import write_trees
 
@@ -30,22 +32,23 @@ class Tracker:
     """Writes one JSON object an iteration to `metrics.jsonl` and shows progress.
 
     Args:
-        run_dir: exists.
-        first, last: iterations of this run.
-        rollouts_every, max_trees: which rollouts are saved to `rollouts/ITERATION.jsonl.zst`.
+        run_dir: an existing folder.
+        config: of the run.
+        done: iterations that are behind it already, when it continues.
     """
 
-    def __init__(
-        self, run_dir: Path, console: Console, first: int, last: int, rollouts_every: int, max_trees: int
-    ) -> None:
-        self.run_dir, self.console, self.last = run_dir, console, last
-        self.rollouts_every, self.max_trees = rollouts_every, max_trees
+    def __init__(self, run_dir: Path, console: Console, config: Config, done: int) -> None:
+        self.run_dir, self.console, self.last = run_dir, console, config.train.iterations
+        self.rollouts = config.rollouts
         self.health = Health(console)
         self.before: dict[str, float] = {}
         self.latest_eval: dict[str, float] = {}
         self.tokens_sampled = 0.0
         self.started = time.monotonic()
-        _cut_metrics(run_dir / "metrics.jsonl", first - 1)
+        self.first = done + 1
+        for row in _rows_until(run_dir / "metrics.jsonl", done):
+            self.tokens_sampled = row["tokens/total"]
+            self._remember(row)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -56,7 +59,7 @@ class Tracker:
             console=console,
             transient=True,
         )
-        self._bar = self._progress.add_task("train", total=last, completed=first - 1, shown="")
+        self._bar = self._progress.add_task("train", total=self.last, completed=done, shown="")
 
     def __enter__(self) -> "Tracker":
         if self.console.is_terminal:
@@ -74,13 +77,17 @@ class Tracker:
         row["time/elapsed"] = time.monotonic() - self.started
         self._file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
         self._file.flush()
-        self.latest_eval |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        self.before = self.before or dict(self.latest_eval)
+        self._remember(metrics)
         if forest is not None:
             self.health.observe(iteration, metrics)
-            if self.rollouts_every and (iteration % self.rollouts_every == 0 or iteration in (1, self.last)):
+            every = self.rollouts.every
+            if every and (iteration % every == 0 or iteration in (1, self.last)):
                 self._save_rollouts(iteration, forest)
         self._show(iteration, row)
+
+    def _remember(self, metrics: dict[str, float]) -> None:
+        self.latest_eval |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        self.before = self.before or dict(self.latest_eval)
 
     def _show(self, iteration: int, row: dict[str, Any]) -> None:
         shown = "  ".join(
@@ -91,15 +98,13 @@ class Tracker:
         self._progress.update(self._bar, completed=iteration, shown=shown)
         plain = not self.console.is_terminal and (iteration % PLAIN_EVERY == 0 or iteration in (1, self.last))
         if plain and iteration:
-            left = row["time/elapsed"] / iteration * (self.last - iteration)
+            left = row["time/elapsed"] / (iteration - self.first + 1) * (self.last - iteration)
             self.console.print(f"iteration {iteration}/{self.last}  {shown}  {left:.0f}s left", highlight=False)
 
     def _save_rollouts(self, iteration: int, forest: Forest) -> None:
         folder = self.run_dir / "rollouts"
         folder.mkdir(exist_ok=True)
-        import torch
-
-        few = forest.select_trees(torch.arange(min(self.max_trees, forest.num_trees)))
+        few = forest.select_trees(torch.arange(min(self.rollouts.max_trees, forest.num_trees)))
         write_trees(folder / f"{iteration:06d}.jsonl.zst", few, iteration)
 
     def summary(self, seconds: float) -> bool:
@@ -160,8 +165,8 @@ class Health:
         if self.judged == 0:
             rewards = "no completion was judged (every reward function returned None)"
         self._warn(
-            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. Check the "
-            "reward function on a known right and wrong answer, the answer column, --sampler.max-new-tokens (truncated "
+            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. Check "
+            "the reward function on a known right and wrong answer, the answer column, --sampler.max-new-tokens (truncated "
             "completions rarely score) and that --group-size is at least 2; an easier or harder data set may be needed"
         )
         return False
@@ -175,10 +180,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _cut_metrics(path: Path, last: int) -> None:
-    """Drop the rows after iteration `last`: a resumed run writes them anew."""
+def _rows_until(path: Path, last: int) -> list[dict[str, Any]]:
+    """The rows up to iteration `last`; later ones are cut from the file, because a resumed run writes them anew."""
     if not path.is_file():
-        return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [line for line in rows if json.loads(line)["iteration"] <= last]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    kept = [row for row in rows if row["iteration"] <= last]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept

@@ -1,36 +1,31 @@
 """The training loop: sample, judge, observe, learn, report."""
 
+import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from stepcredit.auxiliary import AuxModel, OldPolicy, Reference
+from stepcredit.build import build_credit, build_models, build_objective, build_rollouts, build_shapers
 from stepcredit.checkpoint import save_checkpoint
 from stepcredit.config import Config
-from stepcredit.credit import CREDIT, assign, check_options, needs_of
 from stepcredit.errors import UserError
 from stepcredit.evaluate import evaluate
 from stepcredit.forest import Forest
 from stepcredit.growth import flat, sampling_seed
-from stepcredit.imports import by_name
-from stepcredit.judging import Judge
 from stepcredit.metrics import forest_metrics
-from stepcredit.objective import Objective, check
 from stepcredit.ops import kl_k1
 from stepcredit.policy.batching import parts
 from stepcredit.policy.forward import Policy
-from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.shaping import SHAPERS
-from stepcredit.tasks import build_task
-from stepcredit.tasks.prompts import PromptFormat
 from stepcredit.tracking import Tracker
-from stepcredit.verifiers import reward_function
+
+log = logging.getLogger("stepcredit")
 
 TRAINING = 0  # stream of sampling seeds
 
@@ -40,48 +35,32 @@ class Trainer:
 
     Args:
         config: resolved.
-        policy: what is trained.
-        run_dir: an existing folder.
-        state: of a checkpoint to continue from.
+        policy: what is trained; as it is now it is the reference.
+        run_dir: where the run writes; made when it starts.
     """
 
-    def __init__(
-        self, config: Config, policy: Policy, run_dir: Path, console: Console, state: dict | None = None
-    ) -> None:
-        self.config, self.policy, self.run_dir = config, policy, run_dir
-        self.task = build_task(config.task, config.train.seed)
-        self.encode = PromptFormat(
-            policy.tokenizer, config.task.system_prompt, config.task.max_prompt_tokens, config.task.template_options
-        )
-        self.judge = build_judge(config, self.task.reward_functions, policy)
-        self.shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
-        self.params = sampling_params(config)
-        self.sampler = TransformersSampler(policy, config.sampler.max_rows)
-        self.credit = by_name("credit.name", config.credit.name, CREDIT)
-        check_options(config.credit.name, self.credit, config.credit.options)
+    def __init__(self, config: Config, policy: Policy, run_dir: Path, console: Console) -> None:
+        self.config, self.policy, self.run_dir, self.console = config, policy, run_dir, console
+        self.rollouts = build_rollouts(config, policy)
+        self.shapers = build_shapers(config)
+        credit, self.assign = build_credit(config.credit)
         self.objective = build_objective(config)
-        self.models = self._build_models()
+        self.models = build_models(config, credit, self.objective, policy)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.optim.learning_rate,
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(learning_rate_factor, config))
         self.done = 0
-        self.held_out = self.task.held_out(config.eval.num_problems)
-        for problem in [*self.task.draw(0, 1), *self.held_out]:
-            self.encode(problem)  # fail now rather than after an hour
-        if state:
-            self._load(state)
-        self.tracker = Tracker(
-            run_dir, console, self.done + 1, config.train.iterations, config.rollouts.every, config.rollouts.max_trees
-        )
+        self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
+        self._check()
 
     def run(self) -> bool:
         """Train to the end. False when nothing was learnt."""
         config, started = self.config, time.monotonic()
-        with self.tracker as tracker:
+        with Tracker(self.run_dir, self.console, config, self.done) as tracker:
             if self.done == 0:
                 tracker.report(0, self.evaluate())
             for iteration in range(self.done + 1, config.train.iterations + 1):
@@ -89,13 +68,13 @@ class Trainer:
                 with clock("time/sample"):
                     forest = self.grow(iteration)
                 with clock("time/judge"):
-                    forest = self.judge(forest)
+                    forest = self.rollouts.judge(forest)
                     for shaper in self.shapers:
                         forest = shaper(forest)
                 with clock("time/observe"):
                     for model in self.models:
                         forest = model.observe(forest)
-                    forest = self.assign_credit(forest)
+                    forest = self.assign(self.penalised(forest))
                 with clock("time/learn"):
                     learnt = [self.learn(step) for step in self.optimizer_steps(forest, iteration)]
                     self.schedule.step()
@@ -106,7 +85,7 @@ class Trainer:
                     metrics |= self.evaluate()
                 tracker.report(iteration, metrics, self.weighted(forest))
                 if last or (config.checkpoint.every and iteration % config.checkpoint.every == 0):
-                    save_checkpoint(self.run_dir, iteration, self.policy, self._state(), config.checkpoint.keep)
+                    save_checkpoint(self.run_dir, iteration, self.policy, self.state(), config.checkpoint.keep)
         return tracker.summary(time.monotonic() - started)
 
     # ------------------------------------------------------------------ the five words
@@ -115,20 +94,22 @@ class Trainer:
         """Sample this iteration's problems."""
         count = self.config.train.problems_per_iteration
         start = (iteration - 1) * count
-        problems = self.task.draw(start, count)
+        problems = self.rollouts.task.draw(start, count)
         seeds = [sampling_seed(self.config.train.seed, TRAINING, start + number) for number in range(count)]
-        return flat(self.sampler, problems, self.encode, self.config.growth.group_size, self.params, seeds)
+        rollouts = self.rollouts
+        size = self.config.growth.group_size
+        return flat(rollouts.sampler, problems, rollouts.encode, size, rollouts.params, seeds)
 
-    def assign_credit(self, forest: Forest) -> Forest:
-        """KL in the reward where asked for, then advantages."""
-        if self.objective.kl_in_reward:
-            penalty = self.objective.kl_coef * kl_k1(forest.token["old_logprobs"], forest.token["ref_logprobs"])
-            rewards = forest.token["token_rewards"] if "token_rewards" in forest.token else torch.zeros_like(penalty)
-            forest = forest.with_token(token_rewards=rewards - penalty * forest.token_sampled)
-        return assign(forest, self.config.credit.name, self.credit, self.config.credit.options)
+    def penalised(self, forest: Forest) -> Forest:
+        """Token rewards less the k1 penalty, when the KL term acts in the reward."""
+        if not self.objective.kl_in_reward:
+            return forest
+        penalty = self.objective.kl_coef * kl_k1(forest.token["old_logprobs"], forest.token["ref_logprobs"])
+        rewards = forest.token["token_rewards"] if "token_rewards" in forest.token else torch.zeros_like(penalty)
+        return forest.with_token(token_rewards=rewards - penalty * forest.token_sampled)
 
     def optimizer_steps(self, forest: Forest, iteration: int) -> Iterator[Forest]:
-        """The forests of this iteration's optimiser steps, with their weights: trees dealt to minibatches, each epoch anew."""
+        """The weighted forests of this iteration's optimiser steps; trees are dealt to minibatches anew each epoch."""
         optim = self.config.optim
         for epoch in range(optim.num_epochs):
             if optim.num_minibatches == 1:
@@ -151,12 +132,12 @@ class Trainer:
         segments = torch.zeros(step.num_segments, dtype=torch.bool)
         segments[step.token["segment"][needed]] = True
         if not bool(segments.any()):
-            return {"optim/skipped": 1.0, "optim/learning_rate": self.schedule.get_last_lr()[0]}
+            return {"optim/skipped": 1.0, "optim/learning_rate": float(self.schedule.get_last_lr()[0])}
         sums: dict[str, float] = {"tokens/computed": 0.0}
         loss_sum = 0.0
         for part in parts(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
             owned = part.with_token(weights=part.token["weights"] * part.token["owned"])
-            scores = self.policy(owned, self.params.temperature, entropy_grad=self.objective.entropy_coef != 0)
+            scores = self.policy(owned, self.rollouts.params.temperature, entropy_grad=self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
             loss.backward()
             loss_sum += float(loss.detach())
@@ -169,7 +150,7 @@ class Trainer:
         self.optimizer.zero_grad()
         counted = float((step.token["weights"] != 0).sum())
         means = {k: v / counted if k in ("policy/clip_fraction", "policy/kl_old") else v for k, v in sums.items()}
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         return {
             "optim/loss": loss_sum,
             "optim/grad_norm": float(norm),
@@ -183,54 +164,43 @@ class Trainer:
         if not self.held_out:
             return {}
         config = self.config.eval
-        result = evaluate(
-            self.sampler, self.held_out, self.encode, self.judge, self.params, config.num_samples, config.greedy, seed=0
-        )
+        result = evaluate(self.rollouts, self.held_out, config.num_samples, config.greedy, seed=0)
         return result.metrics | {"time/eval": time.monotonic() - started}
 
-    # ------------------------------------------------------------------ building and state
+    # ------------------------------------------------------------------ state
 
-    def _build_models(self) -> list[AuxModel]:
-        needed = set(needs_of(self.credit).columns)
-        optim = self.config.optim
-        if self.objective.needs_reference:
-            needed.add("ref_logprobs")
-        if self.objective.kl_in_reward or optim.num_epochs * optim.num_minibatches > 1:
-            needed.add("old_logprobs")
-        makers = {"old_logprobs": OldPolicy, "ref_logprobs": Reference}
-        given = {"rollout_logprobs", "entropy", "token_rewards"}
-        if unknown := needed - makers.keys() - given:
-            raise UserError(
-                f"credit '{self.config.credit.name}' needs {', '.join(sorted(unknown))}, which nothing here provides"
-            )
-        temperature, budget = self.params.temperature, optim.max_tokens_per_micro_batch
-        return [maker(self.policy, temperature, budget) for column, maker in makers.items() if column in needed]
-
-    def _rate(self, iteration: int) -> float:
-        optim, total = self.config.optim, self.config.train.iterations
-        warm = min(1.0, (iteration + 1) / (optim.warmup + 1))
-        progress = min(1.0, iteration / total)
-        if optim.schedule == "linear":
-            return warm * (1 - progress)
-        if optim.schedule == "cosine":
-            return warm * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
-        return warm
-
-    def _state(self) -> dict:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights. Problems and seeds follow from the iteration alone."""
         return {
             "iteration": self.done,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "models": [model.state_dict() for model in self.models],
-            "tokens_sampled": self.tracker.tokens_sampled,
         }
 
-    def _load(self, state: dict) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         self.done = state["iteration"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for model, saved in zip(self.models, state["models"], strict=True):
             model.load_state_dict(saved)
+
+    def _check(self) -> None:
+        """Fail now rather than after an hour."""
+        if self.config.sampler.temperature == 0:
+            raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
+        if self.rollouts.params.truncates:
+            log.warning("top_p or top_k cuts the distribution that is sampled; log-probabilities are of the full one")
+        for problem in [*self.rollouts.task.draw(0, self.config.train.problems_per_iteration), *self.held_out]:
+            self.rollouts.encode(problem)
+
+
+def learning_rate_factor(config: Config, iteration: int) -> float:
+    """Share of `optim.learning_rate` at an iteration counted from 0: linear warm-up, then the schedule."""
+    progress = min(1.0, iteration / config.train.iterations)
+    warm = min(1.0, (iteration + 1) / (config.optim.warmup + 1))
+    after = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return warm * after[config.optim.schedule]
 
 
 class Clock:
@@ -263,40 +233,3 @@ def average(rows: list[dict[str, float]]) -> dict[str, float]:
             else sum(values) / len(values)
         )
     return merged
-
-
-def build_judge(config: Config, task_functions: tuple[str, ...], policy: Policy) -> Judge:
-    """The config's reward functions, or the task's own."""
-    names = config.reward.functions or list(task_functions)
-    weights = config.reward.weights or [1.0] * len(names)
-    if len(weights) != len(names):
-        raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
-    return Judge({name: reward_function(name) for name in names}, weights, policy.tokenizer)
-
-
-def sampling_params(config: Config) -> SamplingParams:
-    sampler = config.sampler
-    stop = None if sampler.stop_token_ids is None else tuple(sampler.stop_token_ids)
-    return SamplingParams(sampler.temperature, sampler.top_p, sampler.top_k, sampler.max_new_tokens, stop)
-
-
-def build_objective(config: Config) -> Objective:
-    given = config.objective
-    objective = Objective(
-        surrogate=given.surrogate,
-        clip_low=given.clip_low,
-        clip_high=given.clip_high,
-        dual_clip=given.dual_clip,
-        aggregate=given.aggregate,
-        kl_estimator=given.kl.estimator,
-        kl_coef=given.kl.coef,
-        entropy_coef=given.entropy_coef,
-        constant=float(config.sampler.max_new_tokens),
-    )
-    check(objective)
-    return objective
-
-
-def weights_fingerprint(policy: Policy) -> Tensor:
-    """All weights as one vector, to compare runs."""
-    return torch.cat([parameter.detach().flatten().cpu() for parameter in policy.parameters()])

@@ -50,7 +50,7 @@ class Segment:
         sampled: False for tool or user tokens: encoded, never weighted, not counted in lengths or positions.
         reward: outcome of the completion that ends here (leaves only); None means unjudged.
         rewards: the named parts of `reward`.
-        columns: per-token columns by name ("rollout_logprobs", "old_logprobs", "token_rewards" ...), one number a token.
+        columns: per-token columns by name ("rollout_logprobs", "old_logprobs", "token_rewards" ...).
         extra: anything else that a record carried; kept, never read.
     """
 

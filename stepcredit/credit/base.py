@@ -89,8 +89,8 @@ def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping
     for column, values in columns.items():
         if values.shape != (forest.num_tokens,):
             raise UserError(
-                f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for each of the "
-                f"{forest.num_tokens} tokens"
+                f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for "
+                f"each of the {forest.num_tokens} tokens"
             )
         if not bool(values.isfinite().all()):
             segment = int(forest.token["segment"][(~values.isfinite()).nonzero()[0]])

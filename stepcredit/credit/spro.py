@@ -21,7 +21,7 @@ from stepcredit.ops import cumsum_along_path, mean_by
 
 
 def cumulative_process_reward(forest: Forest, beta: float, cumsum: bool = True) -> Tensor:
-    """CPR_{i,t} = beta * sum_{j <= t} log(pi_old / pi_ref)(y_{i,j}), token t included (Eq. 11; V(s_0) cancels in the MSA).
+    """CPR_{i,t} = beta * sum_{j <= t} log(pi_old / pi_ref)(y_{i,j}), t included (Eq. 11; V(s_0) cancels later).
 
     With `cumsum` off it is the log-ratio of token t alone. [num_tokens]; tokens that were not sampled add nothing.
     """
@@ -49,7 +49,7 @@ def spro(
     sign: float = 1.0,
     cumsum: bool = True,
 ) -> CreditParts:
-    """A_{i,t} = (r_i - mean) / (std + 1e-6) + MSA_{i,t} (Eq. 13): outcome part as in GRPO, process part from the policy.
+    """A_{i,t} = (r_i - mean) / (std + 1e-6) + MSA_{i,t} (Eq. 13): GRPO's outcome part and a process part.
 
     Both log-probabilities are of the distribution at the sampling temperature, by the trainer's own forward, at the
     start of the iteration. On the first iteration the policy is the reference and the process part is exactly 0.

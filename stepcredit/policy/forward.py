@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.forest import Forest
+from stepcredit.ops import TokenScores
 from stepcredit.policy.batching import gather_owned, length_buckets, parts
-from stepcredit.policy.head import TokenScores, score_logits, score_states
+from stepcredit.policy.head import score_logits, score_states
 from stepcredit.types import Problem, Segment, Tree
 
 log = logging.getLogger("stepcredit")
@@ -143,7 +144,7 @@ class Policy(nn.Module):
         return _Rows([-1 - tree for tree in range(forest.num_trees)], cache, mask, last + 1, state)
 
     def _continue(self, rows: _Rows, above: list[int], segments: list[int], ids: list[Tensor]) -> tuple[_Rows, Tensor]:
-        """Encode one segment after each row `above`; also give the state before each of its tokens [rows, length, hidden]."""
+        """Encode one segment after each row `above`; also give the states before its tokens [rows, length, hidden]."""
         index = torch.tensor(above, device=self.device)
         slots = int(rows.mask[index].sum(0).nonzero().max()) + 1  # drop the padding that these rows do not need
         cache = _select(rows.cache, index, slots)
@@ -170,11 +171,11 @@ class Policy(nn.Module):
 
     def _plain(self, forest: Forest, temperature: float, entropy_grad: bool) -> TokenScores:
         owner = torch.full((forest.num_segments,), -1, dtype=torch.long)
-        rows, columns, tokens, targets, row = [], [], [], [], 0
+        rows, columns, tokens, targets = [], [], [], []
         prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
         pieces = forest.token["token_ids"].split(forest.segment["length"].tolist())
         full = []
-        for leaf in forest.segment["is_leaf"].nonzero().squeeze(1).tolist():
+        for row, leaf in enumerate(forest.segment["is_leaf"].nonzero().squeeze(1).tolist()):
             path = forest.completion_segments(leaf)
             prompt = prompts[int(forest.segment["tree"][leaf])]
             full.append(torch.cat([prompt, *(pieces[segment] for segment in path)]))
@@ -188,7 +189,6 @@ class Policy(nn.Module):
                     start = int(forest.segment["start"][segment])
                     tokens.append(torch.arange(start, start + size))
                     targets.append(pieces[segment])
-            row += 1
         ids, mask = _pad(full, self.device)
         logits = self.model(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
@@ -280,11 +280,16 @@ def _pad(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.long().to(device)
 
 
+def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, [rows, heads, slots, head size]."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
+
+
 def _select(cache: DynamicCache, index: Tensor, slots: int) -> DynamicCache:
     """A new cache with the first `slots` entries of these rows; gradients flow through."""
     selected = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        selected.update(layer.keys[index, :, :slots], layer.values[index, :, :slots], number)
+    for number, (keys, values) in enumerate(keys_and_values(cache)):
+        selected.update(keys[index, :, :slots], values[index, :, :slots], number)
     return selected
 
 

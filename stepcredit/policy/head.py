@@ -1,20 +1,14 @@
 """From hidden states to log-probabilities without ever holding a [num_tokens, vocabulary] tensor."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stepcredit.ops import TokenScores
+
 MAX_LOGITS = 1 << 24  # logits that may exist at once: 64 MiB in fp32
-
-
-class TokenScores(NamedTuple):
-    """`logprobs` and `entropy`, each [num_tokens] fp32, of the full distribution at the sampling temperature."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 def score_logits(logits: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> TokenScores:

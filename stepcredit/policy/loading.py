@@ -63,7 +63,7 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
     where = pick_device(device)
-    network.to(where)
+    network.to(where)  # type: ignore[arg-type]
     autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
     policy = Policy(network, tokenizer, autocast)
     choose_path(policy)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from stepcredit.policy.forward import Policy
+from stepcredit.policy.forward import Policy, keys_and_values
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.types import Segment
 
@@ -103,9 +103,8 @@ class _Decoding:
         while batch is not None or self.waiting:
             batch = self._admit(batch)
             next_token = self._draw(batch)
-            batch, next_token = self._drop(batch, next_token)
-            if batch is not None and next_token is not None:
-                self._advance(batch, next_token)
+            kept = self._drop(batch, next_token)
+            batch = self._advance(*kept) if kept else None
         return self._segments()
 
     def _admit(self, batch: _Batch | None) -> _Batch:
@@ -130,9 +129,8 @@ class _Decoding:
         ids = torch.zeros_like(mask)
         ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in self.prompts[prompt]])
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = _growing_cache(self.policy.model.config.get_text_config().num_hidden_layers)
-        if not self.mixes_lengths:
-            cache = DynamicCache(config=self.policy.model.config)
+        layers = self.policy.model.config.get_text_config().num_hidden_layers
+        cache = growing_cache([None] * layers) if self.mixes_lengths else DynamicCache(config=self.policy.model.config)
         logits = self.policy.model(
             input_ids=ids,
             attention_mask=mask,
@@ -169,13 +167,13 @@ class _Decoding:
         batch.alive = live & ~stopped & (count + 1 < self.params.max_new_tokens)
         return token
 
-    def _drop(self, batch: _Batch, token: Tensor) -> tuple[_Batch | None, Tensor | None]:
+    def _drop(self, batch: _Batch, token: Tensor) -> tuple[_Batch, Tensor] | None:
         """Drop finished rows, when there are enough of them to pay for the copy."""
         num_alive = int(batch.alive.sum())
         num_rows = len(batch.row)
         if num_alive == 0:
             self.on_progress(num_rows)
-            return None, None
+            return None
         if num_alive == num_rows or (num_rows - num_alive) * DROP_SHARE < num_rows:
             return batch, token
         self.on_progress(num_rows - num_alive)
@@ -183,16 +181,19 @@ class _Decoding:
         mask = batch.mask[keep]
         padding = int(mask.sum(0).ne(0).int().argmax()) if self.mixes_lengths else 0
         if padding:
-            for layer in batch.cache.layers:
-                layer.keys, layer.values = layer.keys[keep, :, padding:], layer.values[keep, :, padding:]
+            pairs = [
+                (keys[keep, :, padding:], values[keep, :, padding:]) for keys, values in keys_and_values(batch.cache)
+            ]
+            cache = growing_cache(pairs)
         else:
-            batch.cache.batch_select_indices(keep)
+            cache = batch.cache
+            cache.batch_select_indices(keep)
         kept = _Batch(
-            batch.cache, mask[:, padding:], batch.position[keep], batch.logits[keep], batch.row[keep], batch.alive[keep]
+            cache, mask[:, padding:], batch.position[keep], batch.logits[keep], batch.row[keep], batch.alive[keep]
         )
         return kept, token[keep]
 
-    def _advance(self, batch: _Batch, token: Tensor) -> None:
+    def _advance(self, batch: _Batch, token: Tensor) -> _Batch:
         """Encode the drawn tokens and leave the next logits in the batch."""
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(token), 1)], 1)
         batch.logits = self.policy.model(
@@ -203,6 +204,7 @@ class _Decoding:
             use_cache=True,
         ).logits[:, -1]
         batch.position = batch.position + 1
+        return batch
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()
@@ -258,32 +260,44 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
 class _GrowingLayer(DynamicLayer):
     """A cache layer that writes into spare room instead of copying everything at each token (inference only)."""
 
-    def __init__(self) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, pair: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
         self.room: tuple[Tensor, Tensor] | None = None
+        if pair is not None:
+            self._hold(*pair)
+
+    def _hold(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return self.keys, self.values
+            return self._hold(key_states, value_states)
         used, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         room = self.room
         if room is None or self.keys.data_ptr() != room[0].data_ptr() or room[0].shape[2] < end:
-            shape = (*self.keys.shape[:2], end + end // 4 + 32, self.keys.shape[3])
-            room = (self.keys.new_empty(shape), self.values.new_empty((*shape[:3], self.values.shape[3])))
+            shape = (*self.keys.shape[:2], end + end // 4 + 32)
+            room = (
+                self.keys.new_empty(*shape, self.keys.shape[3]),
+                self.values.new_empty(*shape, self.values.shape[3]),
+            )
             room[0][:, :, :used], room[1][:, :, :used] = self.keys, self.values
             self.room = room
         room[0][:, :, used:end], room[1][:, :, used:end] = key_states, value_states
-        self.keys, self.values = room[0][:, :, :end], room[1][:, :, :end]
-        return self.keys, self.values
+        return self._hold(room[0][:, :, :end], room[1][:, :, :end])
 
 
-def _growing_cache(num_layers: int) -> DynamicCache:
+def growing_cache(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> DynamicCache:
+    """A cache with spare room, holding these keys and values (None: empty) in each layer."""
     cache = DynamicCache()
-    cache.layers = [_GrowingLayer() for _ in range(num_layers)]
+    cache.layers = [_GrowingLayer(pair) for pair in pairs]
     return cache
 
 
@@ -299,11 +313,14 @@ def _join(batch: _Batch, new: _Batch) -> _Batch:
         shape[dim] = missing
         return torch.cat([tensor.new_zeros(shape), tensor], dim)
 
-    for old_layer, new_layer in zip(batch.cache.layers, new.cache.layers, strict=True):
-        old_layer.keys = torch.cat([pad(old_layer.keys, 2), pad(new_layer.keys, 2)])
-        old_layer.values = torch.cat([pad(old_layer.values, 2), pad(new_layer.values, 2)])
+    pairs = [
+        (torch.cat([pad(keys, 2), pad(new_keys, 2)]), torch.cat([pad(values, 2), pad(new_values, 2)]))
+        for (keys, values), (new_keys, new_values) in zip(
+            keys_and_values(batch.cache), keys_and_values(new.cache), strict=True
+        )
+    ]
     return _Batch(
-        batch.cache,
+        growing_cache(pairs),
         torch.cat([pad(batch.mask, 1), pad(new.mask, 1)]),
         torch.cat([batch.position, new.position]),
         torch.cat([batch.logits, new.logits]),

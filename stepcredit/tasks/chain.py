@@ -19,7 +19,28 @@ from typing import Any
 
 from stepcredit.types import Problem
 
-NAMES = ["Amy", "Ben", "Cat", "Dan", "Eva", "Fay", "Gus", "Hal", "Ivy", "Jim", "Kim", "Leo", "Mia", "Ned", "Ola", "Pam", "Ray", "Sue", "Tom", "Una"]
+NAMES = [
+    "Amy",
+    "Ben",
+    "Cat",
+    "Dan",
+    "Eva",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ivy",
+    "Jim",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Ola",
+    "Pam",
+    "Ray",
+    "Sue",
+    "Tom",
+    "Una",
+]
 MAX_VALUE = 24
 OPERATORS = "+-*"
 SPECIALS = ("<pad>", "<bos>", "<eos>")

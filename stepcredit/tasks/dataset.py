@@ -10,7 +10,7 @@ import torch
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.tasks.base import Task
-from stepcredit.types import Problem
+from stepcredit.types import Message, Problem
 
 log = logging.getLogger("stepcredit")
 
@@ -52,23 +52,23 @@ def load_problems(source: str, split: str = "train", columns: Mapping[str, str] 
     Raises:
         UserError: naming the file and line or column at fault.
     """
-    problems, without_answer = [], []
-    chosen: dict[str, str | None] = {}
+    problems: list[Problem] = []
+    without_answer: list[str] = []
+    chosen: dict[str, str] = {}
     for where, row in _rows(source, split):
         if not chosen:
             chosen = _choose_columns(source, list(row), columns or {})
-        question, answer = row.get(chosen["question"] or ""), row.get(chosen["answer"] or "")
-        _check_question(where, chosen["question"] or "question", question)
+        question, answer = _question(where, row, chosen["question"]), row.get(chosen["answer"])
         if answer is None or answer == "":
             without_answer.append(where)
             continue
-        id_ = row.get(chosen["id"] or "")
+        id_ = row.get(chosen["id"])
         problems.append(Problem(question, str(answer), str(len(problems) if id_ is None else id_), dict(row)))
     if not chosen:
         raise UserError(f"{source}: the data set is empty")
     if not problems:
         raise UserError(
-            f"{source}: no row has an answer in column '{chosen['answer']}'; name the right one with --task.columns.answer"
+            f"{source}: no row has an answer in column '{chosen['answer']}'; name another with --task.columns.answer"
         )
     if without_answer:
         log.warning("%d rows without an answer were left out (first: %s)", len(without_answer), without_answer[0])
@@ -126,32 +126,33 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _choose_columns(source: str, found: list[str], named: Mapping[str, str]) -> dict[str, str | None]:
+def _choose_columns(source: str, found: list[str], named: Mapping[str, str]) -> dict[str, str]:
     for role, column in named.items():
         if role not in ("question", "answer", "id"):
             raise UserError(f"task.columns.{role}: {did_you_mean(role, ('question', 'answer', 'id'))}")
         if column not in found:
             raise UserError(f"{source}: no column '{column}' (task.columns.{role}); {did_you_mean(column, found)}")
-    chosen: dict[str, str | None] = {"id": named.get("id") or ("id" if "id" in found else None)}
+    chosen = {"id": named.get("id", "id")}
     for role, usual in (("question", QUESTION_COLUMNS), ("answer", ANSWER_COLUMNS)):
-        column = named.get(role) or next((name for name in usual if name in found), None)
-        if column is None:
+        candidates = [named[role]] if role in named else [name for name in usual if name in found]
+        if not candidates:
             raise UserError(
-                f"{source}: no {role} column; columns are {', '.join(found)}; name one with --task.columns.{role} COLUMN"
+                f"{source}: no {role} column among {', '.join(found)}; name one with --task.columns.{role} COLUMN"
             )
-        chosen[role] = column
+        chosen[role] = candidates[0]
     return chosen
 
 
-def _check_question(where: str, column: str, question: Any) -> None:
+def _question(where: str, row: Mapping[str, Any], column: str) -> str | list[Message]:
+    question = row.get(column)
     if isinstance(question, str) and question.strip():
-        return
-    if (
-        isinstance(question, list)
-        and question
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
-    ):
-        return
+        return question
+    if isinstance(question, list) and question and all(_is_message(message) for message in question):
+        return question
     raise UserError(
-        f"{where}: column '{column}' must be text or chat messages with role and content, found {question!r:.60}"
+        f"{where}: column '{column}' must be text, or chat messages with role and content; found {question!r:.60}"
     )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and {"role", "content"} <= message.keys()

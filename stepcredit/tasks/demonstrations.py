@@ -16,7 +16,7 @@ class Demonstrator:
         careless: share of solutions written carelessly; slip: chance of a slip in each line of those.
     """
 
-    styles: tuple[float, float, float] = (0.4, 0.45, 0.15)
+    styles: tuple[float, float, float] = (0.2, 0.7, 0.1)
     misconceptions: tuple[tuple[str, str, float], ...] = (("-", "+", 0.3), ("*", "+", 0.6))
     careless: float = 0.4
     slip: float = 0.25

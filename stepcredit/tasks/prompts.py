@@ -34,13 +34,13 @@ class PromptFormat:
         """Token ids of the prompt.
 
         Raises:
-            UserError: the prompt is longer than `max_tokens` or empty, or chat messages meet a tokenizer without a template.
+            UserError: the prompt is empty or longer than `max_tokens`, or chat messages meet no chat template.
         """
         if self.tokenizer.chat_template:
             messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
             question = problem.question
             messages += [{"role": "user", "content": question}] if isinstance(question, str) else question
-            encoded = self.tokenizer.apply_chat_template(
+            encoded: Any = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, **self.template_options
             )
             ids = list(encoded["input_ids"])
@@ -52,7 +52,7 @@ class PromptFormat:
             raise UserError(f"problem '{problem.id}': the prompt has no tokens")
         if len(ids) > self.max_tokens:
             raise UserError(
-                f"problem '{problem.id}': the prompt has {len(ids)} tokens, over the limit of {self.max_tokens}; raise it "
-                "with --task.max-prompt-tokens or leave the row out"
+                f"problem '{problem.id}': the prompt has {len(ids)} tokens, over the limit of "
+                f"{self.max_tokens}; raise it with --task.max-prompt-tokens or leave the row out"
             )
         return ids

@@ -1,0 +1,121 @@
+"""From the config to the parts that it names; whatever does not fit fails here, before a token is sampled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from stepcredit.auxiliary import AuxModel, OldPolicy, Reference
+from stepcredit.config import Config, CreditConfig
+from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
+from stepcredit.errors import UserError
+from stepcredit.forest import Forest
+from stepcredit.imports import by_name
+from stepcredit.judging import Judge
+from stepcredit.objective import Objective
+from stepcredit.policy.forward import Policy
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transformers import TransformersSampler
+from stepcredit.shaping import SHAPERS, Shaper
+from stepcredit.tasks.base import Task
+from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.verifiers import reward_function
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What sampling and judging take, for training and for looking alike."""
+
+    task: Task
+    encode: PromptFormat
+    sampler: TransformersSampler
+    params: SamplingParams
+    judge: Judge
+
+
+def build_rollouts(config: Config, policy: Policy) -> Rollouts:
+    task = build_task(config)
+    format_ = config.task
+    return Rollouts(
+        task,
+        PromptFormat(policy.tokenizer, format_.system_prompt, format_.max_prompt_tokens, format_.template_options),
+        TransformersSampler(policy, config.sampler.max_rows),
+        build_params(config),
+        build_judge(config, task, policy),
+    )
+
+
+def build_task(config: Config) -> Task:
+    """The embedded task, or a data set with a held-out part."""
+    given, seed = config.task, config.train.seed
+    if given.data == "embedded":
+        from stepcredit.tasks.embedded import EmbeddedTask
+
+        return EmbeddedTask(seed)
+    from stepcredit.tasks.dataset import DatasetTask, load_problems, split_held_out
+
+    train = load_problems(given.data, given.split, given.columns)
+    if given.eval_data:
+        held_out = load_problems(given.eval_data, given.eval_split, given.columns)
+    else:
+        train, held_out = split_held_out(train, given.held_out, seed=0)
+    return DatasetTask(given.data, train, held_out, seed)
+
+
+def build_params(config: Config) -> SamplingParams:
+    given = config.sampler
+    stop = None if given.stop_token_ids is None else tuple(given.stop_token_ids)
+    return SamplingParams(given.temperature, given.top_p, given.top_k, given.max_new_tokens, stop)
+
+
+def build_judge(config: Config, task: Task, policy: Policy) -> Judge:
+    """The config's reward functions, or the task's own."""
+    names = config.reward.functions or list(task.reward_functions)
+    weights = config.reward.weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
+    return Judge({name: reward_function(name) for name in names}, weights, policy.tokenizer)
+
+
+def build_shapers(config: Config) -> list[Shaper]:
+    return [by_name("shapers", name, SHAPERS) for name in config.shapers]
+
+
+def build_credit(config: CreditConfig) -> tuple[CreditFunction, Callable[[Forest], Forest]]:
+    """The credit function, and the step that adds its advantages to a forest."""
+    function = by_name("credit.name", config.name, CREDIT)
+    check_options(config.name, function, config.options)
+    return function, partial(assign, name=config.name, function=function, options=config.options)
+
+
+def build_objective(config: Config) -> Objective:
+    given = config.objective
+    if given.dual_clip and given.dual_clip <= 1:
+        raise UserError(f"objective.dual_clip must be above 1 (or 0 for none), got {given.dual_clip}")
+    return Objective(
+        surrogate=given.surrogate,
+        clip_low=given.clip_low,
+        clip_high=given.clip_high,
+        dual_clip=given.dual_clip,
+        aggregate=given.aggregate,
+        kl_estimator=given.kl.estimator,
+        kl_coef=given.kl.coef,
+        entropy_coef=given.entropy_coef,
+        constant=float(config.sampler.max_new_tokens),
+    )
+
+
+def build_models(config: Config, credit: CreditFunction, objective: Objective, policy: Policy) -> list[AuxModel]:
+    """The models whose columns the credit function and the objective read."""
+    optim = config.optim
+    needed = set(needs_of(credit).columns)
+    if objective.needs_reference:
+        needed.add("ref_logprobs")
+    if objective.kl_in_reward or optim.num_epochs * optim.num_minibatches > 1:
+        needed.add("old_logprobs")
+    makers: dict[str, Callable[[Policy, float, int], AuxModel]] = {"old_logprobs": OldPolicy, "ref_logprobs": Reference}
+    if unknown := needed - makers.keys() - {"rollout_logprobs", "entropy", "token_rewards"}:
+        raise UserError(
+            f"credit '{config.credit.name}' needs {', '.join(sorted(unknown))}, which nothing here provides"
+        )
+    budget = optim.max_tokens_per_micro_batch
+    return [maker(policy, config.sampler.temperature, budget) for column, maker in makers.items() if column in needed]

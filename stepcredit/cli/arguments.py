@@ -1,0 +1,102 @@
+"""Command-line words to a nested dictionary: short flags, `--section.option value`, a YAML file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepcredit.config import Config, merge, parse_value, read_yaml
+from stepcredit.errors import UserError, did_you_mean
+
+SHORT = {
+    "algorithm": "algorithm",
+    "model": "model",
+    "data": "task.data",
+    "iterations": "train.iterations",
+    "group-size": "growth.group_size",
+    "seed": "train.seed",
+    "run-dir": "run_dir",
+    "learning-rate": "optim.learning_rate",
+    "device": "train.device",
+    "eval-every": "eval.every",
+    "save-every": "checkpoint.every",
+    "num-problems": "eval.num_problems",
+    "num-samples": "eval.num_samples",
+    "temperature": "sampler.temperature",
+    "max-new-tokens": "sampler.max_new_tokens",
+}
+TEXT = {
+    "algorithm",
+    "model",
+    "task.data",
+    "run_dir",
+    "train.device",
+}  # taken as they stand, even when they look like numbers
+
+
+def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split words into config overrides and the command's own options.
+
+    Args:
+        own: options of the command itself with their defaults (None: not given).
+
+    Returns:
+        The nested overrides (a YAML file first, flags over it), and the own options that have a value.
+
+    Raises:
+        UserError: an unknown option, a missing value, a second file.
+    """
+    given: dict[str, Any] = {}
+    options = {name: value for name, value in own.items() if value is not None}
+    config_file: str | None = None
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            if config_file is not None or "config" not in own:
+                raise UserError(
+                    f"{command}: unexpected '{word}'; options start with --, see 'stepcredit {command} --help'"
+                )
+            config_file = word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-") if "." not in name else name.replace("-", "_")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--{name} needs a value, for example '--{name} {_example(name)}'")
+            value = queue.pop(0)
+        if name in own:
+            options[name] = value
+            continue
+        path = SHORT.get(name, name)
+        _check_known(path, name, own, command)
+        given = merge(given, _nested(path, value if path in TEXT else parse_value(value)))
+    return (merge(read_yaml(config_file), given) if config_file else given), options
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check_known(path: str, name: str, own: Mapping[str, Any], command: str) -> None:
+    first = path.split(".")[0]
+    if first not in Config.model_fields:
+        known = [
+            *SHORT,
+            *(option for option in own if option != "config"),
+            *(f"{section}." for section in Config.model_fields),
+        ]
+        raise UserError(f"--{name}: unknown option of 'stepcredit {command}'; {_closest(name, known)}")
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    hint = did_you_mean(name, known)
+    return hint.split("? ")[0] + "?" if "did you mean" in hint else f"see 'stepcredit {command_help(known)}'"
+
+
+def command_help(known: Sequence[str]) -> str:
+    return "train --help"
+
+
+def _example(name: str) -> str:
+    return {"data": "problems.jsonl", "model": "embedded", "algorithm": "grpo", "resume": "auto"}.get(name, "1")

@@ -1,0 +1,67 @@
+"""`stepcredit credit`: advantages of saved rollouts, without a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepcredit.algorithms import ALGORITHMS
+from stepcredit.cli import help as help_text
+from stepcredit.cli.arguments import parse
+from stepcredit.config import resolve
+from stepcredit.errors import UserError
+
+HELP = """\
+usage: stepcredit credit --in ROLLOUTS --out SCORED --credit.name NAME [--credit.option value ...]
+
+Reads rollouts (.jsonl or .jsonl.zst, one tree a line), computes advantages over the whole file and writes the same
+records with "advantages", "weights" and, where there is one, "process" in each segment. Needs no model.
+
+  --credit.name NAME           a name below, or the dotted path of your own function
+  --credit.OPTION value        the function's own options (beta, leave_one_out, gamma, ...)
+  --objective.aggregate NAME   how "weights" are made; the algorithm's own when not given
+
+{algorithms}
+
+Examples
+  stepcredit credit --in rollouts.jsonl --out scored.jsonl --credit.name spro --credit.beta 0.05
+  stepcredit credit --in runs/grpo-1/rollouts/000010.jsonl.zst --out opo.jsonl --credit.name opo"""
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(HELP.format(algorithms=help_text.algorithms()))
+        return 0
+    given, own = parse(words, {"in": None, "out": None}, "credit")
+    for name in ("in", "out"):
+        if name not in own:
+            raise UserError(f"--{name} FILE is missing; see 'stepcredit credit --help'")
+    name = given.get("credit", {}).get("name")
+    if name in ALGORITHMS and "algorithm" not in given:
+        given["algorithm"] = name
+    config = resolve({"model": "none", **given})
+
+    from stepcredit.build import build_credit, build_objective
+    from stepcredit.credit import needs_of
+    from stepcredit.forest import Forest
+    from stepcredit.metrics import forest_metrics
+    from stepcredit.records import check_columns, read_trees, write_trees
+
+    function, assign = build_credit(config.credit)
+    trees = list(read_trees(own["in"]))
+    if not trees:
+        raise UserError(f"{own['in']}: holds no rollouts")
+    check_columns(own["in"], trees, needs_of(function).columns)
+    forest = assign(Forest.from_trees(trees))
+    forest = forest.with_token(weights=build_objective(config).weights(forest))
+    out = Path(own["out"])
+    if not out.parent.is_dir():
+        raise UserError(f"--out: folder '{out.parent}' does not exist")
+    beside = out.with_name(f".part-{out.name}")
+    write_trees(beside, forest)
+    beside.replace(out)
+    metrics = forest_metrics(forest)
+    sizes = f"{forest.num_trees} trees, {forest.num_segments} segments, {forest.num_tokens} tokens"
+    print(f"{config.credit.name}: {sizes} -> {out}")
+    for key in ("credit/std", "credit/process_ratio", "group/uniform", "group/singleton", "group/unjudged"):
+        if key in metrics:
+            print(f"  {key:22}{metrics[key]:.4g}")
+    return 0

@@ -1,0 +1,137 @@
+"""`stepcredit eval` and `stepcredit sample`: look at what a model does."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from stepcredit.cli.arguments import parse
+from stepcredit.config import Config, resolve
+from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from stepcredit.build import Rollouts
+    from stepcredit.policy.forward import Policy
+
+EVAL_HELP = """\
+usage: stepcredit eval [--model MODEL] [--data DATA] [--option value ...]
+
+Accuracy on held-out problems: sampled, at least once in --num-samples tries, and greedy.
+
+  --model MODEL         embedded | folder (a checkpoint of a run, too) | hub id
+  --data DATA           embedded | file | hub id; of a file every row is used
+  --num-problems N      --num-samples N     --temperature X     --max-new-tokens N     --seed N
+  --out FILE            also write the numbers as JSON
+
+Any --task., --sampler., --reward. and --eval. option of 'stepcredit train' works too.
+
+Examples
+  stepcredit eval --num-samples 8
+  stepcredit eval --model runs/grpo-1/checkpoints/000150
+  stepcredit eval --model my-model --data math500.jsonl --num-problems 100 --max-new-tokens 2048"""
+
+SAMPLE_HELP = """\
+usage: stepcredit sample [--model MODEL] [--data DATA | --prompt TEXT] [--option value ...]
+
+Prints completions with their rewards.
+
+  --model MODEL         embedded | folder | hub id
+  --data DATA           embedded | file | hub id; held-out problems are shown
+  --prompt TEXT         a question of your own instead (no rewards)
+  --num-problems N      3 by default         --group-size N   completions of each, 4 by default
+  --temperature X       --max-new-tokens N   --seed N
+  --out FILE            also write the rollouts as records (.jsonl or .jsonl.zst)
+
+Examples
+  stepcredit sample --num-problems 1 --group-size 8
+  stepcredit sample --model runs/grpo-1/checkpoints/000150 --temperature 0 --group-size 1
+  stepcredit sample --prompt "Ivy = 14 . Mia = Ivy - 1 . Mia ?" """
+
+
+def evaluate_model(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(EVAL_HELP)
+        return 0
+    given, own = parse(words, {"out": None}, "eval")
+    config = _looking(given)
+    from stepcredit.evaluate import evaluate
+
+    console, (_, rollouts) = Console(), _load(config)
+    problems = rollouts.task.held_out(config.eval.num_problems)
+    total = len(problems) * (config.eval.num_samples + config.eval.greedy)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("sampling", total=total)
+        rollouts.sampler.on_progress = lambda count: progress.advance(bar, count)
+        result = evaluate(rollouts, problems, config.eval.num_samples, config.eval.greedy, config.train.seed)
+    samples = config.eval.num_samples
+    console.print(f"{len(problems)} problems of {rollouts.task.name}, {samples} samples each", highlight=False)
+    for name, value in result.metrics.items():
+        shown = f"{value:.1f}" if name == "eval/length" else f"{value:.1%}"
+        console.print(f"  {name:24}{shown}", highlight=False)
+    if "out" in own:
+        Path(own["out"]).write_text(json.dumps(result.metrics) + "\n", encoding="utf-8")
+    return 0
+
+
+def sample(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(SAMPLE_HELP)
+        return 0
+    given, own = parse(words, {"prompt": None, "out": None}, "sample")
+    given = {"eval": {"num_problems": 3}, "growth": {"group_size": 4}} | given
+    config = _looking(given)
+    from stepcredit.growth import flat, sampling_seed
+    from stepcredit.records import write_trees
+    from stepcredit.types import Problem
+
+    console, (policy, rollouts) = Console(), _load(config)
+    if "prompt" in own:
+        problems = [Problem(own["prompt"], id="prompt")]
+    else:
+        problems = rollouts.task.held_out(config.eval.num_problems)
+    seeds = [sampling_seed(config.train.seed, 1, number) for number in range(len(problems))]
+    forest = flat(rollouts.sampler, problems, rollouts.encode, config.growth.group_size, rollouts.params, seeds)
+    if "prompt" not in own:
+        forest = rollouts.judge(forest)
+    trees = forest.to_trees()
+    ids = [list(segment.token_ids) for tree in trees for segment in tree.segments]
+    texts = [str(text) for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    shown = iter(texts)
+    for tree in trees:
+        console.rule(f"problem {tree.problem.id}", align="left")
+        console.print(str(tree.problem.question), markup=False, highlight=False, style="bold")
+        if tree.problem.answer is not None:
+            console.print(f"answer: {tree.problem.answer}", markup=False, highlight=False)
+        for segment in tree.segments:
+            text = next(shown)
+            mark = "     " if segment.reward is None else f"{segment.reward:4.2f} "
+            end = " [truncated]" if segment.finish == "length" else ""
+            console.print(f"{mark}{text}{end}", markup=False, highlight=False)
+    if "out" in own:
+        out = Path(own["out"])
+        if not out.parent.is_dir():
+            raise UserError(f"--out: folder '{out.parent}' does not exist")
+        write_trees(out, forest, texts=texts)
+    return 0
+
+
+def _looking(given: dict) -> Config:
+    """The config of a command that only looks: every row of a data file is held out."""
+    if given.get("task", {}).get("data", "embedded") != "embedded":
+        task = given["task"]
+        task.setdefault("eval_data", task["data"])
+        task.setdefault("eval_split", task.get("split", "train"))
+    return resolve(given)
+
+
+def _load(config: Config) -> "tuple[Policy, Rollouts]":
+    from stepcredit.build import build_rollouts
+    from stepcredit.policy.loading import load_policy
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    policy = load_policy(config.model, config.train.device, config.train.dtype)
+    return policy, build_rollouts(config, policy)

@@ -1,0 +1,135 @@
+"""`stepcredit train`."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stepcredit.cli import help as help_text
+from stepcredit.cli.arguments import parse
+from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
+from stepcredit.errors import UserError
+
+HELP = """\
+usage: stepcredit train [CONFIG.yaml] [--option value ...]
+
+Without options the embedded model learns the embedded task with GRPO: a few minutes on a laptop CPU.
+
+  --algorithm NAME      {names}
+  --model MODEL         embedded | folder | hub id
+  --data DATA           embedded | file (.jsonl .json .csv .parquet) | hub id
+  --iterations N        --group-size N       --learning-rate X      --seed N
+  --run-dir FOLDER      new or empty; runs/ALGORITHM-NUMBER when not given
+  --resume WHEN         never | auto (continue if the run folder has a checkpoint) | PATH of a run or checkpoint
+  --device NAME         auto | cpu | cuda | mps
+  --eval-every N        --save-every N       iterations; 0: only at the end
+
+Algorithms
+{algorithms}
+
+All options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
+has what was used); the same names make up a YAML file, with --section.option on top
+{options}
+
+Examples
+  stepcredit train --algorithm opo --seed 1
+  stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
+  stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
+  stepcredit train --resume runs/spro"""
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        from stepcredit.algorithms import ALGORITHMS
+
+        names = " | ".join(list(ALGORITHMS)[:3]) + " | ... (below)"
+        print(HELP.format(names=names, algorithms=help_text.algorithms(), options=help_text.options()))
+        return 0
+    given, own = parse(words, {"config": None, "resume": "never"}, "train")
+    given, checkpoint = _resumed(given, own["resume"])
+    config = resolve(given)
+
+    import torch
+
+    from stepcredit.checkpoint import load_checkpoint, load_weights
+    from stepcredit.policy.loading import load_policy
+    from stepcredit.trainer import Trainer
+
+    console = Console()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_dir = _run_dir(config, resumed=checkpoint is not None)
+    policy = load_policy(config.model, config.train.device, config.train.dtype)
+    if policy.device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(config, policy, run_dir, console)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
+        load_weights(policy, checkpoint)
+        trainer.load_state(load_checkpoint(checkpoint))
+        console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False)
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    console.print(
+        f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
+        f"{config.train.problems_per_iteration} problems x {config.growth.group_size} completions, in {run_dir}",
+        highlight=False,
+    )
+    return 0 if trainer.run() else 1
+
+
+def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:
+    """The config to continue with (the run's own under what was given) and the checkpoint to load."""
+    if when == "never":
+        return given, None
+    from stepcredit.checkpoint import latest_checkpoint
+
+    if when == "auto":
+        run_dir = Path(given.get("run_dir") or "")
+        if not given.get("run_dir"):
+            raise UserError("--resume auto needs --run-dir, the run to continue")
+        checkpoint = latest_checkpoint(run_dir)
+        if checkpoint is None:
+            return given, None
+    else:
+        path = Path(when)
+        if not path.is_dir():
+            raise UserError(f"--resume: '{when}' is no folder; give auto, never, a run folder or a checkpoint folder")
+        run_dir = path if (path / "config.yaml").is_file() else path.parent.parent
+        found = latest_checkpoint(run_dir) if path == run_dir else path
+        if found is None or not (run_dir / "config.yaml").is_file():
+            raise UserError(f"--resume: '{when}' has no checkpoint to continue from")
+        checkpoint = found
+    saved = read_yaml(str(run_dir / "config.yaml"))
+    merged = merge(saved, given) | {"run_dir": str(run_dir)}
+    for name, before, now in _changes(saved, merged):
+        logging.getLogger("stepcredit").warning("continuing with %s = %s (was %s)", name, now, before)
+    return merged, checkpoint
+
+
+def _changes(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            change for key in keys for change in _changes(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [(name, before, now)]
+
+
+def _run_dir(config: Config, resumed: bool) -> Path:
+    """The run's folder; a non-empty one is only for continuing."""
+    if config.run_dir is None:
+        number = 1
+        while (path := Path("runs") / f"{config.algorithm}-{number}").exists():
+            number += 1
+        return path
+    path = Path(config.run_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir: '{path}' is a file")
+    if not resumed and path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"run_dir: '{path}' is not empty; name a new folder with --run-dir, or continue the run with --resume auto"
+        )
+    return path
