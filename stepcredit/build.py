@@ -18,7 +18,21 @@ from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.shaping import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
-from stepcredit.verifiers import reward_function
+from stepcredit.verifiers import RewardFunction, reward_function
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a config names and that needs no model."""
+
+    task: Task
+    rewards: dict[str, RewardFunction]
+    reward_weights: list[float]
+    params: SamplingParams
+    shapers: list[Shaper]
+    credit: CreditFunction
+    assign: Callable[[Forest], Forest]
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -32,15 +46,28 @@ class Rollouts:
     judge: Judge
 
 
-def build_rollouts(config: Config, policy: Policy) -> Rollouts:
+def build_parts(config: Config) -> Parts:
+    """Everything but the model."""
+    objective, shapers = build_objective(config), [by_name("shapers", name, SHAPERS) for name in config.shapers]
+    credit, assign_credit = build_credit(config.credit)
     task = build_task(config)
-    format_ = config.task
+    names = config.reward.functions or list(task.reward_functions)
+    weights = config.reward.weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
+    rewards = {name: reward_function(name) for name in names}
+    return Parts(task, rewards, weights, build_params(config), shapers, credit, assign_credit, objective)
+
+
+def build_rollouts(config: Config, parts: Parts, policy: Policy) -> Rollouts:
+    """The parts that sampling and judging need, bound to a model."""
+    given = config.task
     return Rollouts(
-        task,
-        PromptFormat(policy.tokenizer, format_.system_prompt, format_.max_prompt_tokens, format_.template_options),
+        parts.task,
+        PromptFormat(policy.tokenizer, given.system_prompt, given.max_prompt_tokens, given.template_options),
         TransformersSampler(policy, config.sampler.max_rows),
-        build_params(config),
-        build_judge(config, task, policy),
+        parts.params,
+        Judge(parts.rewards, parts.reward_weights, policy.tokenizer),
     )
 
 
@@ -67,19 +94,6 @@ def build_params(config: Config) -> SamplingParams:
     return SamplingParams(given.temperature, given.top_p, given.top_k, given.max_new_tokens, stop)
 
 
-def build_judge(config: Config, task: Task, policy: Policy) -> Judge:
-    """The config's reward functions, or the task's own."""
-    names = config.reward.functions or list(task.reward_functions)
-    weights = config.reward.weights or [1.0] * len(names)
-    if len(weights) != len(names):
-        raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
-    return Judge({name: reward_function(name) for name in names}, weights, policy.tokenizer)
-
-
-def build_shapers(config: Config) -> list[Shaper]:
-    return [by_name("shapers", name, SHAPERS) for name in config.shapers]
-
-
 def build_credit(config: CreditConfig) -> tuple[CreditFunction, Callable[[Forest], Forest]]:
     """The credit function, and the step that adds its advantages to a forest."""
     function = by_name("credit.name", config.name, CREDIT)
@@ -104,10 +118,10 @@ def build_objective(config: Config) -> Objective:
     )
 
 
-def build_models(config: Config, credit: CreditFunction, objective: Objective, policy: Policy) -> list[AuxModel]:
+def build_models(config: Config, parts: Parts, policy: Policy) -> list[AuxModel]:
     """The models whose columns the credit function and the objective read."""
-    optim = config.optim
-    needed = set(needs_of(credit).columns)
+    optim, objective = config.optim, parts.objective
+    needed = set(needs_of(parts.credit).columns)
     if objective.needs_reference:
         needed.add("ref_logprobs")
     if objective.kl_in_reward or optim.num_epochs * optim.num_minibatches > 1:

@@ -99,7 +99,9 @@ class Tracker:
         plain = not self.console.is_terminal and (iteration % PLAIN_EVERY == 0 or iteration in (1, self.last))
         if plain and iteration:
             left = row["time/elapsed"] / (iteration - self.first + 1) * (self.last - iteration)
-            self.console.print(f"iteration {iteration}/{self.last}  {shown}  {left:.0f}s left", highlight=False)
+            self.console.print(
+                f"iteration {iteration}/{self.last}  {shown}  {left:.0f}s left", highlight=False, soft_wrap=True
+            )
 
     def _save_rollouts(self, iteration: int, forest: Forest) -> None:
         folder = self.run_dir / "rollouts"
@@ -114,10 +116,13 @@ class Tracker:
             ("eval/accuracy_greedy", "held-out accuracy, greedy"),
         ):
             if name in self.before:
-                self.console.print(f"{label}: {self.before[name]:.1%} -> {self.latest_eval[name]:.1%}", highlight=False)
+                self.console.print(
+                    f"{label}: {self.before[name]:.1%} -> {self.latest_eval[name]:.1%}", highlight=False, soft_wrap=True
+                )
         self.console.print(
             f"{self.tokens_sampled:,.0f} tokens sampled in {seconds:.0f}s; everything is in {self.run_dir}",
             highlight=False,
+            soft_wrap=True,
         )
         return self.health.verdict()
 
@@ -159,20 +164,22 @@ class Health:
                 self.console.print(
                     f"{self.idle} of {self.iterations} iterations had no group with two different rewards",
                     highlight=False,
+                    soft_wrap=True,
                 )
             return True
         rewards = f"the mean reward was {min(self.rewards):g}" if len(self.rewards) == 1 else "each group was uniform"
         if self.judged == 0:
             rewards = "no completion was judged (every reward function returned None)"
         self._warn(
-            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. Check "
-            "the reward function on a known right and wrong answer, the answer column, --sampler.max-new-tokens (truncated "
-            "completions rarely score) and that --group-size is at least 2; an easier or harder data set may be needed"
+            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. "
+            "Check the reward function on a known right and a known wrong answer, the answer column, "
+            "--sampler.max-new-tokens (truncated completions rarely score) and that --group-size is at least 2; "
+            "easier or harder problems may be needed"
         )
         return False
 
     def _warn(self, text: str) -> None:
-        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
 
 
 def _finite(value: float) -> float | None:

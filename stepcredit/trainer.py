@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stepcredit.build import build_credit, build_models, build_objective, build_rollouts, build_shapers
+from stepcredit.build import Parts, build_models, build_rollouts
 from stepcredit.checkpoint import save_checkpoint
 from stepcredit.config import Config
-from stepcredit.errors import UserError
 from stepcredit.evaluate import evaluate
 from stepcredit.forest import Forest
 from stepcredit.growth import flat, sampling_seed
 from stepcredit.metrics import forest_metrics
 from stepcredit.ops import kl_k1
-from stepcredit.policy.batching import parts
+from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import Policy
 from stepcredit.tracking import Tracker
 
@@ -31,21 +30,20 @@ TRAINING = 0  # stream of sampling seeds
 
 
 class Trainer:
-    """A run: everything that the config names, built and checked before the first token is sampled.
+    """A run, checked before the first token is sampled.
 
     Args:
         config: resolved.
+        parts: what `build_parts` made of the config.
         policy: what is trained; as it is now it is the reference.
         run_dir: where the run writes; made when it starts.
     """
 
-    def __init__(self, config: Config, policy: Policy, run_dir: Path, console: Console) -> None:
+    def __init__(self, config: Config, parts: Parts, policy: Policy, run_dir: Path, console: Console) -> None:
         self.config, self.policy, self.run_dir, self.console = config, policy, run_dir, console
-        self.rollouts = build_rollouts(config, policy)
-        self.shapers = build_shapers(config)
-        credit, self.assign = build_credit(config.credit)
-        self.objective = build_objective(config)
-        self.models = build_models(config, credit, self.objective, policy)
+        self.shapers, self.assign, self.objective = parts.shapers, parts.assign, parts.objective
+        self.rollouts = build_rollouts(config, parts, policy)
+        self.models = build_models(config, parts, policy)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.optim.learning_rate,
@@ -135,7 +133,7 @@ class Trainer:
             return {"optim/skipped": 1.0, "optim/learning_rate": float(self.schedule.get_last_lr()[0])}
         sums: dict[str, float] = {"tokens/computed": 0.0}
         loss_sum = 0.0
-        for part in parts(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
+        for part in cut(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
             owned = part.with_token(weights=part.token["weights"] * part.token["owned"])
             scores = self.policy(owned, self.rollouts.params.temperature, entropy_grad=self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
@@ -187,8 +185,6 @@ class Trainer:
 
     def _check(self) -> None:
         """Fail now rather than after an hour."""
-        if self.config.sampler.temperature == 0:
-            raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
         if self.rollouts.params.truncates:
             log.warning("top_p or top_k cuts the distribution that is sampled; log-probabilities are of the full one")
         for problem in [*self.rollouts.task.draw(0, self.config.train.problems_per_iteration), *self.held_out]:

@@ -1,10 +1,13 @@
 """Command-line words to a nested dictionary: short flags, `--section.option value`, a YAML file."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from stepcredit.config import Config, merge, parse_value, read_yaml
-from stepcredit.errors import UserError, did_you_mean
+from stepcredit.errors import UserError
 
 SHORT = {
     "algorithm": "algorithm",
@@ -79,23 +82,18 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _check_known(path: str, name: str, own: Mapping[str, Any], command: str) -> None:
-    first = path.split(".")[0]
-    if first not in Config.model_fields:
-        known = [
-            *SHORT,
-            *(option for option in own if option != "config"),
-            *(f"{section}." for section in Config.model_fields),
-        ]
-        raise UserError(f"--{name}: unknown option of 'stepcredit {command}'; {_closest(name, known)}")
+    if path.split(".")[0] in Config.model_fields:
+        return
+    sections = [f"{section}.{option}" for section, options in _sections() for option in options]
+    close = difflib.get_close_matches(name, [*SHORT, *own, *sections], n=1)
+    hint = f"did you mean --{close[0]}?" if close else f"see 'stepcredit {command} --help'"
+    raise UserError(f"--{name}: unknown option; {hint}")
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
-    hint = did_you_mean(name, known)
-    return hint.split("? ")[0] + "?" if "did you mean" in hint else f"see 'stepcredit {command_help(known)}'"
-
-
-def command_help(known: Sequence[str]) -> str:
-    return "train --help"
+def _sections() -> Iterator[tuple[str, list[str]]]:
+    for section, field in Config.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield section, list(type(field.default).model_fields)
 
 
 def _example(name: str) -> str:

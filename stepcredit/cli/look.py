@@ -68,10 +68,12 @@ def evaluate_model(words: Sequence[str]) -> int:
         rollouts.sampler.on_progress = lambda count: progress.advance(bar, count)
         result = evaluate(rollouts, problems, config.eval.num_samples, config.eval.greedy, config.train.seed)
     samples = config.eval.num_samples
-    console.print(f"{len(problems)} problems of {rollouts.task.name}, {samples} samples each", highlight=False)
+    console.print(
+        f"{len(problems)} problems of {rollouts.task.name}, {samples} samples each", highlight=False, soft_wrap=True
+    )
     for name, value in result.metrics.items():
         shown = f"{value:.1f}" if name == "eval/length" else f"{value:.1%}"
-        console.print(f"  {name:24}{shown}", highlight=False)
+        console.print(f"  {name:24}{shown}", highlight=False, soft_wrap=True)
     if "out" in own:
         Path(own["out"]).write_text(json.dumps(result.metrics) + "\n", encoding="utf-8")
     return 0
@@ -103,14 +105,14 @@ def sample(words: Sequence[str]) -> int:
     shown = iter(texts)
     for tree in trees:
         console.rule(f"problem {tree.problem.id}", align="left")
-        console.print(str(tree.problem.question), markup=False, highlight=False, style="bold")
+        console.print(str(tree.problem.question), markup=False, highlight=False, soft_wrap=True, style="bold")
         if tree.problem.answer is not None:
-            console.print(f"answer: {tree.problem.answer}", markup=False, highlight=False)
+            console.print(f"answer: {tree.problem.answer}", markup=False, highlight=False, soft_wrap=True)
         for segment in tree.segments:
             text = next(shown)
             mark = "     " if segment.reward is None else f"{segment.reward:4.2f} "
             end = " [truncated]" if segment.finish == "length" else ""
-            console.print(f"{mark}{text}{end}", markup=False, highlight=False)
+            console.print(f"{mark}{text}{end}", markup=False, highlight=False, soft_wrap=True)
     if "out" in own:
         out = Path(own["out"])
         if not out.parent.is_dir():
@@ -129,9 +131,10 @@ def _looking(given: dict) -> Config:
 
 
 def _load(config: Config) -> "tuple[Policy, Rollouts]":
-    from stepcredit.build import build_rollouts
+    from stepcredit.build import build_parts, build_rollouts
     from stepcredit.policy.loading import load_policy
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parts = build_parts(config)
     policy = load_policy(config.model, config.train.device, config.train.dtype)
-    return policy, build_rollouts(config, policy)
+    return policy, build_rollouts(config, parts, policy)

@@ -53,29 +53,34 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
+    from stepcredit.build import build_parts
     from stepcredit.checkpoint import load_checkpoint, load_weights
     from stepcredit.policy.loading import load_policy
     from stepcredit.trainer import Trainer
 
     console = Console()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if config.sampler.temperature == 0:
+        raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
     run_dir = _run_dir(config, resumed=checkpoint is not None)
+    parts = build_parts(config)
     policy = load_policy(config.model, config.train.device, config.train.dtype)
     if policy.device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.train.seed)
-    trainer = Trainer(config, policy, run_dir, console)
+    trainer = Trainer(config, parts, policy, run_dir, console)
     run_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
         trainer.load_state(load_checkpoint(checkpoint))
-        console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False)
+        console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
         f"{config.train.problems_per_iteration} problems x {config.growth.group_size} completions, in {run_dir}",
         highlight=False,
+        soft_wrap=True,
     )
     return 0 if trainer.run() else 1
 

@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> int:
     save(model, tokenizer, out)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{out}: {count:,} parameters, {size / 1e6:.2f} MB", highlight=False)
+    console.print(f"{out}: {count:,} parameters, {size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
     return evaluate_model(
         ["--model", str(out), "--num-problems", "600", "--num-samples", "8", "--max-new-tokens", "128"]
     )

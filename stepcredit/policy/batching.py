@@ -44,7 +44,7 @@ def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = C
     return buckets[::-1]
 
 
-def parts(forest: Forest, max_tokens: int) -> list[Forest]:
+def cut(forest: Forest, max_tokens: int) -> list[Forest]:
     """Cut a forest into parts of at most `max_tokens` token positions, prompts counted once per part.
 
     Trees with prompts of similar length come together. A tree over the budget is split between its leaves: the

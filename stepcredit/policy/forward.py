@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.forest import Forest
 from stepcredit.ops import TokenScores
-from stepcredit.policy.batching import gather_owned, length_buckets, parts
+from stepcredit.policy.batching import cut, gather_owned, length_buckets
 from stepcredit.policy.head import score_logits, score_states
 from stepcredit.types import Problem, Segment, Tree
 
@@ -203,7 +203,7 @@ class Policy(nn.Module):
 @torch.no_grad()
 def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -> TokenScores:
     """Score a whole forest without gradients, part by part; results on the CPU."""
-    pieces = parts(forest, max_tokens)
+    pieces = cut(forest, max_tokens)
     scores = [policy(piece, temperature) for piece in pieces]
     return TokenScores(
         gather_owned(forest, pieces, [part.logprobs for part in scores]),

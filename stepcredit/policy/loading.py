@@ -1,6 +1,7 @@
 """Loading and saving policies: the embedded model, a local folder or a hub id."""
 
 import copy
+import logging
 import re
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from stepcredit.policy.forward import Policy, choose_path
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded_model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,9 +30,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"train.device: '{name}' is not available here ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from error
+        raise UserError(f"train.device: '{name}' is not available here; use auto or cpu") from error
     return device
 
 
@@ -44,30 +46,33 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy
     """
     source = str(EMBEDDED_MODEL) if model == "embedded" else model
     folder = Path(source)
-    if not folder.is_dir() and (
-        folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith(".")
-    ):
-        raise UserError(
-            f"model: '{model}' is not a folder (give a folder with model and tokenizer, a hub id, or 'embedded')"
-        )
     if folder.is_dir():
-        if not (folder / "config.json").is_file() or not any(list(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-            raise UserError(f"model: folder '{model}' holds no model (config.json and *.safetensors)")
-        if not any(
-            (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-        ):
-            raise UserError(f"model: folder '{model}' holds no tokenizer (tokenizer.json)")
+        _check_folder(folder)
+    elif folder.exists() or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UserError(
+            f"model: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
+        )
+    where = pick_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
-    where = pick_device(device)
     network.to(where)  # type: ignore[arg-type]
     autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
     policy = Policy(network, tokenizer, autocast)
     choose_path(policy)
     return policy
+
+
+def _check_folder(folder: Path) -> None:
+    def holds(*patterns: str) -> bool:
+        return any(any(folder.glob(pattern)) for pattern in patterns)
+
+    if not holds("config.json") or not holds(*WEIGHT_FILES):
+        raise UserError(f"model: folder '{folder}' holds no model (config.json and *.safetensors)")
+    if not holds(*TOKENIZER_FILES):
+        raise UserError(f"model: folder '{folder}' holds no tokenizer (tokenizer.json)")
 
 
 def frozen_copy(policy: Policy) -> Policy:
