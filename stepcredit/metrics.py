@@ -40,6 +40,7 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
         spread = float(process.square().mean().sqrt()) if len(process) else 0.0
         metrics["credit/process_std"] = spread
         size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
+        metrics["credit/outcome_std"] = size
         metrics["credit/process_ratio"] = spread / size if size > 0 else (float("inf") if spread > 0 else 0.0)
     return metrics
 

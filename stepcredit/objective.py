@@ -109,8 +109,8 @@ class Objective:
             return weighted
         return weighted & (forest.token["advantages"] != 0)
 
-    def loss(self, scores: TokenScores, forest: Forest) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a part of an optimiser step, and sums over its weighted tokens for the metrics.
+    def loss(self, scores: TokenScores, forest: Forest) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a part of an optimiser step, and sums over its weighted tokens for the metrics (`TOKEN_SUMS`).
 
         Args:
             scores: of the current policy, with gradient.
@@ -127,10 +127,11 @@ class Objective:
             per_token, clipped = -advantages * scores.logprobs, torch.zeros_like(counted)
         else:
             per_token, clipped = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+        moved = log_ratio.detach()
         metrics = {
-            "policy/clip_fraction": clipped[counted].float().sum(),
-            "policy/ratio_max": log_ratio.detach().abs().max().exp() if len(log_ratio) else torch.ones(()),
-            "policy/kl_old": (log_ratio.exp() - 1 - log_ratio)[counted].detach().sum(),
+            "policy/clip_fraction": float(clipped[counted].sum()),
+            "policy/kl_old": float((moved.exp() - 1 - moved).sum()),
+            "policy/ratio_max": float(moved.max().exp()) if len(moved) else 1.0,
         }
         if self.kl_in_loss:
             kl = KL_ESTIMATORS[self.kl_estimator](scores.logprobs, column["ref_logprobs"])
@@ -141,6 +142,7 @@ class Objective:
         return loss, metrics
 
 
+TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old")
 _COLUMNS = ("advantages", "weights", "old_logprobs", "ref_logprobs")
 
 

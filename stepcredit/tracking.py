@@ -67,7 +67,8 @@ class Tracker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self.console.is_terminal:
+            self._progress.stop()
         self._file.close()
 
     def report(self, iteration: int, metrics: dict[str, float], forest: Forest | None = None) -> None:
@@ -141,7 +142,7 @@ class Health:
         self.judged += metrics["reward/judged"]
         if len(self.rewards) < 3:
             self.rewards.add(round(metrics["reward/mean"], 6))
-        idle = metrics["credit/std"] == 0.0
+        idle = metrics.get("credit/outcome_std", metrics["credit/std"]) == 0.0
         self.idle += idle
         self.idle_in_a_row = self.idle_in_a_row + 1 if idle else 0
         if self.idle_in_a_row == WARN_AFTER:

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from stepcredit.evaluate import evaluate
 from stepcredit.forest import Forest
 from stepcredit.growth import flat, sampling_seed
 from stepcredit.metrics import forest_metrics
+from stepcredit.objective import TOKEN_SUMS
 from stepcredit.ops import kl_k1
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import Policy
@@ -50,7 +50,6 @@ class Trainer:
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(learning_rate_factor, config))
         self.done = 0
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
         self._check()
@@ -74,11 +73,12 @@ class Trainer:
                         forest = model.observe(forest)
                     forest = self.assign(self.penalised(forest))
                 with clock("time/learn"):
+                    rate = self.set_learning_rate(iteration)
                     learnt = [self.learn(step) for step in self.optimizer_steps(forest, iteration)]
-                    self.schedule.step()
                 self.done = iteration
                 last = iteration == config.train.iterations
                 metrics = forest_metrics(forest) | average(learnt) | clock.metrics(forest)
+                metrics["optim/learning_rate"] = rate
                 if last or (config.eval.every and iteration % config.eval.every == 0):
                     metrics |= self.evaluate()
                 tracker.report(iteration, metrics, self.weighted(forest))
@@ -124,37 +124,35 @@ class Trainer:
     def weighted(self, forest: Forest) -> Forest:
         return forest.with_token(weights=self.objective.weights(forest))
 
+    def set_learning_rate(self, iteration: int) -> float:
+        """The rate of this iteration: linear warm-up, then the schedule."""
+        optim = self.config.optim
+        progress = (iteration - 1) / self.config.train.iterations
+        shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        rate = optim.learning_rate * min(1.0, iteration / (optim.warmup + 1)) * shape[optim.schedule]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
     def learn(self, step: Forest) -> dict[str, float]:
-        """One optimiser step; a step without gradient changes nothing."""
-        needed = self.objective.has_gradient(step)
+        """One optimiser step, part by part; a step without gradient changes nothing."""
         segments = torch.zeros(step.num_segments, dtype=torch.bool)
-        segments[step.token["segment"][needed]] = True
+        segments[step.token["segment"][self.objective.has_gradient(step)]] = True
         if not bool(segments.any()):
-            return {"optim/skipped": 1.0, "optim/learning_rate": float(self.schedule.get_last_lr()[0])}
-        sums: dict[str, float] = {"tokens/computed": 0.0}
-        loss_sum = 0.0
+            return {"optim/skipped": 1.0}
+        rows = []
         for part in cut(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
             owned = part.with_token(weights=part.token["weights"] * part.token["owned"])
-            scores = self.policy(owned, self.rollouts.params.temperature, entropy_grad=self.objective.entropy_coef != 0)
+            scores = self.policy(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
             loss.backward()
-            loss_sum += float(loss.detach())
-            for name, value in values.items():
-                pick = max if name.endswith("_max") else lambda a, b: a + b
-                sums[name] = pick(sums.get(name, 0.0), float(value))
-            sums["tokens/computed"] += part.num_tokens + len(part.prompt_ids)
+            positions = part.num_tokens + len(part.prompt_ids)
+            rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": float(positions)})
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         counted = float((step.token["weights"] != 0).sum())
-        means = {k: v / counted if k in ("policy/clip_fraction", "policy/kl_old") else v for k, v in sums.items()}
-        rate = float(self.schedule.get_last_lr()[0])
-        return {
-            "optim/loss": loss_sum,
-            "optim/grad_norm": float(norm),
-            "optim/learning_rate": rate,
-            "optim/skipped": 0.0,
-        } | means
+        return sum_parts(rows, counted) | {"optim/grad_norm": float(norm), "optim/skipped": 0.0}
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy; the same problems and seeds every time."""
@@ -172,14 +170,12 @@ class Trainer:
         return {
             "iteration": self.done,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "models": [model.state_dict() for model in self.models],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.done = state["iteration"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         for model, saved in zip(self.models, state["models"], strict=True):
             model.load_state_dict(saved)
 
@@ -189,14 +185,6 @@ class Trainer:
             log.warning("top_p or top_k cuts the distribution that is sampled; log-probabilities are of the full one")
         for problem in [*self.rollouts.task.draw(0, self.config.train.problems_per_iteration), *self.held_out]:
             self.rollouts.encode(problem)
-
-
-def learning_rate_factor(config: Config, iteration: int) -> float:
-    """Share of `optim.learning_rate` at an iteration counted from 0: linear warm-up, then the schedule."""
-    progress = min(1.0, iteration / config.train.iterations)
-    warm = min(1.0, (iteration + 1) / (config.optim.warmup + 1))
-    after = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return warm * after[config.optim.schedule]
 
 
 class Clock:
@@ -216,16 +204,24 @@ class Clock:
         return self.seconds | {"time/iteration": total, "tokens/per_second": float(forest.token_sampled.sum()) / total}
 
 
-def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over optimiser steps; counts and maxima keep their meaning."""
+def sum_parts(rows: list[dict[str, float]], counted: float) -> dict[str, float]:
+    """Over the parts of an optimiser step: sums over tokens become means over its `counted` weighted tokens."""
     merged: dict[str, float] = {}
-    for name in {name for row in rows for name in row}:
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        merged[name] = max(values) if name.endswith("_max") else sum(values)
+        if name in TOKEN_SUMS:
+            merged[name] /= counted
+    return merged
+
+
+def average(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Over the optimiser steps of an iteration: token counts add up, maxima stay maxima, the rest is a mean."""
+    merged: dict[str, float] = {}
+    for name in sorted({name for row in rows for name in row}):
         values = [row[name] for row in rows if name in row]
+        total = sum(values)
         merged[name] = (
-            sum(values)
-            if name.startswith("tokens/")
-            else max(values)
-            if name.endswith("_max")
-            else sum(values) / len(values)
+            total if name.startswith("tokens/") else max(values) if name.endswith("_max") else total / len(values)
         )
     return merged

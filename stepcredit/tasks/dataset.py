@@ -63,7 +63,9 @@ def load_problems(source: str, split: str = "train", columns: Mapping[str, str] 
             without_answer.append(where)
             continue
         id_ = row.get(chosen["id"])
-        problems.append(Problem(question, str(answer), str(len(problems) if id_ is None else id_), dict(row)))
+        problems.append(
+            Problem(question, str(answer), where.rpartition(", ")[2] if id_ is None else str(id_), dict(row))
+        )
     if not chosen:
         raise UserError(f"{source}: the data set is empty")
     if not problems:

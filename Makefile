@@ -1,0 +1,47 @@
+# make train   train the embedded model on this machine (everything is set up first)
+# make test    run the tests
+# make check   formatting, lint, types, tests
+# make bench   ratios of speed, measured in one run
+# Options of a run: make train ARGS="--algorithm spro --seed 1"
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+ARGS ?=
+
+.PHONY: install train test check lint types format bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stepcredit needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+train: install
+	$(BIN)/stepcredit train $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/sampler.py $(ARGS)
+	$(BIN)/python benchmarks/forward.py $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
