@@ -141,8 +141,8 @@ class Config(Section):
 
 EMBEDDED_RECIPE: dict[str, Any] = {
     "sampler": {"max_new_tokens": 128, "max_rows": 512},
-    "optim": {"learning_rate": 4e-4},
-    "train": {"iterations": 150},
+    "optim": {"learning_rate": 4e-4, "schedule": "cosine"},
+    "train": {"iterations": 120},
     "eval": {"num_problems": 600},
 }
 EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ratios of a tiny model are large

@@ -183,7 +183,7 @@ class Trainer:
         """Fail now rather than after an hour."""
         if self.rollouts.params.truncates:
             log.warning("top_p or top_k cuts the distribution that is sampled; log-probabilities are of the full one")
-        for problem in [*self.rollouts.task.draw(0, self.config.train.problems_per_iteration), *self.held_out]:
+        for problem in [*self.rollouts.task.known(), *self.held_out]:
             self.rollouts.encode(problem)
 
 

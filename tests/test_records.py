@@ -43,18 +43,16 @@ def forest_of(*trees: Tree) -> Forest:
 @pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.zst"])
 def test_round_trip(tmp_path, name):
     """What is written is read back: ids, prompts, columns, rewards, flags, structure."""
+    columns = {"old_logprobs": [0.0, -2.0], "entropy": [0.125, 2.0]}
     first = Tree(
         Problem("zwölf ?", "18", "a"),
         [1, 5],
         [
             Segment([7, 2], finish="cut", columns={"old_logprobs": [-0.5, -0.25], "entropy": [0.5, 1.5]}),
             Segment([3], 0, "length", False, columns={"old_logprobs": [-1.0], "entropy": [0.0]}),
-            Segment(
-                [4, 2], 0, reward=0.75, rewards={"x": 0.5, "y": None}, columns=dict.fromkeys(["old_logprobs"], [0, -2])
-            ),
+            Segment([4, 2], 0, reward=0.75, rewards={"x": 0.5, "y": None}, columns=columns),
         ],
     )
-    first.segments[2].columns["entropy"] = [0.125, 2.0]
     other = Tree(Problem("b ?", None, "b"), [1], [Segment([9], columns={"old_logprobs": [-3.0], "entropy": [1.0]})])
     path = tmp_path / name
     write_trees(path, forest_of(first, other), iteration=7)
@@ -91,11 +89,8 @@ def test_alias_logprobs(tmp_path):
 
 def test_defaults(tmp_path):
     """Without finish a leaf stopped and an inner segment was cut; tokens are sampled; no version means this one."""
-    segments = [
-        {"token_ids": [7]},
-        {"token_ids": [8], "parent": 0},
-        {"token_ids": [9], "parent": 0, "finish": "length"},
-    ]
+    child = {"token_ids": [8], "parent": 0}
+    segments = [{"token_ids": [7]}, child, child | {"finish": "length"}]
     (tree,) = read(tmp_path / "a.jsonl", {"segments": segments})
     assert [segment.finish for segment in tree.segments] == ["cut", "stop", "length"]
     assert all(segment.sampled and segment.reward is None for segment in tree.segments)

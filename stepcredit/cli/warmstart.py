@@ -10,10 +10,10 @@ from stepcredit.cli.arguments import parse
 from stepcredit.errors import UserError
 
 HELP = """\
-usage: stepcredit warmstart --out FOLDER [--steps N] [--batch-size N] [--seed N]
+usage: stepcredit warmstart --out FOLDER [--steps N] [--batch-size N] [--seed N] [--num-problems N]
 
 Trains a small Qwen3 from random weights on generated demonstrations of the chain task, writes it as a transformers
-folder and prints its accuracy on held-out problems. A few minutes on two cores with the defaults.
+folder and prints its accuracy on --num-problems (600) held-out problems. A few minutes on two cores with the defaults.
 
 Examples
   stepcredit warmstart --out base
@@ -26,8 +26,10 @@ def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(HELP)
         return 0
-    own = {"out": None, "steps": str(STEPS), "batch-size": str(BATCH_SIZE), "seed": "0"}
-    _, options = parse(words, own, "warmstart")
+    own = {"out": None, "steps": str(STEPS), "batch-size": str(BATCH_SIZE), "seed": "0", "num-problems": "600"}
+    given, options = parse(words, own, "warmstart")
+    if given:
+        raise UserError(f"warmstart takes no '{next(iter(given))}'; see 'stepcredit warmstart --help'")
     if "out" not in options:
         raise UserError("--out FOLDER is missing; see 'stepcredit warmstart --help'")
     steps, batch_size = _count("steps", options, 1), _count("batch-size", options, 1)
@@ -47,10 +49,11 @@ def main(words: Sequence[str]) -> int:
         )
     save(model, tokenizer, out)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{out}: {count:,} parameters, {size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{out}: {weights:,} parameters, {size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+    count = options["num-problems"]
     return evaluate_model(
-        ["--model", str(out), "--num-problems", "600", "--num-samples", "8", "--max-new-tokens", "128"]
+        ["--model", str(out), "--num-problems", count, "--num-samples", "8", "--max-new-tokens", "128"]
     )
 
 

@@ -113,12 +113,10 @@ class _Decoding:
         if not self.waiting or free <= 0 or (batch is not None and not self.mixes_lengths):
             assert batch is not None
             return batch
-        rows = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        if not self.mixes_lengths:
-            size = len(self.prompts[rows[0] // self.n])
-            later = [row for row in rows if len(self.prompts[row // self.n]) != size]
-            self.waiting.extendleft(reversed(later))
-            rows = [row for row in rows if len(self.prompts[row // self.n]) == size]
+        rows = self._next_rows(free, must=batch is None)
+        if not rows:
+            assert batch is not None
+            return batch
         prompts = sorted({row // self.n for row in rows})
         for prompt in prompts:
             generator = torch.Generator().manual_seed(self.seeds[prompt])
@@ -151,6 +149,21 @@ class _Decoding:
             torch.ones(len(rows), dtype=torch.bool, device=self.device),
         )
         return new if batch is None else _join(batch, new)
+
+    def _next_rows(self, free: int, must: bool) -> list[int]:
+        """Completions to start now: whole groups, so that a prompt is encoded once, unless one alone is too large."""
+        rows: list[int] = []
+        while self.waiting:
+            prompt = self.waiting[0] // self.n
+            group = (prompt + 1) * self.n - self.waiting[0]
+            if not self.mixes_lengths and rows and len(self.prompts[prompt]) != len(self.prompts[rows[0] // self.n]):
+                break
+            if group > free - len(rows):
+                if rows or not must:
+                    break
+                group = free
+            rows += [self.waiting.popleft() for _ in range(group)]
+        return rows
 
     def _draw(self, batch: _Batch) -> Tensor:
         """Draw and record one token for every live row."""

@@ -18,6 +18,10 @@ class Task:
         """Training problems number `start` .. `start + count`, in an order that depends on the seed alone."""
         raise NotImplementedError
 
+    def known(self) -> list[Problem]:
+        """All training problems, when they are finitely many: they are checked before the run starts."""
+        return []
+
     def held_out(self, count: int) -> list[Problem]:
         """At most `count` problems that `draw` never gives."""
         raise NotImplementedError

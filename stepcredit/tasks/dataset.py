@@ -38,6 +38,9 @@ class DatasetTask(Task):
             drawn.append(self.train[int(order[index])])
         return drawn
 
+    def known(self) -> list[Problem]:
+        return self.train
+
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]
 

@@ -1,0 +1,256 @@
+"""One schema: which layer wins, what a word on the command line means, and what is refused."""
+
+import pytest
+import yaml
+
+from stepcredit.algorithms import ALGORITHMS
+from stepcredit.cli.arguments import SHORT, parse
+from stepcredit.config import (
+    EMBEDDED_CREDIT,
+    EMBEDDED_RECIPE,
+    Config,
+    dump_yaml,
+    merge,
+    parse_value,
+    read_yaml,
+    resolve,
+)
+from stepcredit.errors import UserError
+
+OWN = {"config": None, "resume": "never"}
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def test_schema_is_the_lowest_layer():
+    config = resolve({"model": "my-model", "algorithm": "rloo"})
+    assert config.optim.learning_rate == 1e-6
+    assert config.train.iterations == 100
+    assert config.objective == Config().objective
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_over_schema(name):
+    """Credit function, its options and the objective follow the algorithm."""
+    config, row = resolve({"model": "my-model", "algorithm": name}), ALGORITHMS[name]
+    assert (config.algorithm, config.credit.name) == (name, row.credit)
+    assert config.credit.options == dict(row.credit_options)
+    assert {key: getattr(config.objective, key) for key in row.objective} == dict(row.objective)
+
+
+def test_recipe_of_the_embedded_model_over_algorithm():
+    config = resolve({"algorithm": "spro"})
+    for section, values in EMBEDDED_RECIPE.items():
+        assert {key: getattr(getattr(config, section), key) for key in values} == values
+    assert config.optim.learning_rate != Config().optim.learning_rate
+    assert config.credit.options == EMBEDDED_CREDIT["spro"]
+    assert config.objective.aggregate == "seq_mean_token_mean"
+
+
+def test_yaml_over_recipe_and_flags_over_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("algorithm: spro\ntrain: {iterations: 7, seed: 3}\ncredit: {beta: 0.5}\n")
+    given, _ = parse([str(tmp_path / "run.yaml"), "--train.seed", "4", "--group-size", "2"], OWN, "train")
+    config = resolve(given)
+    assert (config.train.iterations, config.train.seed, config.growth.group_size) == (7, 4, 2)
+    assert config.credit.model_dump() == {"name": "spro", "beta": 0.5}
+    assert config.optim.learning_rate == EMBEDDED_RECIPE["optim"]["learning_rate"]  # left alone
+
+
+def test_flags_win_whatever_their_order(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {seed: 3}\n")
+    for words in (["--seed", "4", str(tmp_path / "run.yaml")], [str(tmp_path / "run.yaml"), "--seed", "4"]):
+        assert parse(words, OWN, "train")[0] == {"train": {"seed": 4}}
+
+
+@pytest.mark.parametrize("model", ["embedded", "my-model"])
+@pytest.mark.parametrize("credit", [name for name in ALGORITHMS if name != "spro"])
+def test_options_of_spro_do_not_leak(credit, model):
+    """Another credit function under --algorithm spro starts from its own defaults."""
+    config = resolve({"algorithm": "spro", "model": model, "credit": {"name": credit}})
+    assert config.credit.model_dump() == {"name": credit}
+
+
+@pytest.mark.parametrize("given", [{"name": "spro"}, {"cumsum": False}, {}])
+def test_options_of_spro_stay_with_spro(given):
+    config = resolve({"algorithm": "spro", "model": "my-model", "credit": given})
+    assert config.credit.options == {"beta": 0.05} | {k: v for k, v in given.items() if k != "name"}
+
+
+def test_merge_leaves_its_arguments_alone():
+    base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merge(base, over) == {"a": {"b": 1, "c": 2}}
+    assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+# ---------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3), ("-3", -3), ("1e-6", 1e-6), ("0.5", 0.5), ("-.5", -0.5), ("true", True), ("False", False),
+        ("null", None), ("[1, 2]", [1, 2]), ("{a: b}", {"a": "b"}), ("a: [", "a: ["), ("grpo", "grpo"), ("", None),
+        ("2024-01-01", "2024-01-01"), ("my.module.f", "my.module.f"),
+    ],
+)  # fmt: skip
+def test_parse_value(text, value):
+    """Number, boolean, null, list, section, or text."""
+    parsed = parse_value(text)
+    assert (type(parsed), parsed) == (type(value), value)
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-06", "0.000001"])
+def test_yaml_exponent_is_a_number(tmp_path, text):
+    """YAML 1.1 takes `1e-6` for text; here it is a number, also among a credit function's own options."""
+    (tmp_path / "run.yaml").write_text(f"optim: {{learning_rate: {text}}}\ncredit: {{name: spro, beta: {text}}}\n")
+    config = resolve(read_yaml(str(tmp_path / "run.yaml")))
+    assert config.optim.learning_rate == 1e-6
+    assert config.credit.options == {"beta": 1e-6}
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n"])
+def test_empty_yaml(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    assert read_yaml(str(tmp_path / "run.yaml")) == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        *({"algorithm": name} for name in ALGORITHMS),
+        {"model": "my-model", "reward": {"functions": "math, exact", "weights": [1, 0.5]}},
+        {"optim": {"learning_rate": 1e-7, "betas": [0.9, 0.95]}, "sampler": {"stop_token_ids": "2,3"}},
+        {"task": {"system_prompt": "Zwölf: # no comment\nline", "template_options": {"enable_thinking": False}}},
+        {"task": {"system_prompt": "1e5"}, "run_dir": "1e-6", "model": "7e3"},
+        {"credit": {"name": "my.module.credit", "rate": 1e-9, "mode": "on"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dump_and_read_back(tmp_path, given):
+    """config.yaml of a run resolves to the config of the run."""
+    config = resolve(given)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert resolve(read_yaml(str(tmp_path / "config.yaml"))) == config
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"algorithm": "grop"}, ["algorithm", "'grop'", "did you mean 'grpo'", "spro"]),
+        ({"trian": {"seed": 1}}, ["trian", "unknown option", "did you mean 'train'"]),
+        ({"train": {"iteration": 1}}, ["train.iteration", "unknown option", "did you mean 'iterations'"]),
+        ({"objective": {"kl": {"coeff": 1}}}, ["objective.kl.coeff", "unknown option", "did you mean 'coef'"]),
+        ({"objective": {"surrogate": "clp"}}, ["objective.surrogate", "'clp'", "did you mean 'clip'", "reinforce"]),
+        ({"objective": {"kl": {"estimator": "k4"}}}, ["objective.kl.estimator", "'k4'", "k1, k2, k3"]),
+        ({"train": {"iterations": "many"}}, ["train.iterations", "integer", "'many'"]),
+        ({"train": {"iterations": 0}}, ["train.iterations", "1", "0"]),
+        ({"growth": {"group_size": -4}}, ["growth.group_size", "-4"]),
+        ({"growth": {"group_size": 2.5}}, ["growth.group_size", "2.5"]),
+        ({"optim": {"learning_rate": 0}}, ["optim.learning_rate", "greater than 0"]),
+        ({"optim": {"learning_rate": "nan"}}, ["optim.learning_rate", "nan"]),
+        ({"objective": {"entropy_coef": float("nan")}}, ["objective.entropy_coef", "nan"]),
+        ({"objective": {"kl": {"coef": float("inf")}}}, ["objective.kl.coef", "inf"]),
+        ({"sampler": {"top_p": 1.5}}, ["sampler.top_p", "1.5"]),
+        ({"train": 5}, ["train", "section", "5"]),
+        ({"train": None}, ["train", "section"]),
+        ({"credit": "spro"}, ["credit", "section", "'spro'"]),
+        ({"task": {"columns": "question"}}, ["task.columns", "section"]),
+    ],
+)
+def test_bad_option(given, words):
+    """The message names the option with its section, what was given, and what would do."""
+    with pytest.raises(UserError) as caught:
+        resolve(given)
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"train: {seed: 1\n", ["run.yaml", "line 2", "not YAML"]),
+        (b"- train\n", ["run.yaml", "list"]),
+        (b"seed\n", ["run.yaml", "str"]),
+        (b"run_dir: \xff\n", ["run.yaml"]),
+    ],
+)
+def test_bad_yaml(tmp_path, content, words):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(str(tmp_path / "run.yaml"))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+# ---------------------------------------------------------------------- words to overrides
+
+
+@pytest.mark.parametrize(("short", "path"), SHORT.items())
+def test_short_flags_name_an_option(short, path):
+    """Each short flag means the option of its path, in both spellings."""
+    nested = parse([f"--{short}", "1"], OWN, "train")[0]
+    assert nested == parse([f"--{path.replace('_', '-')}", "1"], OWN, "train")[0]
+    value = resolve({"algorithm": "grpo"}).model_dump()
+    for part in path.split("."):
+        value, nested = value[part], nested[part]
+    assert nested in (1, "1")
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        (["--optim.learning-rate=1e-6"], {"optim": {"learning_rate": 1e-6}}),
+        (["--optim.learning_rate", "1e-6"], {"optim": {"learning_rate": 1e-6}}),
+        (["--objective.kl.coef", "-0.5"], {"objective": {"kl": {"coef": -0.5}}}),
+        (["--group_size=-2"], {"growth": {"group_size": -2}}),
+        (["--task.system-prompt=a=b --c"], {"task": {"system_prompt": "a=b --c"}}),
+        (["--train.seed", "1", "--seed", "2"], {"train": {"seed": 2}}),
+        (["--model", "007", "--run-dir", "1e5"], {"model": "007", "run_dir": "1e5"}),
+        (["--optim.betas", "[0.9, 0.95]"], {"optim": {"betas": [0.9, 0.95]}}),
+    ],
+)
+def test_parse(words, given):
+    assert parse(words, OWN, "train") == (given, {"resume": "never"})
+
+
+def test_own_options_stay_apart():
+    assert parse(["--resume", "auto"], OWN, "train") == ({}, {"resume": "auto"})
+
+
+@pytest.mark.parametrize("words", [["{}"], ["--config", "{}"], ["--config={}"]])
+def test_config_file(tmp_path, words):
+    """A YAML file is taken by position or after --config, never ignored."""
+    (tmp_path / "run.yaml").write_text("train: {seed: 3}\n")
+    words = [word.format(tmp_path / "run.yaml") for word in words]
+    assert parse(words, OWN, "train")[0] == {"train": {"seed": 3}}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--iteration", "3"], "--iteration: unknown option; did you mean --iterations?"),
+        (["--optm.learning-rate", "3"], "did you mean --optim.learning_rate?"),
+        (["--zzz", "3"], "--zzz: unknown option; see 'stepcredit train --help'"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "--resume", "auto"], "--seed needs a value"),
+        (["a.yaml", "b.yaml"], "unexpected 'b.yaml'"),
+        (["gone.yaml"], "gone.yaml: no such config file"),
+    ],
+)
+def test_bad_words(words, message):
+    with pytest.raises(UserError) as caught:
+        parse(words, OWN, "train")
+    assert message in str(caught.value)
+
+
+def test_no_file_where_a_command_takes_none():
+    with pytest.raises(UserError, match=r"credit: unexpected 'run\.yaml'"):
+        parse(["run.yaml"], {"in": None}, "credit")
+
+
+def test_dump_is_plain_yaml_with_every_section():
+    assert yaml.safe_load(dump_yaml(resolve({}))).keys() == Config.model_fields.keys()

@@ -1,0 +1,57 @@
+"""Real input, end to end: chat template, byte-level BPE, math-verify, on a random model that the example makes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepcredit.cli.main import main
+from stepcredit.verifiers.math import verify
+
+ROOT = Path(__file__).parents[1]
+MATH500 = ROOT.parent / "shared" / "data" / "math500.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """A data set with columns `problem`, `answer` as real ones have; the real one when it is beside the project."""
+    if MATH500.is_file():
+        return MATH500
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    lines = [json.dumps({"problem": f"What is ${a} + {a}$?", "answer": str(2 * a)}) for a in range(40)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(rows, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    command = [sys.executable, str(ROOT / "examples" / "make_tiny_model.py"), str(out), "--data", str(rows)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_training_on_real_problems(model, rows, tmp_path) -> None:
+    """Two iterations run through; noise earns nothing, which is said by exit code 1, not hidden."""
+    words = ["train", "--model", str(model), "--data", str(rows), "--run-dir", str(tmp_path / "run")]
+    words += ["--iterations", "2", "--train.problems-per-iteration", "2", "--group-size", "2", "--num-problems", "2"]
+    assert main([*words, "--max-new-tokens", "8"]) == 1
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in metrics] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}", 1.0),
+        ("So $x = \\boxed{0.5}$.", "\\frac{1}{2}", 1.0),
+        ("The answer is \\boxed{3}.", "\\frac{1}{2}", 0.0),
+        ("I do not know.", "7", 0.0),
+        ("Thus \\boxed{7}", "The sum is \\boxed{7}", 1.0),
+    ],
+)
+def test_math_reward(completion: str, answer: str, score: float) -> None:
+    """A right final expression scores 1, a wrong or missing one 0."""
+    assert verify([""], [completion], [answer]) == [score]
