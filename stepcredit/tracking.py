@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ class Tracker:
         run_dir: an existing folder.
         config: of the run.
         done: iterations that are behind it already, when it continues.
+        decode: token ids of segments to their texts, for the saved rollouts.
     """
 
-    def __init__(self, run_dir: Path, console: Console, config: Config, done: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console,
+        config: Config,
+        done: int,
+        decode: Callable[[list[list[int]]], list[str]],
+    ) -> None:
+        self.decode = decode
         self.run_dir, self.console, self.last = run_dir, console, config.train.iterations
         self.rollouts = config.rollouts
         self.health = Health(console)
@@ -108,7 +118,9 @@ class Tracker:
         folder = self.run_dir / "rollouts"
         folder.mkdir(exist_ok=True)
         few = forest.select_trees(torch.arange(min(self.rollouts.max_trees, forest.num_trees)))
-        write_trees(folder / f"{iteration:06d}.jsonl.zst", few, iteration)
+        ids = few.token["token_ids"].split(few.segment["length"].tolist())
+        texts = self.decode([piece.tolist() for piece in ids])
+        write_trees(folder / f"{iteration:06d}.jsonl.zst", few, iteration, texts)
 
     def summary(self, seconds: float) -> bool:
         """Print before -> after and where everything is. False when nothing was learnt."""

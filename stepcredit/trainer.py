@@ -57,7 +57,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end. False when nothing was learnt."""
         config, started = self.config, time.monotonic()
-        with Tracker(self.run_dir, self.console, config, self.done) as tracker:
+        with Tracker(self.run_dir, self.console, config, self.done, self.policy.tokenizer.batch_decode) as tracker:
             if self.done == 0:
                 tracker.report(0, self.evaluate())
             for iteration in range(self.done + 1, config.train.iterations + 1):
