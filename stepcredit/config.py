@@ -23,7 +23,7 @@ Ids = Annotated[list[int] | None, BeforeValidator(_split)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class TaskConfig(Section):
@@ -55,7 +55,7 @@ class GrowthConfig(Section):
 
 class RewardConfig(Section):
     functions: Names = []  # empty: the task's own
-    weights: list[float] = []  # empty: all 1
+    weights: Annotated[list[float], BeforeValidator(_split)] = []  # empty: all 1
 
 
 class CreditConfig(BaseModel):
@@ -190,13 +190,16 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)})") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(loaded).__name__}")
-    return _numbers(loaded or {})
+    loaded = loaded or {}
+    return loaded | {"credit": _numbers(loaded["credit"])} if "credit" in loaded else loaded
 
 
 def dump_yaml(config: Config) -> str:
@@ -204,7 +207,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as text; take it for the number that it is."""
+    """YAML 1.1 reads `1e-6` as text; where no schema says that it is a number, take it for one."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, str):
@@ -219,8 +222,6 @@ def parse_value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    if text.lower() in ("nan", "inf"):
-        return text
     try:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError:

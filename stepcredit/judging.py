@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,10 @@ def _checked(name: str, values: list[Any], ids: Sequence[str]) -> list[float | N
             raise UserError(
                 f"reward function '{name}' returned {value!r:.40} for problem '{problem}': expected a number or None"
             )
-        if value is not None and value != value:
-            raise UserError(f"reward function '{name}' returned NaN for problem '{problem}'; return None for unjudged")
+        if value is not None and not math.isfinite(value):
+            shown = "NaN" if math.isnan(value) else value
+            raise UserError(
+                f"reward function '{name}' returned {shown} for problem '{problem}'; return a finite number, or "
+                "None for unjudged"
+            )
     return [None if value is None else float(value) for value in values]

@@ -136,13 +136,15 @@ class Objective:
         if self.kl_in_loss:
             kl = KL_ESTIMATORS[self.kl_estimator](scores.logprobs, column["ref_logprobs"])
             per_token = per_token + self.kl_coef * kl
+            to_reference = torch.where(counted, scores.logprobs.detach() - column["ref_logprobs"], 0.0)
+            metrics["policy/kl_ref"] = float(to_reference.sum())
         if self.entropy_coef:
             per_token = per_token - self.entropy_coef * scores.entropy
         loss = torch.where(counted, weights * per_token, 0.0).sum()
         return loss, metrics
 
 
-TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old")
+TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old", "policy/kl_ref")
 _COLUMNS = ("advantages", "weights", "old_logprobs", "ref_logprobs")
 
 

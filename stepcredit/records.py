@@ -1,13 +1,11 @@
 """The record format (version 1): one tree a line, JSON, plain or `.zst`. DESIGN of the fields in docs/records.md."""
 
-import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy
 import zstandard
 
 from stepcredit.errors import UserError, did_you_mean
@@ -15,6 +13,7 @@ from stepcredit.forest import Forest
 from stepcredit.types import Problem, Segment, Tree
 
 VERSION = 1
+MAX_FLOAT = float(numpy.finfo(numpy.float32).max)
 TOKEN_COLUMNS = (
     "rollout_logprobs",
     "old_logprobs",
@@ -36,17 +35,15 @@ def read_trees(path: str) -> Iterator[Tree]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    with _open(Path(path), "r") as lines:
-        for number, line in enumerate(_decoded(lines, path), 1):
-            if line.strip():
-                yield _tree(line, f"{path}, line {number}")
+    for number, line in enumerate(_read_text(Path(path)).split("\n"), 1):
+        if line.strip():
+            yield _tree(line, f"{path}, line {number}")
 
 
 def write_trees(path: Path, forest: Forest, iteration: int | None = None, texts: list[str] | None = None) -> None:
     """Write the trees of a forest with all their columns, advantages included."""
-    with _open(path, "w") as out:
-        for record in to_records(forest, iteration, texts):
-            out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    records = to_records(forest, iteration, texts)
+    _write_text(path, (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records))
 
 
 def to_records(
@@ -92,8 +89,8 @@ def _segment_record(segment: Segment, text: str | None) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """Seven significant digits: all that fp32 has."""
-    return float(f"{value:.7g}")
+    """The shortest decimal number that is this fp32 number."""
+    return float(str(numpy.float32(value)))
 
 
 def _tree(line: str, where: str) -> Tree:
@@ -105,11 +102,10 @@ def _tree(line: str, where: str) -> Tree:
         raise UserError(f"{where}: a record is an object with a list 'segments'")
     if record.get("version", VERSION) != VERSION:
         raise UserError(f"{where}: version {record['version']!r} is not known; this program reads version {VERSION}")
-    parents = {segment.get("parent", -1) for segment in record["segments"] if isinstance(segment, dict)}
-    segments = [
-        _segment(segment, f"{where}, segment {index}", index in parents)
-        for index, segment in enumerate(record["segments"])
-    ]
+    segments = [_segment(segment, f"{where}, segment {index}") for index, segment in enumerate(record["segments"])]
+    parents = {segment.parent for segment in segments}
+    for index, segment in enumerate(segments):
+        segment.finish = record["segments"][index].get("finish") or ("cut" if index in parents else "stop")
     prompt_ids = record.get("prompt_ids", [])
     _check_ids(prompt_ids, f"{where}: prompt_ids")
     problem = Problem(record.get("prompt", ""), record.get("answer"), str(record.get("id", "")))
@@ -124,7 +120,7 @@ def _tree(line: str, where: str) -> Tree:
     return tree
 
 
-def _segment(record: Any, where: str, has_children: bool) -> Segment:
+def _segment(record: Any, where: str) -> Segment:
     if not isinstance(record, dict) or "token_ids" not in record:
         raise UserError(f"{where}: a segment is an object with 'token_ids'")
     _check_ids(record["token_ids"], f"{where}: token_ids")
@@ -133,10 +129,11 @@ def _segment(record: Any, where: str, has_children: bool) -> Segment:
         raise UserError(f"{where}: parent {parent!r} is not an index (-1 means the prompt)")
     if not isinstance(sampled, bool):
         raise UserError(f"{where}: sampled must be true or false, found {sampled!r}")
-    if reward is not None and (
-        isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward)
-    ):
+    if reward is not None and not _is_finite(reward):
         raise UserError(f"{where}: reward must be a finite number, or null for unjudged; found {reward!r}")
+    rewards = record.get("rewards") or {}
+    if not isinstance(rewards, dict):
+        raise UserError(f"{where}: rewards must be an object of names and numbers, found {rewards!r:.40}")
     columns: dict[str, Sequence[float]] = {}
     for name in (*TOKEN_COLUMNS, "logprobs"):
         if record.get(name) is not None:
@@ -148,10 +145,9 @@ def _segment(record: Any, where: str, has_children: bool) -> Segment:
     return Segment(
         token_ids=record["token_ids"],
         parent=parent,
-        finish=record.get("finish") or ("cut" if has_children else "stop"),
         sampled=sampled,
         reward=None if reward is None else float(reward),
-        rewards=record.get("rewards") or {},
+        rewards=rewards,
         columns=columns,
         extra=extra,
     )
@@ -163,37 +159,38 @@ def _column(values: Any, where: str, length: int) -> list[float]:
     if len(values) != length:
         raise UserError(f"{where} has {len(values)} values for {length} tokens; give one number per token")
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_finite(value):
             raise UserError(f"{where}[{index}] is not a finite number: {value!r}")
     return [float(value) for value in values]
 
 
+def _is_finite(value: Any) -> bool:
+    """True for a number that fp32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
+
+
 def _check_ids(ids: Any, where: str) -> None:
-    if not isinstance(ids, list) or any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
-        raise UserError(f"{where} must be a list of whole numbers")
+    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+        raise UserError(f"{where} must be a list of token ids, whole numbers from 0 on")
 
 
-@contextmanager
-def _open(path: Path, mode: str) -> Iterator[IO[str]]:
-    """Text lines of a plain or `.zst` file."""
-    if path.suffix != ".zst":
-        with path.open(mode, encoding="utf-8") as file:
-            yield file
-    elif mode == "r":
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield io.TextIOWrapper(stream, encoding="utf-8")
-    else:
-        with path.open("wb") as packed, zstandard.ZstdCompressor().stream_writer(packed) as sink:
-            text = io.TextIOWrapper(sink, encoding="utf-8", write_through=True)
-            yield text
-            text.flush()
-
-
-def _decoded(lines: Iterable[str], path: str) -> Iterator[str]:
+def _read_text(path: Path) -> str:
+    """The text of a plain or `.zst` file."""
     try:
-        yield from lines
+        raw = path.read_bytes()
+        if path.suffix == ".zst":
+            stream = zstandard.ZstdDecompressor().decompressobj()
+            raw = stream.decompress(raw)
+            if not stream.eof:
+                raise UserError(f"{path}: the compressed file ends too early; it was cut short when written or copied")
+        return raw.decode("utf-8")
     except (UnicodeDecodeError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
+
+
+def _write_text(path: Path, lines: Iterable[str]) -> None:
+    text = "".join(line + "\n" for line in lines).encode("utf-8")
+    path.write_bytes(zstandard.ZstdCompressor().compress(text) if path.suffix == ".zst" else text)
 
 
 def check_columns(path: str, trees: list[Tree], names: Iterable[str]) -> None:

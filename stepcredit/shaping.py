@@ -13,7 +13,7 @@ Shaper = Callable[[Forest], Forest]
 def mask_truncated(forest: Forest) -> Forest:
     """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering)."""
     truncated = forest.segment["is_leaf"] & (forest.segment["finish"] == FINISH_CODE["length"])
-    return forest.with_segment(mask=forest.segment["mask"] & ~truncated[forest.leaf])
+    return forest.with_segment(mask=forest.segment["mask"] & ~truncated)
 
 
 def drop_uniform(forest: Forest) -> Forest:

@@ -59,6 +59,8 @@ class Tracker:
         for row in _rows_until(run_dir / "metrics.jsonl", done):
             self.tokens_sampled = row["tokens/total"]
             self._remember(row)
+            if row["iteration"]:
+                self.health.count(row)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -149,7 +151,8 @@ class Health:
         self.rewards: set[float] = set()
         self.judged = 0.0
 
-    def observe(self, iteration: int, metrics: dict[str, float]) -> None:
+    def count(self, metrics: dict[str, float]) -> None:
+        """Take an iteration into account, without a word."""
         self.iterations += 1
         self.judged += metrics["reward/judged"]
         if len(self.rewards) < 3:
@@ -157,6 +160,10 @@ class Health:
         idle = metrics.get("credit/outcome_std", metrics["credit/std"]) == 0.0
         self.idle += idle
         self.idle_in_a_row = self.idle_in_a_row + 1 if idle else 0
+
+    def observe(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Take an iteration into account and warn where a run goes wrong."""
+        self.count(metrics)
         if self.idle_in_a_row == WARN_AFTER:
             self._warn(
                 f"iteration {iteration}: no group had two different rewards for {WARN_AFTER} iterations (mean reward "
@@ -204,7 +211,15 @@ def _rows_until(path: Path, last: int) -> list[dict[str, Any]]:
     """The rows up to iteration `last`; later ones are cut from the file, because a resumed run writes them anew."""
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [row for row in rows if row["iteration"] <= last]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a run that was killed while it wrote this line
+        if row["iteration"] <= last:
+            kept.append(row)
+    beside = path.with_name(f".part-{path.name}")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    beside.replace(path)
     return kept

@@ -42,8 +42,9 @@ def write(path: Path, rows) -> str:
     return str(path)
 
 
-def place(kind: str) -> str:
-    return "line" if kind == "jsonl" else "row"
+def place(kind: str, number: int) -> str:
+    """How row `number` (from 1 on) of a file is named: by line where a file has lines, below the header of a CSV."""
+    return f"line {number + (kind == 'csv')}" if kind in ("jsonl", "csv") else f"row {number}"
 
 
 def refused(call, *words: str) -> str:
@@ -62,7 +63,7 @@ def test_every_kind_of_file_reads_alike(tmp_path, kind):
     """Question and answer are text, ids say where a row stands, and all columns come along."""
     problems = load_problems(write(tmp_path / f"d.{kind}", ROWS))
     assert [(p.question, p.answer, p.id) for p in problems] == [
-        (row["question"], row["answer"], f"{place(kind)} {number}") for number, row in enumerate(ROWS, 1)
+        (row["question"], row["answer"], place(kind, number)) for number, row in enumerate(ROWS, 1)
     ]
     assert [int(p.columns["level"]) for p in problems] == [row["level"] for row in ROWS]
 
@@ -96,7 +97,7 @@ def test_rows_without_answer_are_left_out_and_counted(tmp_path, caplog, kind, mi
     kept = [row for number, row in enumerate(ROWS) if number not in (missing, 4)]
     assert [(p.question, p.answer) for p in problems] == [(row["question"], row["answer"]) for row in kept]
     assert "2 rows without an answer were left out" in caplog.text
-    assert f"{place(kind)} {missing + 1}" in caplog.text
+    assert place(kind, missing + 1) in caplog.text
 
 
 @pytest.mark.parametrize("answers", [["007", "4"], ["1.50", "2"], ["12", "x^2"], ["4", ""], ["None", "1e3"]], ids=str)

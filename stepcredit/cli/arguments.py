@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -66,6 +67,9 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
             if not queue or queue[0].startswith("--"):
                 raise UserError(f"--{name} needs a value, for example '--{name} {_example(name)}'")
             value = queue.pop(0)
+        if name == "config" and name in own:
+            config_file = value
+            continue
         if name in own:
             options[name] = value
             continue
@@ -83,6 +87,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 def _check_known(path: str, name: str, own: Mapping[str, Any], command: str) -> None:
     if path.split(".")[0] in Config.model_fields:
+        options = dict(_sections()).get(path)
+        if options:
+            raise UserError(f"--{name} is a section of options; give one of them, for example --{path}.{options[0]}")
         return
     sections = [f"{section}.{option}" for section, options in _sections() for option in options]
     close = difflib.get_close_matches(name, [*SHORT, *own, *sections], n=1)
@@ -98,3 +105,15 @@ def _sections() -> Iterator[tuple[str, list[str]]]:
 
 def _example(name: str) -> str:
     return {"data": "problems.jsonl", "model": "embedded", "algorithm": "grpo", "resume": "auto"}.get(name, "1")
+
+
+def output_file(own: Mapping[str, str], name: str = "out") -> Path | None:
+    """The file to write, when the option was given; its folder must exist."""
+    if name not in own:
+        return None
+    path = Path(own[name])
+    if path.is_dir():
+        raise UserError(f"--{name}: '{path}' is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--{name}: folder '{path.parent}' does not exist")
+    return path

@@ -1,11 +1,10 @@
 """`stepcredit credit`: advantages of saved rollouts, without a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from stepcredit.algorithms import ALGORITHMS
 from stepcredit.cli import help as help_text
-from stepcredit.cli.arguments import parse
+from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
 
@@ -18,6 +17,7 @@ records with "advantages", "weights" and, where there is one, "process" in each 
   --credit.name NAME           a name below, or the dotted path of your own function
   --credit.OPTION value        the function's own options (beta, leave_one_out, gamma, ...)
   --objective.aggregate NAME   how "weights" are made; the algorithm's own when not given
+  --sampler.max-new-tokens N   the constant that dr_grpo's weights divide by
 
 {algorithms}
 
@@ -31,9 +31,11 @@ def main(words: Sequence[str]) -> int:
         print(HELP.format(algorithms=help_text.algorithms()))
         return 0
     given, own = parse(words, {"in": None, "out": None}, "credit")
-    for name in ("in", "out"):
-        if name not in own:
-            raise UserError(f"--{name} FILE is missing; see 'stepcredit credit --help'")
+    if "in" not in own:
+        raise UserError("--in FILE is missing; see 'stepcredit credit --help'")
+    out = output_file(own)
+    if out is None:
+        raise UserError("--out FILE is missing; see 'stepcredit credit --help'")
     name = given.get("credit", {}).get("name")
     if name in ALGORITHMS and "algorithm" not in given:
         given["algorithm"] = name
@@ -52,9 +54,6 @@ def main(words: Sequence[str]) -> int:
     check_columns(own["in"], trees, needs_of(function).columns)
     forest = assign(Forest.from_trees(trees))
     forest = forest.with_token(weights=build_objective(config).weights(forest))
-    out = Path(own["out"])
-    if not out.parent.is_dir():
-        raise UserError(f"--out: folder '{out.parent}' does not exist")
     beside = out.with_name(f".part-{out.name}")
     write_trees(beside, forest)
     beside.replace(out)

@@ -3,13 +3,12 @@
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
-from stepcredit.cli.arguments import parse
+from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import Config, resolve
 from stepcredit.errors import UserError
 
@@ -57,7 +56,7 @@ def evaluate_model(words: Sequence[str]) -> int:
         print(EVAL_HELP)
         return 0
     given, own = parse(words, {"out": None}, "eval")
-    config = _looking(given)
+    config, out = _looking(given), output_file(own)
     from stepcredit.evaluate import evaluate
 
     console, (_, rollouts) = Console(), _load(config)
@@ -74,8 +73,8 @@ def evaluate_model(words: Sequence[str]) -> int:
     for name, value in result.metrics.items():
         shown = f"{value:.1f}" if name == "eval/length" else f"{value:.1%}"
         console.print(f"  {name:24}{shown}", highlight=False, soft_wrap=True)
-    if "out" in own:
-        Path(own["out"]).write_text(json.dumps(result.metrics) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps(result.metrics) + "\n", encoding="utf-8")
     return 0
 
 
@@ -85,7 +84,7 @@ def sample(words: Sequence[str]) -> int:
         return 0
     given, own = parse(words, {"prompt": None, "out": None}, "sample")
     given = {"eval": {"num_problems": 3}, "growth": {"group_size": 4}} | given
-    config = _looking(given)
+    config, out = _looking(given), output_file(own)
     from stepcredit.growth import flat, sampling_seed
     from stepcredit.records import write_trees
     from stepcredit.types import Problem
@@ -113,10 +112,7 @@ def sample(words: Sequence[str]) -> int:
             mark = "     " if segment.reward is None else f"{segment.reward:4.2f} "
             end = " [truncated]" if segment.finish == "length" else ""
             console.print(f"{mark}{text}{end}", markup=False, highlight=False, soft_wrap=True)
-    if "out" in own:
-        out = Path(own["out"])
-        if not out.parent.is_dir():
-            raise UserError(f"--out: folder '{out.parent}' does not exist")
+    if out is not None:
         write_trees(out, forest, texts=texts)
     return 0
 
@@ -127,7 +123,10 @@ def _looking(given: dict) -> Config:
         task = given["task"]
         task.setdefault("eval_data", task["data"])
         task.setdefault("eval_split", task.get("split", "train"))
-    return resolve(given)
+    config = resolve(given)
+    if config.eval.num_problems == 0:
+        raise UserError("eval.num_problems: at least one problem is needed, give --num-problems 1 or more")
+    return config
 
 
 def _load(config: Config) -> "tuple[Policy, Rollouts]":

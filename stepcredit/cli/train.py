@@ -25,6 +25,7 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --resume WHEN         never | auto (continue if the run folder has a checkpoint) | PATH of a run or checkpoint
   --device NAME         auto | cpu | cuda | mps
   --eval-every N        --save-every N       iterations; 0: only at the end
+  --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or dotted paths; comma between
 
 Algorithms
 {algorithms}

@@ -5,9 +5,10 @@ A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradi
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -53,21 +54,26 @@ def needs_of(function: CreditFunction) -> Needs:
 
 
 def check_options(name: str, function: CreditFunction, options: Mapping[str, Any]) -> None:
-    """Raise `UserError` when `options` has a name or a type that the credit function does not take."""
+    """Raise `UserError` when `options` has a name or a value that the credit function does not take."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    defaults = {parameter.name: parameter.default for parameter in parameters}
+    known = {parameter.name: parameter for parameter in parameters}
     for option, value in options.items():
-        if option not in defaults:
-            hint = did_you_mean(option, defaults) if defaults else "it has no options"
+        if option not in known:
+            hint = did_you_mean(option, known) if known else "it has no options"
             raise UserError(f"credit '{name}' has no option '{option}': {hint}")
-        default = defaults[option]
+        choices = get_args(known[option].annotation)
+        if get_origin(known[option].annotation) is Literal and value not in choices:
+            raise UserError(f"credit.{option}: {value!r} is not one of {', '.join(map(str, choices))}")
+        default = known[option].default
         number = isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
         if default is not inspect.Parameter.empty and not number and type(value) is not type(default):
             raise UserError(
                 f"credit.{option}: {value!r} is not a {type(default).__name__} (credit '{name}', default {default!r})"
             )
+        if number and not math.isfinite(value):
+            raise UserError(f"credit.{option}: {value!r} is not a finite number")
 
 
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
@@ -85,6 +91,8 @@ def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping
             raise UserError(f"credit '{name}' needs the token column '{column}', which these rollouts do not have")
     with torch.no_grad():
         result = function(forest, **options)
+    if not isinstance(result, (Tensor, CreditParts)):
+        raise UserError(f"credit '{name}' returned a {type(result).__name__}; expected a tensor [num_tokens]")
     columns = {"advantages": result} if isinstance(result, Tensor) else _add(result)
     for column, values in columns.items():
         if values.shape != (forest.num_tokens,):

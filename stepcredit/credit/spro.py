@@ -15,7 +15,6 @@ from stepcredit.credit.base import (
     whiten,
 )
 from stepcredit.credit.group import z_scores
-from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.ops import cumsum_along_path, mean_by
 
@@ -63,9 +62,6 @@ def spro(
 
     Degenerate: a group of equal outcomes has outcome part 0; a singleton has both parts 0.
     """
-    for option, value, choices in (("uniform", uniform, ("keep", "drop")), ("normalize", normalize, ("none", "batch"))):
-        if value not in choices:
-            raise UserError(f"credit.{option}: '{value}' is not one of {', '.join(choices)}")
     rows = completions(forest)
     process = sign * masked_step_advantage(forest, cumulative_process_reward(forest, beta, cumsum))
     if uniform == "drop":

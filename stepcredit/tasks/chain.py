@@ -6,9 +6,9 @@ A problem (2 needed steps, 1 distractor) and a right solution, every line of whi
     Mia = Ivy - 1 = 14 - 1 = 13 . Fay = Mia + 5 = 13 + 5 = 18 . #### 18
 
 Difficulty has two axes: the number of needed steps (level) and of definitions that do not matter (distractors).
-Whoever wrote the demonstrations that the embedded model learnt from holds two misconceptions, each more often than
-not: takes `-` for `+`, and `*` for `+`. So the model's greedy answer is wrong wherever the chain needs a subtraction
-or a product, while its samples are sometimes right: room to learn for greedy and for sampled accuracy.
+Whoever wrote the demonstrations that the embedded model learnt from takes `*` for `+` more often than not, and `-` for
+`+` now and then (`tasks/demonstrations.py`). So the model's greedy answer is wrong wherever the chain needs a product,
+while its samples are sometimes right: room to learn for greedy and for sampled accuracy.
 """
 
 import random

@@ -1,5 +1,6 @@
 """Problems from a file (JSONL, JSON, CSV, parquet) or a hub data set."""
 
+import csv
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -57,10 +58,11 @@ def load_problems(source: str, split: str = "train", columns: Mapping[str, str] 
     """
     problems: list[Problem] = []
     without_answer: list[str] = []
-    chosen: dict[str, str] = {}
-    for where, row in _rows(source, split):
-        if not chosen:
-            chosen = _choose_columns(source, list(row), columns or {})
+    rows = list(_rows(source, split))
+    if not rows:
+        raise UserError(f"{source}: the data set is empty")
+    chosen = _choose_columns(source, list(dict.fromkeys(name for _, row in rows for name in row)), columns or {})
+    for where, row in rows:
         question, answer = _question(where, row, chosen["question"]), row.get(chosen["answer"])
         if answer is None or answer == "":
             without_answer.append(where)
@@ -69,8 +71,6 @@ def load_problems(source: str, split: str = "train", columns: Mapping[str, str] 
         problems.append(
             Problem(question, str(answer), where.rpartition(", ")[2] if id_ is None else str(id_), dict(row))
         )
-    if not chosen:
-        raise UserError(f"{source}: the data set is empty")
     if not problems:
         raise UserError(
             f"{source}: no row has an answer in column '{chosen['answer']}'; name another with --task.columns.answer"
@@ -92,8 +92,11 @@ def split_held_out(problems: list[Problem], share: float, seed: int) -> tuple[li
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        yield from _jsonl_rows(path)
+    if path.suffix in READERS and path.is_file():
+        try:
+            yield from READERS[path.suffix](path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
         return
     if path.is_dir():
         raise UserError(f"{source} is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub id")
@@ -129,6 +132,17 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
             yield where, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every value as the text that it is: an answer 007 or 1.50 must not become a number."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+
+
+READERS = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
 
 
 def _choose_columns(source: str, found: list[str], named: Mapping[str, str]) -> dict[str, str]:

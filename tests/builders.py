@@ -1,0 +1,104 @@
+"""Small forests for tests, by hand and random (all numbers exact in fp32), and short ways to run credit on them."""
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepcredit.credit import CREDIT, assign
+from stepcredit.forest import Forest
+from stepcredit.types import Problem, Segment, Tree
+
+LOGPROBS = ("old_logprobs", "ref_logprobs")
+VARIANTS = [
+    *((name, {}) for name in CREDIT),
+    ("opo", {"leave_one_out": True}),
+    ("reward_to_go", {"baseline": "mean"}),
+    ("reward_to_go", {"baseline": "none"}),
+    *(("spro", option) for option in ({"beta": 2.0}, {"uniform": "drop"}, {"normalize": "batch"}, {"sign": -1.0})),
+    ("spro", {"cumsum": False, "uniform": "drop", "normalize": "batch"}),
+]
+variants = pytest.mark.parametrize("name, options", VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
+Rewards = Sequence[Sequence[float | None]]
+
+
+def flat_forest(lengths: Sequence[Sequence[int]], rewards: Rewards, **columns: Sequence) -> Forest:
+    """Groups of completions of one segment each; `columns[name][group][completion]` is a list over tokens."""
+    trees = []
+    for group, sizes in enumerate(lengths):
+        segments = [
+            Segment(
+                list(range(10 * index, 10 * index + size)),
+                reward=rewards[group][index],
+                columns={name: values[group][index] for name, values in columns.items()},
+            )
+            for index, size in enumerate(sizes)
+        ]
+        trees.append(Tree(Problem(id=f"g{group}"), [1, 2], segments))
+    return Forest.from_trees(trees)
+
+
+def random_trees(
+    seed: int,
+    kind: str = "flat",
+    num_trees: int = 4,
+    unsampled: float = 0.0,
+    unjudged: float = 0.25,
+    columns: Sequence[str] = LOGPROBS,
+) -> list[Tree]:
+    """Ragged trees: "flat" = one segment a completion, "chain" = completions of several segments, "deep" = branching.
+
+    The segments of a chain do not stand together. Leaves have a reward or none; parts of the segments are unsampled.
+    """
+    random = Random(seed)
+    return [_random_tree(random, f"{kind}-{n}", kind, unsampled, unjudged, columns) for n in range(num_trees)]
+
+
+def random_forest(seed: int, kind: str = "flat", **options) -> Forest:
+    return Forest.from_trees(random_trees(seed, kind, **options))
+
+
+def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
+    """The column that a credit function of the table assigns."""
+    return assign(forest, name, CREDIT[name], options).token[column]
+
+
+def is_near(found: Tensor, expected: Sequence, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), atol=atol, rtol=0)
+
+
+def _random_tree(
+    random: Random, name: str, kind: str, unsampled: float, unjudged: float, columns: Sequence[str]
+) -> Tree:
+    segments: list[Segment] = []
+    tips: list[int] = []
+    for index in range(random.randint(1, 4) if kind == "flat" else random.randint(3, 9)):
+        parent = -1
+        if kind == "deep":
+            parent = random.randint(-1, index - 1)
+        elif kind == "chain":
+            parent = random.choice([-1, *tips])
+            tips = [tip for tip in tips if tip != parent] + [index]
+        size = random.randint(1, 6)
+        segments.append(
+            Segment(
+                [random.randint(0, 50) for _ in range(size)],
+                parent,
+                sampled=random.random() >= unsampled,
+                columns={column: [random.randint(-64, 64) / 64 for _ in range(size)] for column in columns},
+                extra={"note": index} if random.random() < 0.5 else {},
+            )
+        )
+    parents = {segment.parent for segment in segments}
+    for index, segment in enumerate(segments):
+        if index in parents:
+            segment.finish = "cut"
+            continue
+        segment.finish = random.choice(["stop", "length"])
+        if random.random() >= unjudged:
+            segment.reward = random.choice([0.0, 1.0, 1.0, 0.5])
+            segment.rewards = {"exact": segment.reward}
+    prompt = [random.randint(0, 50) for _ in range(random.randint(1, 4))]
+    return Tree(Problem(id=name, question="?", answer="1"), prompt, segments, extra={"seed": name})

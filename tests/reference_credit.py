@@ -1,0 +1,201 @@
+"""The credit functions once more, slowly: plain Python over completions, written from the papers' formulas.
+
+`advantages(name, trees, **options)` gives one number per token, in the order of the trees, segments and tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+from statistics import mean, stdev
+
+from stepcredit.types import Tree
+
+EPS = 1e-6
+
+
+@dataclass
+class Completion:
+    """A judged root-to-leaf path, over its sampled tokens: `rows` are (segment, offset)."""
+
+    reward: float
+    rows: list[tuple[int, int]]
+    columns: dict[str, list[float]]
+
+    @property
+    def token_rewards(self) -> list[float]:
+        return self.columns.get("token_rewards") or [0.0] * len(self.rows)
+
+    @property
+    def total(self) -> float:
+        return self.reward + fsum(self.token_rewards)
+
+    def to_go(self, gamma: float) -> list[float]:
+        rewards = list(self.token_rewards)
+        rewards[-1] += self.reward
+        return [fsum(gamma ** (s - t) * rewards[s] for s in range(t, len(rewards))) for t in range(len(rewards))]
+
+    def same(self, value: float) -> list[float]:
+        return [value] * len(self.rows)
+
+
+Group = list[Completion]
+Rows = list[list[float]]
+
+
+def paths(tree: Tree) -> list[list[int]]:
+    """The segments of each root-to-leaf path, leaves in their order."""
+    parents = {segment.parent for segment in tree.segments}
+    found = []
+    for index in range(len(tree.segments)):
+        if index in parents:
+            continue
+        path = [index]
+        while tree.segments[path[0]].parent >= 0:
+            path.insert(0, tree.segments[path[0]].parent)
+        found.append(path)
+    return found
+
+
+def judged_completions(tree: Tree) -> Group:
+    group = []
+    for path in paths(tree):
+        reward = tree.segments[path[-1]].reward
+        sampled = [index for index in path if tree.segments[index].sampled]
+        if reward is None or not sampled:
+            continue
+        rows = [(index, offset) for index in sampled for offset in range(len(tree.segments[index].token_ids))]
+        names = {name for index in sampled for name in tree.segments[index].columns}
+        columns = {
+            name: [tree.segments[i].columns[name][k] if name in tree.segments[i].columns else 0.0 for i, k in rows]
+            for name in names
+        }
+        group.append(Completion(reward, rows, columns))
+    return group
+
+
+def z_score(totals: list[float], index: int) -> float:
+    if len(totals) < 2 or len(set(totals)) == 1:
+        return 0.0
+    return (totals[index] - mean(totals)) / (stdev(totals) + EPS)
+
+
+def grpo(group: Group) -> Rows:
+    totals = [one.total for one in group]
+    return [one.same(z_score(totals, i)) for i, one in enumerate(group)]
+
+
+def dr_grpo(group: Group) -> Rows:
+    centre = mean(one.total for one in group)
+    return [one.same(one.total - centre) for one in group]
+
+
+def rloo(group: Group) -> Rows:
+    return reward_to_go_baseline(group, lambda one: one.same(one.total))
+
+
+def reward_to_go_baseline(group: Group, returns) -> Rows:
+    result = []
+    for one in group:
+        others = [other.total for other in group if other is not one]
+        result.append([x - mean(others) for x in returns(one)] if others else one.same(0.0))
+    return result
+
+
+def opo(group: Group, leave_one_out: bool = False) -> Rows:
+    result = []
+    for one in group:
+        used = [other for other in group if not (leave_one_out and other is one)]
+        if len(group) == 1:
+            result.append(one.same(0.0))
+            continue
+        baseline = fsum(len(o.rows) * o.total for o in used) / sum(len(o.rows) for o in used)
+        result.append(one.same(one.total - baseline))
+    return result
+
+
+def reward_to_go(group: Group, gamma: float = 1.0, baseline: str = "leave_one_out") -> Rows:
+    if baseline == "none":
+        return [one.to_go(gamma) for one in group]
+    if baseline == "leave_one_out":
+        return reward_to_go_baseline(group, lambda one: one.to_go(gamma))
+    if len(group) == 1:
+        return [group[0].same(0.0)]
+    centre = mean(one.total for one in group)
+    return [[x - centre for x in one.to_go(gamma)] for one in group]
+
+
+def msa(group: Group, beta: float = 0.05, cumsum: bool = True) -> Rows:
+    """Eq. 12 of SPRO: cumulative log-ratio less the mean over the completions that reach the same index."""
+    cpr = []
+    for one in group:
+        ratio = [a - b for a, b in zip(one.columns["old_logprobs"], one.columns["ref_logprobs"], strict=True)]
+        cpr.append([beta * (fsum(ratio[: t + 1]) if cumsum else ratio[t]) for t in range(len(ratio))])
+    return [[x - mean(row[t] for row in cpr if len(row) > t) for t, x in enumerate(own)] for own in cpr]
+
+
+def spro_process(
+    groups: list[Group],
+    beta: float = 0.05,
+    uniform: str = "keep",
+    normalize: str = "none",
+    sign: float = 1.0,
+    cumsum: bool = True,
+) -> list[Rows]:
+    parts = []
+    for group in groups:
+        dropped = uniform == "drop" and len({one.total for one in group}) < 2
+        factor = 0.0 if dropped else sign
+        parts.append([[factor * x for x in row] for row in msa(group, beta, cumsum)])
+    return whitened(parts) if normalize == "batch" else parts
+
+
+def whitened(groups: list[Rows]) -> list[Rows]:
+    every = [x for group in groups for row in group for x in row]
+    if len(every) < 2 or len(set(every)) == 1:
+        return [[[0.0] * len(row) for row in group] for group in groups]
+    centre, spread = mean(every), stdev(every)
+    return [[[(x - centre) / (spread + EPS) for x in row] for row in group] for group in groups]
+
+
+def spro(groups: list[Group], **options) -> list[Rows]:
+    outcome, process = [grpo(group) for group in groups], spro_process(groups, **options)
+    return [
+        [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(left, right, strict=True)]
+        for left, right in zip(outcome, process, strict=True)
+    ]
+
+
+def reinforce_pp(groups: list[Group], gamma: float = 1.0) -> list[Rows]:
+    return whitened([[one.to_go(gamma) for one in group] for group in groups])
+
+
+def reinforce_pp_baseline(groups: list[Group]) -> list[Rows]:
+    return whitened([dr_grpo(group) if group else [] for group in groups])
+
+
+BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go}
+BY_BATCH = {
+    "spro": spro,
+    "spro_process": spro_process,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+}
+
+
+def advantages(name: str, trees: Sequence[Tree], **options) -> list[float]:
+    """One number per token of the trees; 0 for unsampled tokens and unjudged completions."""
+    groups = [judged_completions(tree) for tree in trees]
+    if name in BY_BATCH:
+        values = BY_BATCH[name](groups, **options)
+    else:
+        values = [BY_GROUP[name](group, **options) if group else [] for group in groups]
+    result: list[float] = []
+    for tree, group, rows in zip(trees, groups, values, strict=True):
+        by_row = {
+            key: value
+            for completion, row in zip(group, rows, strict=True)
+            for key, value in zip(completion.rows, row, strict=True)
+        }
+        for index, segment in enumerate(tree.segments):
+            result += [by_row.get((index, offset), 0.0) for offset in range(len(segment.token_ids))]
+    return result

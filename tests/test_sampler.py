@@ -1,0 +1,276 @@
+"""The transformers sampler: what it draws, what it reports, and what its draws may depend on."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, STOP, UNSHAREABLE, VOCABULARY, fresh, tiny
+
+from stepcredit.forest import Forest
+from stepcredit.policy.forward import Policy
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transformers import TransformersSampler, draw
+from stepcredit.types import Problem, Segment, Tree
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23]]
+STOPS = tuple(range(12))  # many stop tokens: completions of many lengths
+SEEDS = [11, 22, 33, 44, 55]
+families = pytest.mark.parametrize("family", FAMILIES)
+paths = pytest.mark.parametrize("path", ["forest", "plain"])
+
+
+def sample(policy: Policy, prompts=PROMPTS, n=4, seeds=SEEDS, max_rows=512, on_progress=None, **params):
+    sampler = TransformersSampler(policy, max_rows, on_progress)
+    chosen = SamplingParams(**{"max_new_tokens": 16, "stop_token_ids": STOPS} | params)
+    return sampler.sample(prompts, n, chosen, seeds[: len(prompts)])
+
+
+def tokens(groups: list[list[Segment]]) -> list[list[list[int]]]:
+    return [[list(segment.token_ids) for segment in group] for group in groups]
+
+
+def on_path(family: str, path: str) -> Policy:
+    policy = tiny(family)
+    return Policy(policy.model, policy.tokenizer, path=path)
+
+
+def next_logits(policy: Policy, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNSHAREABLE])
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"top_k": 3}], ids=["full", "top_p", "top_k"])
+def test_reported_logprobs_and_entropy_equal_scored_ones(family, temperature, options):
+    """Rollout log-probabilities are of the full distribution at the temperature, also with top-p and top-k."""
+    policy = tiny(family)
+    groups = sample(policy, temperature=temperature, max_rows=6, **options)
+    trees = [Tree(Problem(), prompt, group) for prompt, group in zip(PROMPTS, groups, strict=True)]
+    forest = Forest.from_trees(trees)
+    with torch.no_grad():
+        scored = policy(forest, temperature)
+    torch.testing.assert_close(forest.token["rollout_logprobs"], scored.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(forest.token["entropy"], scored.entropy, atol=1e-4, rtol=0)
+
+
+@families
+@paths
+@pytest.mark.parametrize("max_rows", [1, 3, 18])
+def test_completions_do_not_depend_on_max_rows(family, path, max_rows):
+    """Few rows at once, groups cut apart and prompts admitted late: the same tokens and ends as all at once."""
+    few = sample(on_path(family, path), n=8, max_rows=max_rows, max_new_tokens=12)
+    all_at_once = sample(tiny(family), n=8, max_new_tokens=12)
+    assert tokens(few) == tokens(all_at_once)
+    finishes = [[segment.finish for segment in group] for group in all_at_once]
+    assert [[segment.finish for segment in group] for group in few] == finishes
+    assert len({len(ids) for group in tokens(few) for ids in group}) > 3  # rows did finish at different times
+
+
+@paths
+def test_tokens_do_not_depend_on_the_other_prompts(path):
+    """A problem gets the same completions alone, in company and in another order."""
+    policy = on_path("qwen3", path)
+    together = tokens(sample(policy))
+    for index, prompt in enumerate(PROMPTS):
+        assert tokens(sample(policy, [prompt], seeds=[SEEDS[index]])) == [together[index]]
+    assert tokens(sample(policy, PROMPTS[::-1], seeds=SEEDS[::-1])) == together[::-1]
+
+
+def test_seeds_decide():
+    """The same seed repeats itself, another one does not, and the samples of a prompt differ."""
+    policy = tiny("qwen2")
+    first, again = tokens(sample(policy)), tokens(sample(policy))
+    other = tokens(sample(policy, seeds=[seed + 1 for seed in SEEDS]))
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))
+    assert all(len({tuple(ids) for ids in group}) == len(group) for group in first)
+
+
+def test_prompts_of_very_different_lengths():
+    """A prompt of 200 tokens beside one of a single token changes neither."""
+    policy = tiny("llama")
+    prompts = [[7], [(3 * index) % VOCABULARY for index in range(200)], [8, 9]]
+    together = tokens(sample(policy, prompts, max_rows=5))
+    for index, prompt in enumerate(prompts):
+        assert tokens(sample(policy, [prompt], seeds=[SEEDS[index]])) == [together[index]]
+
+
+@paths
+def test_stop_token_ends_a_completion(path):
+    """A completion ends with its first stop token, which is included, or is truncated at max_new_tokens."""
+    segments = [segment for group in sample(on_path("llama", path), n=8, max_new_tokens=9) for segment in group]
+    for segment in segments:
+        ids = list(segment.token_ids)
+        assert not set(ids[:-1]) & set(STOPS)
+        if segment.finish == "stop":
+            assert ids[-1] in STOPS and len(ids) <= 9
+        else:
+            assert segment.finish == "length" and ids[-1] not in STOPS and len(ids) == 9
+        assert {len(values) for values in segment.columns.values()} == {len(ids)}
+    assert {segment.finish for segment in segments} == {"stop", "length"}
+
+
+def test_a_stop_token_in_the_last_place_is_a_stop():
+    """With every token a stop token, one token is drawn and the finish is "stop", also when there is room for one."""
+    for room in (1, 5):
+        groups = sample(tiny("qwen2"), stop_token_ids=tuple(range(VOCABULARY)), max_new_tokens=room)
+        assert all(len(segment.token_ids) == 1 and segment.finish == "stop" for group in groups for segment in group)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+def test_without_stop_tokens_all_are_truncated(max_new_tokens):
+    groups = sample(tiny("qwen2"), stop_token_ids=(), max_new_tokens=max_new_tokens)
+    assert all(len(s.token_ids) == max_new_tokens and s.finish == "length" for group in groups for s in group)
+
+
+def test_stop_tokens_are_the_models_own_by_default():
+    """None takes the generation config's stop tokens, one or many; given ids replace them."""
+    policy = fresh("qwen2")
+    full = [ids for group in tokens(sample(policy, stop_token_ids=(), max_new_tokens=8)) for ids in group]
+    seen = full[0][2], full[1][4]
+    for stops in ((STOP,), seen):
+        policy.model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else list(stops)
+        found = [ids for group in tokens(sample(policy, stop_token_ids=None, max_new_tokens=8)) for ids in group]
+        assert found == [cut_at(ids, stops) for ids in full]
+    assert found != full
+    given = [ids for group in tokens(sample(policy, stop_token_ids=(full[2][0],), max_new_tokens=8)) for ids in group]
+    assert given == [cut_at(ids, (full[2][0],)) for ids in full]
+
+
+def cut_at(ids: list[int], stops: tuple[int, ...]) -> list[int]:
+    ends = [index for index, token in enumerate(ids) if token in stops]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNSHAREABLE])
+@pytest.mark.parametrize("max_rows", [2, 512])
+def test_temperature_zero_equals_generate(family, max_rows):
+    """Greedy tokens are those of `model.generate(do_sample=False)`, and log-probabilities those of temperature 1."""
+    policy = tiny(family)
+    groups = sample(policy, n=2, temperature=0.0, max_new_tokens=20, max_rows=max_rows)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        ids = torch.tensor([prompt])
+        expected = policy.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        assert [list(segment.token_ids) for segment in group] == [expected, expected]
+        logprob = torch.log_softmax(next_logits(policy, prompt), -1).max()
+        assert group[0].columns["rollout_logprobs"][0] == pytest.approx(float(logprob), abs=1e-4)
+
+
+@families
+def test_top_k_of_one_is_greedy(family):
+    assert tokens(sample(tiny(family), top_k=1)) == tokens(sample(tiny(family), temperature=0.0))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 4), (0.6, 3), (1e-6, 0)])
+def test_truncation_keeps_to_its_set(temperature, top_p, top_k):
+    """First tokens are in the smallest set of probability top_p and among the top_k; all of that set come up."""
+    policy, prompt = tiny("qwen3"), PROMPTS[0]
+    groups = sample(policy, [prompt], n=4000, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=1)
+    probs = torch.softmax(next_logits(policy, prompt) / temperature, -1)
+    order = probs.argsort(descending=True).tolist()
+    size, mass = 0, 0.0
+    while mass < top_p and size < (top_k or VOCABULARY):
+        mass += float(probs[order[size]])
+        size += 1
+    kept = order[:size]
+    found = [group.token_ids[0] for group in groups[0]]
+    assert set(found) <= set(kept)
+    likely = [token for token in kept if probs[token] / mass > 0.01]  # missing one has probability below 1e-17
+    assert set(likely) <= set(found)
+    share = torch.tensor([found.count(token) / 4000 for token in kept])
+    assert (share - probs[kept] / mass).abs().max() < 0.04
+    for segment in groups[0][:20]:
+        expected = float(probs[segment.token_ids[0]].log())
+        assert segment.columns["rollout_logprobs"][0] == pytest.approx(expected, abs=1e-4)
+
+
+@paths
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_frequencies_are_the_softmax(path, temperature):
+    """Chi-square of 20000 first tokens against softmax(logits / temperature) is below its 1e-4 quantile."""
+    policy, prompt, total = on_path("llama", path), PROMPTS[2], 20000
+    groups = sample(policy, [prompt], n=total, max_rows=total, temperature=temperature, max_new_tokens=1)
+    probs = torch.softmax(next_logits(policy, prompt).double() / temperature, -1)
+    counts = torch.bincount(torch.tensor([s.token_ids[0] for s in groups[0]]), minlength=VOCABULARY).double()
+    common = probs * total >= 5
+    expected = torch.cat([probs[common], probs[~common].sum()[None]]) * total
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    degrees = len(expected) - 1
+    chi_square = float(((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum())
+    assert degrees >= 5
+    # Wilson-Hilferty: the quantile of chi-square from that of the normal distribution, 3.72
+    assert chi_square < degrees * (1 - 2 / (9 * degrees) + 3.72 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-24, 1.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.999}, {"top_k": 90}], ids=["full", "top_p", "top_k"])
+def test_draw_never_returns_what_has_probability_zero(uniform, options):
+    """Also at the ends of the unit interval and between tokens that underflow or are excluded by -inf."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, VOCABULARY, generator=generator)
+    logits[:, :3] = -1000.0
+    logits[:, -3:] = -torch.inf
+    logits[:, 40] = -torch.inf
+    token, logprob, entropy = draw(logits, torch.full((200,), uniform), SamplingParams(**options))
+    assert logits.softmax(-1).gather(1, token[:, None]).min() > 0
+    assert logprob.isfinite().all() and entropy.isfinite().all()
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    """Example: probabilities 0.5, 0.3, 0.2; top_p 0.7 keeps two of them and scales them."""
+    logits = torch.tensor([0.3, 0.5, 0.2]).log().expand(5, 3)
+    uniform = torch.tensor([0.0, 0.29, 0.31, 0.79, 0.81])
+    token, logprob, entropy = draw(logits, uniform, SamplingParams())
+    assert token.tolist() == [0, 0, 1, 1, 2]
+    torch.testing.assert_close(logprob, logits[0][token])
+    torch.testing.assert_close(entropy, torch.full((5,), 1.0296530))
+    kept, logprob, _ = draw(logits, uniform, SamplingParams(top_p=0.7))
+    assert kept.tolist() == [1, 1, 1, 0, 0]  # the likely token comes first: 0.625 and 0.375
+    torch.testing.assert_close(logprob, logits[0][kept])
+
+
+@paths
+@pytest.mark.parametrize("max_rows", [1, 3, 512])
+def test_progress_adds_up(path, max_rows):
+    """`on_progress` counts every completion once."""
+    calls: list[int] = []
+    sample(on_path("qwen2", path), max_rows=max_rows, on_progress=calls.append)
+    assert sum(calls) == len(PROMPTS) * 4 and min(calls) > 0
+    assert len(calls) > 1
+
+
+def test_no_more_rows_than_max_rows():
+    """The model is never called with more rows than allowed."""
+    policy, seen = on_path("qwen2", "forest"), []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    try:
+        sample(policy, max_rows=3)
+    finally:
+        hook.remove()
+    assert max(seen) == 3
+
+
+def test_a_prompt_is_encoded_once_for_its_group():
+    """A group that fits costs one pass over its prompt: all prompts in one call of five rows."""
+    policy, seen = on_path("qwen2", "forest"), []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        sample(policy)
+    finally:
+        hook.remove()
+    assert [shape for shape in seen if shape[1] > 1] == [(len(PROMPTS), max(map(len, PROMPTS)))]
+
+
+def test_no_prompts_give_no_groups():
+    assert sample(tiny("qwen2"), [], seeds=[]) == []
