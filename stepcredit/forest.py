@@ -250,6 +250,14 @@ class Forest:
         return len(parents) == len(parents.unique())
 
     @cached_property
+    def ends(self) -> Tensor:
+        """[num_segments] True where nothing of this forest comes after; of a selected forest not only at leaves."""
+        ends = torch.ones(self.num_segments, dtype=torch.bool)
+        parent = self.segment["parent"]
+        ends[parent[parent >= 0]] = False
+        return ends
+
+    @cached_property
     def token_tree(self) -> Tensor:
         """[num_tokens] the tree of each token."""
         return self.segment["tree"][self.token["segment"]]

@@ -3,7 +3,7 @@
 import torch
 
 from stepcredit.forest import FINISH_CODE, Forest
-from stepcredit.ops import mean_by, segment_sum
+from stepcredit.ops import segment_sum, spread_by
 
 
 def forest_metrics(forest: Forest) -> dict[str, float]:
@@ -48,11 +48,10 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
 def _groups(forest: Forest, judged: torch.Tensor) -> dict[str, float]:
     """Shares of groups whose outcomes are all equal, and of groups with a single judged completion."""
     tree, reward = forest.segment["tree"], forest.segment["reward"]
-    mean, _ = mean_by(reward, tree, where=judged)
-    spread = segment_sum(((reward - mean).abs() * judged), tree, forest.num_trees)
+    spread = torch.zeros(forest.num_trees).index_copy(0, tree, spread_by(reward, tree, where=judged))
     size = segment_sum(judged.float(), tree, forest.num_trees)
     return {
-        "group/uniform": _mean(((spread <= 1e-6) & (size > 1)).float()),
+        "group/uniform": _mean(((spread == 0) & (size > 1)).float()),
         "group/singleton": _mean((size == 1).float()),
         "group/unjudged": _mean((size == 0).float()),
     }

@@ -117,14 +117,18 @@ class Objective:
             forest: columns `advantages` and `weights`; `old_logprobs` when the policy has moved since sampling (without
                 them it is taken to be exactly on-policy, ratio 1); `ref_logprobs` for a KL term in the loss.
         """
-        device = scores.logprobs.device
-        column = {name: forest.token[name].to(device) for name in _COLUMNS if name in forest.token}
-        advantages, weights = column["advantages"], column["weights"]
+        weights = forest.token["weights"].to(scores.logprobs.device)
         counted = weights != 0
-        old = column.get("old_logprobs", scores.logprobs.detach())
-        log_ratio = torch.where(counted, scores.logprobs - old, 0.0)
+
+        def used(values: Tensor) -> Tensor:
+            """Only where there is weight: elsewhere not even a NaN may matter, in the backward neither."""
+            return torch.where(counted, values.to(weights.device), 0.0)
+
+        logprobs, advantages = used(scores.logprobs), used(forest.token["advantages"])
+        old = used(forest.token["old_logprobs"]) if "old_logprobs" in forest.token else logprobs.detach()
+        log_ratio = logprobs - old
         if self.surrogate == "reinforce":
-            per_token, clipped = -advantages * scores.logprobs, torch.zeros_like(counted)
+            per_token, clipped = -advantages * logprobs, torch.zeros_like(counted)
         else:
             per_token, clipped = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
         moved = log_ratio.detach()
@@ -134,18 +138,15 @@ class Objective:
             "policy/ratio_max": float(moved.max().exp()) if len(moved) else 1.0,
         }
         if self.kl_in_loss:
-            kl = KL_ESTIMATORS[self.kl_estimator](scores.logprobs, column["ref_logprobs"])
-            per_token = per_token + self.kl_coef * kl
-            to_reference = torch.where(counted, scores.logprobs.detach() - column["ref_logprobs"], 0.0)
-            metrics["policy/kl_ref"] = float(to_reference.sum())
+            ref = used(forest.token["ref_logprobs"])
+            per_token = per_token + self.kl_coef * KL_ESTIMATORS[self.kl_estimator](logprobs, ref)
+            metrics["policy/kl_ref"] = float((logprobs.detach() - ref).sum())
         if self.entropy_coef:
-            per_token = per_token - self.entropy_coef * scores.entropy
-        loss = torch.where(counted, weights * per_token, 0.0).sum()
-        return loss, metrics
+            per_token = per_token - self.entropy_coef * used(scores.entropy)
+        return (weights * per_token).sum(), metrics
 
 
 TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old", "policy/kl_ref")
-_COLUMNS = ("advantages", "weights", "old_logprobs", "ref_logprobs")
 
 
 def clipped_surrogate(

@@ -54,6 +54,19 @@ def mean_by(values: Tensor, *keys: Tensor, where: Tensor | None = None) -> tuple
     return (total / count.clamp(min=1))[group], count[group]
 
 
+def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tensor:
+    """Largest less smallest value of the rows that share the key, given back at every row; 0 where none counts.
+
+    Exactly 0 for equal values, which a standard deviation is not.
+    """
+    group, num_groups = _group_ids((key,))
+    rows = torch.ones_like(key, dtype=torch.bool) if where is None else where
+    empty = torch.full((num_groups,), -torch.inf)
+    high = empty.scatter_reduce(0, group[rows], values[rows], "amax")
+    low = -empty.scatter_reduce(0, group[rows], -values[rows], "amax")
+    return (high - low).clamp(min=0)[group]
+
+
 def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
     combined = keys[0]
     for key in keys[1:]:
@@ -71,27 +84,28 @@ def cumsum_along_path(forest: Forest, values: Tensor) -> Tensor:
     Returns:
         [num_tokens].
     """
-    return _scan(values.float(), forest.previous_token, 1.0)
+    return _scan(values.float(), forest.previous_token, torch.ones(forest.num_tokens))
 
 
 def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
-    """Discounted sum of `values` from each token to the end of its completion: G_t = x_t + discount * G_{t+1}, in fp32.
+    """Discounted sum of `values` from each token to the end of its completion, in fp32.
 
-    Flat forests only (a token of a branching tree has several ends).
+    G_t = x_t + discount * G_{t+1}; the discount counts sampled tokens only, as positions do. Flat forests only (a token
+    of a branching tree has several ends).
     """
-    return _scan(values.float(), forest.next_token, discount)
+    factor = torch.where(forest.token_sampled, discount, 1.0)
+    return _scan(values.float(), forest.next_token, factor)
 
 
-def _scan(values: Tensor, link: Tensor, discount: float) -> Tensor:
-    """Sum along the chains of `link` (row of the next token of the chain, -1 at its end) by pointer jumping."""
-    total, factor = values.clone(), discount
-    link = link.clone()
+def _scan(values: Tensor, link: Tensor, factor: Tensor) -> Tensor:
+    """y = x + factor * y[link] along the chains of `link` (row of the next one, -1 at the end) by pointer jumping."""
+    total, factor, link = values.clone(), factor.clone(), link.clone()
     while (rows := (link >= 0).nonzero().squeeze(1)).numel():
         step = link[rows]
-        gathered, further = total[step], link[step]
-        total[rows] += factor * gathered
+        gathered, further, fading = total[step], link[step], factor[step]
+        total[rows] += factor[rows] * gathered
+        factor[rows] *= fading
         link[rows] = further
-        factor *= factor
     return total
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from stepcredit.forest import FINISH_CODE, Forest
-from stepcredit.ops import mean_by
+from stepcredit.ops import spread_by
 
 Shaper = Callable[[Forest], Forest]
 
@@ -13,16 +13,14 @@ Shaper = Callable[[Forest], Forest]
 def mask_truncated(forest: Forest) -> Forest:
     """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering)."""
     truncated = forest.segment["is_leaf"] & (forest.segment["finish"] == FINISH_CODE["length"])
-    return forest.with_segment(mask=forest.segment["mask"] & ~truncated)
+    return forest.with_segment(mask=forest.segment["mask"] & ~truncated[forest.leaf])
 
 
 def drop_uniform(forest: Forest) -> Forest:
     """Groups of equal rewards are masked: they leave the denominators too, so the step does not shrink with them."""
     judged = forest.segment["has_reward"] & forest.segment["is_leaf"]
-    tree, reward = forest.segment["tree"], forest.segment["reward"]
-    mean, _ = mean_by(reward, tree, where=judged)
-    spread, _ = mean_by((reward - mean).abs(), tree, where=judged)
-    return forest.with_segment(mask=forest.segment["mask"] & (spread > 1e-6))
+    spread = spread_by(forest.segment["reward"], forest.segment["tree"], where=judged)
+    return forest.with_segment(mask=forest.segment["mask"] & (spread > 0))
 
 
 def shuffle_rewards(forest: Forest) -> Forest:

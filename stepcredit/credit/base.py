@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, segment_sum
+from stepcredit.ops import mean_by, segment_sum, spread_by
 
 STD_EPS = 1e-6
 
@@ -130,10 +130,7 @@ class Completions:
     @property
     def varied(self) -> Tensor:
         """[n] False for singletons and for groups of equal returns, whose outcome credit is exactly 0."""
-        groups = int(self.tree.max()) + 1 if len(self.tree) else 0
-        high = torch.full((groups,), -torch.inf).scatter_reduce(0, self.tree, self.returns, "amax")
-        low = torch.full((groups,), torch.inf).scatter_reduce(0, self.tree, self.returns, "amin")
-        return (high > low)[self.tree]
+        return spread_by(self.returns, self.tree) > 0
 
 
 def completions(forest: Forest) -> Completions:

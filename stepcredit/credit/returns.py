@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepcredit.credit.base import Completions, completions, credit, judged_tokens, outcome_credit, to_tokens, whiten
+from stepcredit.credit.base import completions, credit, judged_tokens, outcome_credit, to_tokens, whiten
 from stepcredit.credit.group import leave_one_out
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -71,11 +71,9 @@ def reward_to_go(
     if baseline == "none":
         return returns
     rows = completions(forest)
-    multiple = to_tokens(forest, rows, (mean_by(rows.returns, rows.tree)[1] > 1).float())
-    return (returns - to_tokens(forest, rows, _baseline(rows, baseline))) * multiple
-
-
-def _baseline(rows: Completions, kind: str) -> Tensor:
-    if kind == "mean":
-        return mean_by(rows.returns, rows.tree)[0]
-    return rows.returns - leave_one_out(rows)
+    centred = rows.returns - mean_by(rows.returns, rows.tree)[0] if baseline == "mean" else leave_one_out(rows)
+    several = to_tokens(forest, rows, (mean_by(rows.returns, rows.tree)[1] > 1).float())
+    later = returns - to_tokens(
+        forest, rows, rows.returns
+    )  # 0 without token rewards and discount, without a trace of rounding
+    return (later + outcome_credit(forest, rows, centred)) * several

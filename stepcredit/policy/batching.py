@@ -55,7 +55,7 @@ def cut(forest: Forest, max_tokens: int) -> list[Forest]:
         Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the forest.
     """
     prompt_length = forest.tree["prompt_length"]
-    leaves = forest.segment["is_leaf"].nonzero().squeeze(1)
+    leaves = forest.ends.nonzero().squeeze(1)
     tree = forest.segment["tree"][leaves]
     by_prompt = np.lexsort((tree.numpy(), prompt_length[tree].numpy()))
     groups: list[list[int]] = []

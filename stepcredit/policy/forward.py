@@ -175,7 +175,7 @@ class Policy(nn.Module):
         prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
         pieces = forest.token["token_ids"].split(forest.segment["length"].tolist())
         full = []
-        for row, leaf in enumerate(forest.segment["is_leaf"].nonzero().squeeze(1).tolist()):
+        for row, leaf in enumerate(forest.ends.nonzero().squeeze(1).tolist()):
             path = forest.completion_segments(leaf)
             prompt = prompts[int(forest.segment["tree"][leaf])]
             full.append(torch.cat([prompt, *(pieces[segment] for segment in path)]))
