@@ -215,12 +215,16 @@ def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -
 def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
     """Compare the forest form with the model's own logits on a small random tree and keep the one that can be trusted.
 
-    Sets `policy.path`. Some models scale or cap their logits outside the output layer, and some caches cannot be
-    shared between rows: then the plain path is taken and the log says so.
+    Sets `policy.path`. Some models scale or cap their logits outside the output layer, some see only a window of the
+    last tokens, and some caches cannot be shared between rows: then the plain path is taken and the log says so.
 
     Returns:
-        The largest difference of log-probabilities in fp32.
+        The largest difference of log-probabilities in fp32, infinite where the forest form cannot be used.
     """
+    if _has_window(policy.model):
+        policy.path = "plain"
+        log.warning("scoring one row per completion: the forest form does not hold for sliding-window attention")
+        return float("inf")
     forest = random_forest(policy.model.get_input_embeddings().weight.shape[0])
     autocast, policy.autocast = policy.autocast, None
     try:
@@ -244,6 +248,13 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
             "scoring one row per completion: the forest form differs from the model's own logits by %.2g", difference
         )
     return difference
+
+
+def _has_window(model: PreTrainedModel) -> bool:
+    """True when a layer sees only the last tokens: padding between a prompt and its children would shift its window."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    return any(kind != "full_attention" for kind in layers) if layers else bool(getattr(config, "sliding_window", None))
 
 
 def random_forest(vocabulary: int, seed: int = 0) -> Forest:
