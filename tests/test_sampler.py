@@ -109,6 +109,17 @@ def test_stop_token_ends_a_completion(path):
     assert {segment.finish for segment in segments} == {"stop", "length"}
 
 
+def test_rows_that_wait_to_be_dropped_change_nothing():
+    """Single completions admitted one by one, some of them finished but not yet dropped: same tokens, same ends."""
+    prompts = [[(7 * index) % VOCABULARY, index] for index in range(60)]
+    few, whole = (
+        sample(tiny("qwen2"), prompts, n=1, seeds=list(range(60)), max_rows=rows, max_new_tokens=6) for rows in (16, 60)
+    )
+    ends = [[(list(segment.token_ids), segment.finish) for segment in group] for group in few]
+    assert ends == [[(list(segment.token_ids), segment.finish) for segment in group] for group in whole]
+    assert all((segment.finish == "stop") == (segment.token_ids[-1] in STOPS) for group in few for segment in group)
+
+
 def test_a_stop_token_in_the_last_place_is_a_stop():
     """With every token a stop token, one token is drawn and the finish is "stop", also when there is room for one."""
     for room in (1, 5):
@@ -160,6 +171,21 @@ def test_temperature_zero_equals_generate(family, max_rows):
         assert [list(segment.token_ids) for segment in group] == [expected, expected]
         logprob = torch.log_softmax(next_logits(policy, prompt), -1).max()
         assert group[0].columns["rollout_logprobs"][0] == pytest.approx(float(logprob), abs=1e-4)
+
+
+def test_sliding_windows_see_the_same_tokens_in_any_batch():
+    """A window counts cache slots: rows that join late, beside longer ones, must have no gap inside it."""
+    policy = fresh("Mistral", sliding_window=6)
+    prompts = [list(range(40, 70)), [5, 6, 7], [8], list(range(30, 45)), [9, 10]]
+    for max_rows in (1, 3, 4):
+        for prompt, group in zip(prompts, sample(policy, prompts, n=2, max_rows=max_rows), strict=True):
+            for segment in group:
+                ids = [*prompt, *segment.token_ids]
+                with torch.no_grad():
+                    full = torch.log_softmax(policy.model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1], -1)
+                expected = full.gather(1, torch.tensor(segment.token_ids)[:, None]).squeeze(1)
+                found = torch.tensor(segment.columns["rollout_logprobs"])
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @families
@@ -270,6 +296,19 @@ def test_a_prompt_is_encoded_once_for_its_group():
     finally:
         hook.remove()
     assert [shape for shape in seen if shape[1] > 1] == [(len(PROMPTS), max(map(len, PROMPTS)))]
+
+
+def test_the_plain_path_never_pads():
+    """Models whose caches do not take padding decode prompts of one length at a time."""
+    policy, masks = on_path("qwen2", "plain"), []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        sample(policy, [*PROMPTS, [30, 31]], seeds=[*SEEDS, 66])
+    finally:
+        hook.remove()
+    assert all(bool(mask.all()) for mask in masks)
 
 
 def test_no_prompts_give_no_groups():
