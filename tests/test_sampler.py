@@ -6,6 +6,7 @@ from tiny_models import FAMILIES, STOP, UNSHAREABLE, VOCABULARY, fresh, tiny
 
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy
+from stepcredit.samplers import transformers
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler, draw
 from stepcredit.types import Problem, Segment, Tree
@@ -109,15 +110,16 @@ def test_stop_token_ends_a_completion(path):
     assert {segment.finish for segment in segments} == {"stop", "length"}
 
 
-def test_rows_that_wait_to_be_dropped_change_nothing():
-    """Single completions admitted one by one, some of them finished but not yet dropped: same tokens, same ends."""
-    prompts = [[(7 * index) % VOCABULARY, index] for index in range(60)]
-    few, whole = (
-        sample(tiny("qwen2"), prompts, n=1, seeds=list(range(60)), max_rows=rows, max_new_tokens=6) for rows in (16, 60)
-    )
-    ends = [[(list(segment.token_ids), segment.finish) for segment in group] for group in few]
-    assert ends == [[(list(segment.token_ids), segment.finish) for segment in group] for group in whole]
-    assert all((segment.finish == "stop") == (segment.token_ids[-1] in STOPS) for group in few for segment in group)
+@pytest.mark.parametrize("max_rows", [5, 13])
+def test_rows_that_wait_to_be_dropped_change_nothing(monkeypatch, max_rows):
+    """Completions admitted at different times, up to half of them finished but not yet dropped: the same ends."""
+    prompts, seeds = [[(7 * index) % VOCABULARY, index] for index in range(90)], list(range(90))
+    expected = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_new_tokens=14)
+    monkeypatch.setattr(transformers, "DROP_SHARE", 2)
+    found = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_rows=max_rows, max_new_tokens=14)
+    assert tokens(found) == tokens(expected)
+    ends = {(segment.finish, segment.token_ids[-1] in STOPS) for group in found for segment in group}
+    assert ends == {("stop", True), ("length", False)}
 
 
 def test_a_stop_token_in_the_last_place_is_a_stop():

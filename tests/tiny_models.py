@@ -34,7 +34,15 @@ FAMILIES = {
 }
 UNSHAREABLE = {  # logits that are changed after the output layer
     "granite": ("Granite", {"logits_scaling": 4.0}),
-    "gemma2": ("Gemma2", {"final_logit_softcapping": 0.5, "attn_logit_softcapping": None, "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "final_logit_softcapping": 0.5,
+            "attn_logit_softcapping": None,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["full_attention"] * 2,  # the cap alone, no windows
+        },
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepcredit.ops import TokenScores
 
+LEAST = torch.finfo(torch.float32).min  # stands in for the log of 0, which times 0 is 0
 MAX_LOGITS = 1 << 24  # logits that may exist at once: 64 MiB in fp32
 
 
@@ -19,7 +20,7 @@ def score_logits(logits: Tensor, targets: Tensor, temperature: float, entropy_gr
     """
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        entropy = -(logprobs.exp() * logprobs.clamp(min=LEAST)).sum(-1)
     return TokenScores(logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy)
 
 

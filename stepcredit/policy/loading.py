@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from stepcredit.errors import UserError
@@ -58,6 +59,11 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy
         network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):
+        raise UserError(
+            f"model: '{model}' ({network.config.model_type}) keeps states other than keys and values (recurrent or "
+            "convolution layers); choose a model of attention layers only"
+        )
     network.to(where)  # type: ignore[arg-type]
     autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
     policy = Policy(network, tokenizer, autocast)

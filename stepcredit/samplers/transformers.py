@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from stepcredit.policy.forward import Policy, keys_and_values
+from stepcredit.policy.head import LEAST
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.types import Segment
 
@@ -248,7 +249,7 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
     greedy = params.temperature == 0
     logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else params.temperature), -1)
     probs = logprobs.exp()
-    entropy = -(probs * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    entropy = -(probs * logprobs.clamp(min=LEAST)).sum(-1)
     if greedy:
         token = logprobs.argmax(-1)
     elif params.truncates:
