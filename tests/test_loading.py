@@ -46,7 +46,7 @@ def test_models_with_other_states_than_keys_and_values_are_refused(tmp_path) -> 
     )
     Lfm2ForCausalLM(config).save_pretrained(tmp_path)
     load_policy("embedded", "cpu").tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="lfm2.*recurrent or convolution"):
+    with pytest.raises(UserError, match=r"lfm2.*recurrent or convolution"):
         load_policy(str(tmp_path), "cpu")
 
 
