@@ -140,18 +140,18 @@ class Trainer:
         segments[step.token["segment"][self.objective.has_gradient(step)]] = True
         if not bool(segments.any()):
             return {"optim/skipped": 1.0}
-        rows = []
+        rows, counted = [], 0
         for part in cut(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
             owned = part.with_token(weights=part.token["weights"] * part.token["owned"])
             scores = self.policy(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
             loss.backward()
+            counted += int((owned.token["weights"] != 0).sum())
             positions = part.num_tokens + len(part.prompt_ids)
             rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": float(positions)})
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        counted = float((step.token["weights"] != 0).sum())
         return sum_parts(rows, counted) | {"optim/grad_norm": float(norm), "optim/skipped": 0.0}
 
     def evaluate(self) -> dict[str, float]:
@@ -204,7 +204,7 @@ class Clock:
         return self.seconds | {"time/iteration": total, "tokens/per_second": float(forest.token_sampled.sum()) / total}
 
 
-def sum_parts(rows: list[dict[str, float]], counted: float) -> dict[str, float]:
+def sum_parts(rows: list[dict[str, float]], counted: int) -> dict[str, float]:
     """Over the parts of an optimiser step: sums over tokens become means over its `counted` weighted tokens."""
     merged: dict[str, float] = {}
     for name in rows[0]:
