@@ -11,7 +11,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.imports import by_name
 from stepcredit.judging import Judge
-from stepcredit.objective import Objective
+from stepcredit.objective import Objective, Unit
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
@@ -48,8 +48,9 @@ class Rollouts:
 
 def build_parts(config: Config) -> Parts:
     """Everything but the model."""
-    objective, shapers = build_objective(config), [by_name("shapers", name, SHAPERS) for name in config.shapers]
+    shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
     credit, assign_credit = build_credit(config.credit)
+    objective = build_objective(config, "completion" if needs_of(credit).forests == "flat" else "segment")
     task = build_task(config)
     names = config.reward.functions or list(task.reward_functions)
     weights = config.reward.weights or [1.0] * len(names)
@@ -75,6 +76,8 @@ def build_task(config: Config) -> Task:
     """The embedded task, or a data set with a held-out part."""
     given, seed = config.task, config.train.seed
     if given.data == "embedded":
+        if given.columns or given.eval_data:
+            raise UserError("task.columns and task.eval_data belong to a data file; name it with --data")
         from stepcredit.tasks.embedded import EmbeddedTask
 
         return EmbeddedTask(seed)
@@ -101,7 +104,8 @@ def build_credit(config: CreditConfig) -> tuple[CreditFunction, Callable[[Forest
     return function, partial(assign, name=config.name, function=function, options=config.options)
 
 
-def build_objective(config: Config) -> Objective:
+def build_objective(config: Config, unit: Unit | None = None) -> Objective:
+    """The objective; `unit` is what its weights count as one sequence."""
     given = config.objective
     if given.dual_clip and given.dual_clip <= 1:
         raise UserError(f"objective.dual_clip must be above 1 (or 0 for none), got {given.dual_clip}")
@@ -115,6 +119,7 @@ def build_objective(config: Config) -> Objective:
         kl_coef=given.kl.coef,
         entropy_coef=given.entropy_coef,
         constant=float(config.sampler.max_new_tokens),
+        unit=unit,
     )
 
 

@@ -15,27 +15,32 @@ STATE = "trainer_state/state.pt"
 
 
 def save_checkpoint(run_dir: Path, iteration: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/ITERATION`, point `latest` to it, then remove all but the newest `keep`.
+    """Write `checkpoints/ITERATION`, point `latest` to it, then remove all but the `keep` last written.
 
     Args:
         state: whatever `load_checkpoint` should give back, tensors and plain values.
     """
     root = run_dir / "checkpoints"
-    final, beside = root / f"{iteration:06d}", root / f".{iteration:06d}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    final, beside, aside = (root / f"{iteration:06d}", root / f".{iteration:06d}.part", root / f".{iteration:06d}.old")
+    for rest in (beside, aside):  # of a run that was killed while it saved
+        shutil.rmtree(rest, ignore_errors=True)
     (beside / "trainer_state").mkdir(parents=True)
     save_policy(policy, beside)
     torch.save(state, beside / STATE)
-    for file in beside.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    for path in [*beside.rglob("*"), beside]:
+        _sync(path)
+    if final.exists():  # of a run that went back: out of the way, but there until the new one stands
+        final.rename(aside)
     beside.rename(final)
+    _sync(root)
     pointer = run_dir / ".latest.part"
     pointer.write_text(f"checkpoints/{final.name}\n", encoding="utf-8")
     _sync(pointer)
     pointer.replace(run_dir / "latest")
-    for old in checkpoints(run_dir)[:-keep]:
+    _sync(run_dir)
+    shutil.rmtree(aside, ignore_errors=True)
+    others = sorted((path for path in checkpoints(run_dir) if path != final), key=lambda path: path.stat().st_mtime)
+    for old in others[: max(0, len(others) + 1 - keep)]:
         shutil.rmtree(old)
     return final
 
@@ -70,6 +75,10 @@ def load_weights(policy: Policy, folder: Path) -> None:
     policy.model.load_state_dict(saved.state_dict())
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,9 +15,13 @@ from stepcredit.errors import UserError, did_you_mean
 
 
 def _split(value: Any) -> Any:
+    """`a,b` as a list, and a lone number as a list of one."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[list[str], BeforeValidator(_split)]
 Ids = Annotated[list[int] | None, BeforeValidator(_split)]
 
@@ -89,7 +93,7 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(0, ge=0)  # iterations
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_split)] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0)
     num_epochs: int = Field(1, ge=1)
     num_minibatches: int = Field(1, ge=1)
@@ -99,7 +103,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     iterations: int = Field(100, ge=1)
     problems_per_iteration: int = Field(16, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; weights are always fp32
 
@@ -112,7 +116,7 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)  # iterations; 0: only at the end
+    every: int = Field(50, ge=0)  # iterations; 0: only at the end
     keep: int = Field(2, ge=1)
 
 
@@ -138,6 +142,8 @@ class Config(Section):
     rollouts: RecordConfig = RecordConfig()
     run_dir: str | None = None  # None: runs/ALGORITHM-NUMBER
 
+
+SECTIONS = {name for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)}
 
 EMBEDDED_RECIPE: dict[str, Any] = {
     "sampler": {"max_new_tokens": 128, "max_rows": 512},
@@ -179,6 +185,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, section by section."""
     merged = dict(base)
     for key, value in over.items():
+        if value is None and (isinstance(merged.get(key), Mapping) or key in SECTIONS):
+            continue  # a section of a YAML file with nothing under it
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged

@@ -50,5 +50,6 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], num_samples: int, 
 
 def _correct(forest: Forest) -> torch.Tensor:
     """[num_completions] 1.0 where the first reward function is satisfied."""
-    first = [next(iter(detail["rewards"].values())) for detail in forest.details]
+    leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
+    first = [next(iter(forest.details[leaf]["rewards"].values())) for leaf in leaves]
     return torch.tensor([float(value is not None and value >= 1) for value in first])

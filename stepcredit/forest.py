@@ -110,7 +110,7 @@ class Forest:
                 "finish": torch.tensor([FINISH_CODE[segment.finish] for segment in segments], dtype=torch.long),
                 "reward": torch.tensor([float(segment.reward or 0.0) for segment in segments], dtype=torch.float32),
                 "has_reward": torch.tensor([segment.reward is not None for segment in segments], dtype=torch.bool),
-                "mask": torch.ones(len(segments), dtype=torch.bool),
+                "mask": torch.tensor([not segment.masked for segment in segments], dtype=torch.bool),
             },
         )
         forest = cls(
@@ -149,7 +149,7 @@ class Forest:
         ]
         first: dict[int, int] = {}
         rows = zip(*(self.segment[name].tolist() for name in _SEGMENT_ROW), strict=True)
-        for index, (tree, parent, finish, sampled, reward, has_reward) in enumerate(rows):
+        for index, (tree, parent, finish, sampled, reward, has_reward, mask) in enumerate(rows):
             first.setdefault(tree, index)
             span = slice(bounds[index], bounds[index + 1])
             trees[tree].segments.append(
@@ -160,6 +160,7 @@ class Forest:
                     sampled=sampled,
                     reward=reward if has_reward else None,
                     rewards=self.details[index]["rewards"],
+                    masked=not mask,
                     columns={name: values[span] for name, values in columns.items()},
                     extra=self.details[index]["extra"],
                 )
@@ -368,7 +369,7 @@ class Forest:
 
 
 _OWN_TOKEN_COLUMNS = {"token_ids", "segment", "position", "source"}
-_SEGMENT_ROW = ("tree", "parent", "finish", "sampled", "reward", "has_reward")
+_SEGMENT_ROW = ("tree", "parent", "finish", "sampled", "reward", "has_reward", "mask")
 
 
 def _flat(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,10 +65,13 @@ class Judge:
         }
         results = {}
         for name, function in self.functions.items():
-            result = function(**columns)
+            result = function(**_accepted(name, function, columns))
             if inspect.isawaitable(result):
                 result = asyncio.run(_wait(result))
-            results[name] = _checked(name, list(result), [problem.id for problem in problems])
+            if not isinstance(result, Iterable):
+                raise UserError(f"reward function '{name}' returned {result!r:.40}; expected a list of numbers")
+            values = [value.item() if hasattr(value, "item") else value for value in result]  # numpy, torch
+            results[name] = _checked(name, values, [problem.id for problem in problems])
         return results
 
 
@@ -80,6 +84,22 @@ def completion_ids(forest: Forest, leaf: int) -> list[int]:
     return ids
 
 
+def _accepted(name: str, function: RewardFunction, columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns that the function takes: all of them when it has `**columns`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    for parameter in parameters:
+        if parameter.name not in columns and parameter.default is parameter.empty:
+            raise UserError(
+                f"reward function '{name}' asks for '{parameter.name}'; there are only {', '.join(sorted(columns))}"
+            )
+    return {parameter.name: columns[parameter.name] for parameter in parameters if parameter.name in columns}
+
+
+MAX_REWARD = 1e30  # within fp32, sums of a batch included
+
+
 async def _wait(result: Any) -> Any:
     return await result
 
@@ -88,11 +108,11 @@ def _checked(name: str, values: list[Any], ids: Sequence[str]) -> list[float | N
     if len(values) != len(ids):
         raise UserError(f"reward function '{name}' returned {len(values)} values for {len(ids)} completions")
     for value, problem in zip(values, ids, strict=True):
-        if value is not None and not isinstance(value, (int, float)):
+        if value is not None and not isinstance(value, numbers.Real):
             raise UserError(
                 f"reward function '{name}' returned {value!r:.40} for problem '{problem}': expected a number or None"
             )
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(float(value)) <= MAX_REWARD:
             shown = "NaN" if math.isnan(value) else value
             raise UserError(
                 f"reward function '{name}' returned {shown} for problem '{problem}'; return a finite number, or "

@@ -21,6 +21,7 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
         "reward/judged": float(judged.sum() / leaf.sum().clamp(min=1)),
         **_reward_parts(forest),
         **_groups(forest, judged),
+        "completion/masked": _mean((~forest.segment["mask"][judged]).float()),
         "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
         "completion/length": float(sampled.sum() / leaf.sum().clamp(min=1)),
         "tokens/sampled": float(sampled.sum()),
@@ -34,13 +35,13 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
         metrics["sampler/logprob_diff"] = float(difference.max()) if len(difference) else 0.0
     advantages = forest.token["advantages"][forest.active]
     metrics["credit/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
+    process = forest.token["process"][forest.active] if "process" in forest.token else torch.zeros_like(advantages)
+    outcome = advantages - process
+    size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
+    metrics["credit/outcome_rms"] = size
     if "process" in forest.token:
-        process = forest.token["process"][forest.active]
-        outcome = advantages - process
         spread = float(process.square().mean().sqrt()) if len(process) else 0.0
-        metrics["credit/process_std"] = spread
-        size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
-        metrics["credit/outcome_std"] = size
+        metrics["credit/process_rms"] = spread
         metrics["credit/process_ratio"] = spread / size if size > 0 else (float("inf") if spread > 0 else 0.0)
     return metrics
 

@@ -13,41 +13,44 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.ops import KL_ESTIMATORS, TokenScores, segment_sum
+from stepcredit.ops import KL_ESTIMATORS, MAX_LOG_RATIO, TokenScores, segment_sum
 
 # ---------------------------------------------------------------------- aggregators: weights [num_tokens]
 
 
-def _units(forest: Forest) -> tuple[Tensor, Tensor]:
+Unit = Literal["completion", "segment"]
+
+
+def _units(forest: Forest, kind: Unit) -> tuple[Tensor, Tensor]:
     """The unit that each token belongs to, and the active tokens of each unit ([num_segments], rows of units).
 
-    The unit of a flat forest is the completion (named by its leaf), of a branching one the segment.
+    A completion is named by its leaf.
     """
-    unit = (forest.leaf if forest.is_flat else torch.arange(forest.num_segments))[forest.token["segment"]]
+    unit = (forest.leaf if kind == "completion" else torch.arange(forest.num_segments))[forest.token["segment"]]
     return unit, segment_sum(forest.active.float(), unit, forest.num_segments)
 
 
-def token_mean(forest: Forest, constant: float) -> Tensor:
+def token_mean(forest: Forest, unit: Unit, constant: float) -> Tensor:
     """1 / (active tokens): every token counts the same (DAPO, arXiv 2503.14476)."""
     active = forest.active.float()
     return active / active.sum().clamp(min=1)
 
 
-def seq_mean_token_mean(forest: Forest, constant: float) -> Tensor:
+def seq_mean_token_mean(forest: Forest, unit: Unit, constant: float) -> Tensor:
     """1 / (units * tokens of the unit): every completion (or segment) counts the same (GRPO, arXiv 2402.03300)."""
-    unit, size = _units(forest)
-    return forest.active / ((size > 0).sum().clamp(min=1) * size[unit].clamp(min=1))
+    unit_of, size = _units(forest, unit)
+    return forest.active / ((size > 0).sum().clamp(min=1) * size[unit_of].clamp(min=1))
 
 
-def seq_mean_token_sum(forest: Forest, constant: float) -> Tensor:
+def seq_mean_token_sum(forest: Forest, unit: Unit, constant: float) -> Tensor:
     """1 / units: the plain policy gradient, long completions weigh more."""
-    _, size = _units(forest)
+    _, size = _units(forest, unit)
     return forest.active / (size > 0).sum().clamp(min=1)
 
 
-def sum_over_constant(forest: Forest, constant: float) -> Tensor:
+def sum_over_constant(forest: Forest, unit: Unit, constant: float) -> Tensor:
     """1 / (units * constant), the constant being `max_new_tokens` (Dr. GRPO, arXiv 2503.20783)."""
-    _, size = _units(forest)
+    _, size = _units(forest, unit)
     return forest.active / ((size > 0).sum().clamp(min=1) * constant)
 
 
@@ -74,6 +77,7 @@ class Objective:
         kl_estimator: "k2" or "k3" act in the loss, "k1" is subtracted from the token rewards.
         kl_coef, entropy_coef: 0 is off.
         constant: divisor of sum_over_constant.
+        unit: what counts as one sequence in the weights; None takes completions in flat forests, segments in others.
     """
 
     surrogate: Literal["clip", "reinforce"] = "clip"
@@ -85,6 +89,7 @@ class Objective:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     constant: float = 1.0
+    unit: Unit | None = None
 
     @property
     def kl_in_loss(self) -> bool:
@@ -100,7 +105,8 @@ class Objective:
 
     def weights(self, forest: Forest) -> Tensor:
         """The weight column of one optimiser step, [num_tokens]."""
-        return AGGREGATORS[self.aggregate](forest, self.constant)
+        unit = self.unit or ("completion" if forest.is_flat else "segment")
+        return AGGREGATORS[self.aggregate](forest, unit, self.constant)
 
     def has_gradient(self, forest: Forest) -> Tensor:
         """[num_tokens] tokens whose loss can have a gradient: of non-zero weight, and advantage unless regularised."""
@@ -126,7 +132,7 @@ class Objective:
 
         logprobs, advantages = used(scores.logprobs), used(forest.token["advantages"])
         old = used(forest.token["old_logprobs"]) if "old_logprobs" in forest.token else logprobs.detach()
-        log_ratio = logprobs - old
+        log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         if self.surrogate == "reinforce":
             per_token, clipped = -advantages * logprobs, torch.zeros_like(counted)
         else:
@@ -140,13 +146,13 @@ class Objective:
         if self.kl_in_loss:
             ref = used(forest.token["ref_logprobs"])
             per_token = per_token + self.kl_coef * KL_ESTIMATORS[self.kl_estimator](logprobs, ref)
-            metrics["policy/kl_ref"] = float((logprobs.detach() - ref).sum())
+            metrics["policy/kl_ref_update"] = float((logprobs.detach() - ref).sum())
         if self.entropy_coef:
             per_token = per_token - self.entropy_coef * used(scores.entropy)
         return (weights * per_token).sum(), metrics
 
 
-TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old", "policy/kl_ref")
+TOKEN_SUMS = ("policy/clip_fraction", "policy/kl_old", "policy/kl_ref_update")
 
 
 def clipped_surrogate(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from stepcredit.forest import Forest
 
+MAX_LOG_RATIO = 20.0  # beyond it exp() of a log-ratio only overflows: the ratio is 5e8
+
 
 class TokenScores(NamedTuple):
     """`logprobs` and `entropy`, each [num_tokens] fp32, of the full distribution at the sampling temperature."""
@@ -121,7 +123,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 = exp(u) - u - 1, u = log(pi_ref / pi), per token: unbiased, never negative (arXiv 2402.03300)."""
-    log_ratio = ref_logprobs - logprobs
+    log_ratio = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
 
 

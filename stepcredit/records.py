@@ -23,7 +23,7 @@ TOKEN_COLUMNS = (
     "token_rewards",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
-SEGMENT_FIELDS = ("parent", "token_ids", "finish", "sampled", "reward", "rewards", "logprobs", *TOKEN_COLUMNS)
+SEGMENT_FIELDS = ("parent", "token_ids", "finish", "sampled", "masked", "reward", "rewards", "logprobs", *TOKEN_COLUMNS)
 TREE_FIELDS = ("version", "id", "iteration", "prompt", "prompt_ids", "segments")
 
 
@@ -78,6 +78,8 @@ def _segment_record(segment: Segment, text: str | None) -> dict[str, Any]:
     record["finish"] = segment.finish
     if not segment.sampled:
         record["sampled"] = False
+    if segment.masked:
+        record["masked"] = True
     for name, values in segment.columns.items():
         if name in TOKEN_COLUMNS or name in CREDIT_COLUMNS:
             record[name] = [_short(value) for value in values]
@@ -108,7 +110,7 @@ def _tree(line: str, where: str) -> Tree:
         segment.finish = record["segments"][index].get("finish") or ("cut" if index in parents else "stop")
     prompt_ids = record.get("prompt_ids", [])
     _check_ids(prompt_ids, f"{where}: prompt_ids")
-    problem = Problem(record.get("prompt", ""), record.get("answer"), str(record.get("id", "")))
+    problem = Problem(record.get("prompt", ""), record.get("answer"), str(record.get("id", where.rpartition(", ")[2])))
     extra = {key: value for key, value in record.items() if key not in TREE_FIELDS and key != "answer"}
     if "iteration" in record:
         extra["iteration"] = record["iteration"]
@@ -127,13 +129,15 @@ def _segment(record: Any, where: str) -> Segment:
     parent, sampled, reward = record.get("parent", -1), record.get("sampled", True), record.get("reward")
     if not isinstance(parent, int) or isinstance(parent, bool):
         raise UserError(f"{where}: parent {parent!r} is not an index (-1 means the prompt)")
-    if not isinstance(sampled, bool):
-        raise UserError(f"{where}: sampled must be true or false, found {sampled!r}")
+    masked = record.get("masked", False)
+    for name, flag in (("sampled", sampled), ("masked", masked)):
+        if not isinstance(flag, bool):
+            raise UserError(f"{where}: {name} must be true or false, found {flag!r}")
     if reward is not None and not _is_finite(reward):
         raise UserError(f"{where}: reward must be a finite number, or null for unjudged; found {reward!r}")
     rewards = record.get("rewards") or {}
-    if not isinstance(rewards, dict):
-        raise UserError(f"{where}: rewards must be an object of names and numbers, found {rewards!r:.40}")
+    if not isinstance(rewards, dict) or not all(value is None or _is_finite(value) for value in rewards.values()):
+        raise UserError(f"{where}: rewards must name finite numbers or null, found {rewards!r:.40}")
     columns: dict[str, Sequence[float]] = {}
     for name in (*TOKEN_COLUMNS, "logprobs"):
         if record.get(name) is not None:
@@ -148,6 +152,7 @@ def _segment(record: Any, where: str) -> Segment:
         sampled=sampled,
         reward=None if reward is None else float(reward),
         rewards=rewards,
+        masked=masked,
         columns=columns,
         extra=extra,
     )
@@ -170,7 +175,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_ids(ids: Any, where: str) -> None:
-    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+    if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in ids):
         raise UserError(f"{where} must be a list of token ids, whole numbers from 0 on")
 
 

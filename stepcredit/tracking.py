@@ -29,6 +29,18 @@ PLAIN_EVERY = 10  # iterations between lines when the output is not a terminal
 WARN_AFTER = 5  # iterations in a row before a warning is given
 
 
+REASONS = {  # a metric that is 1 when it is the reason: what to say
+    "group/unjudged": "no completion was judged. Check the reward function: it returned None for all of them",
+    "group/singleton": "each group had a single judged completion. Set --group-size to at least 2",
+    "completion/masked": "every completion was masked. Check --shapers against the lengths and rewards of the rollouts",
+}
+EQUAL_REWARDS = (
+    "every group had equal rewards ({mean}). Check the reward function on a known right and a known wrong answer, "
+    "the answer column and --sampler.max-new-tokens (truncated completions rarely score); easier or harder problems may "
+    "be needed"
+)
+
+
 class Tracker:
     """Writes one JSON object an iteration to `metrics.jsonl` and shows progress.
 
@@ -56,7 +68,7 @@ class Tracker:
         self.tokens_sampled = 0.0
         self.started = time.monotonic()
         self.first = done + 1
-        for row in _rows_until(run_dir / "metrics.jsonl", done):
+        for row in _rows_until(run_dir / "metrics.jsonl", done if done else -1):
             self.tokens_sampled = row["tokens/total"]
             self._remember(row)
             if row["iteration"]:
@@ -149,15 +161,16 @@ class Health:
         self.console = console
         self.iterations = self.idle = self.idle_in_a_row = self.dominated = 0
         self.rewards: set[float] = set()
-        self.judged = 0.0
+        self.seen: dict[str, float] = {}  # sums of the metrics that tell why nothing is learnt
 
     def count(self, metrics: dict[str, float]) -> None:
         """Take an iteration into account, without a word."""
         self.iterations += 1
-        self.judged += metrics["reward/judged"]
+        for name in REASONS:
+            self.seen[name] = self.seen.get(name, 0.0) + metrics[name]
         if len(self.rewards) < 3:
             self.rewards.add(round(metrics["reward/mean"], 6))
-        idle = metrics.get("credit/outcome_std", metrics["credit/std"]) == 0.0
+        idle = metrics["credit/outcome_rms"] == 0.0
         self.idle += idle
         self.idle_in_a_row = self.idle_in_a_row + 1 if idle else 0
 
@@ -169,7 +182,12 @@ class Health:
                 f"iteration {iteration}: no group had two different rewards for {WARN_AFTER} iterations (mean reward "
                 f"{metrics['reward/mean']:.2f}); nothing is being learnt"
             )
-        ratio = metrics.get("credit/process_ratio", 0.0)
+        if metrics.get("optim/nonfinite"):
+            self._warn(
+                f"iteration {iteration}: the gradient was not finite, so the step was skipped; look at the rewards and "
+                "log-probabilities of its rollouts, or lower --learning-rate"
+            )
+        ratio = metrics.get("credit/process_ratio") or 0.0
         self.dominated = self.dominated + 1 if ratio > 1.0 else 0
         if self.dominated == WARN_AFTER:
             self._warn(
@@ -187,15 +205,10 @@ class Health:
                     soft_wrap=True,
                 )
             return True
-        rewards = f"the mean reward was {min(self.rewards):g}" if len(self.rewards) == 1 else "each group was uniform"
-        if self.judged == 0:
-            rewards = "no completion was judged (every reward function returned None)"
-        self._warn(
-            f"nothing was learnt: in all {self.iterations} iterations every group had equal rewards; {rewards}. "
-            "Check the reward function on a known right and a known wrong answer, the answer column, "
-            "--sampler.max-new-tokens (truncated completions rarely score) and that --group-size is at least 2; "
-            "easier or harder problems may be needed"
-        )
+        mean = f"the mean reward was {min(self.rewards):g}" if len(self.rewards) == 1 else "but not all groups the same"
+        always = [reason for name, reason in REASONS.items() if self.seen[name] >= 0.999 * self.iterations]
+        reason = always[0] if always else EQUAL_REWARDS.format(mean=mean)
+        self._warn(f"nothing was learnt: in all {self.iterations} iterations {reason}")
         return False
 
     def _warn(self, text: str) -> None:

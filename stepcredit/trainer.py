@@ -36,11 +36,10 @@ class Trainer:
         config: resolved.
         parts: what `build_parts` made of the config.
         policy: what is trained; as it is now it is the reference.
-        run_dir: where the run writes; made when it starts.
     """
 
-    def __init__(self, config: Config, parts: Parts, policy: Policy, run_dir: Path, console: Console) -> None:
-        self.config, self.policy, self.run_dir, self.console = config, policy, run_dir, console
+    def __init__(self, config: Config, parts: Parts, policy: Policy, console: Console) -> None:
+        self.config, self.policy, self.console = config, policy, console
         self.shapers, self.assign, self.objective = parts.shapers, parts.assign, parts.objective
         self.rollouts = build_rollouts(config, parts, policy)
         self.models = build_models(config, parts, policy)
@@ -50,20 +49,20 @@ class Trainer:
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        self.done = 0
+        self.done = self.drawn = 0  # iterations, and training problems, so far
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
         self._check()
 
-    def run(self) -> bool:
-        """Train to the end. False when nothing was learnt."""
+    def run(self, run_dir: Path) -> bool:
+        """Train to the end, writing into an existing folder. False when nothing was learnt."""
         config, started = self.config, time.monotonic()
-        with Tracker(self.run_dir, self.console, config, self.done, self.policy.tokenizer.batch_decode) as tracker:
+        with Tracker(run_dir, self.console, config, self.done, self.policy.tokenizer.batch_decode) as tracker:
             if self.done == 0:
                 tracker.report(0, self.evaluate())
             for iteration in range(self.done + 1, config.train.iterations + 1):
                 clock = Clock()
                 with clock("time/sample"):
-                    forest = self.grow(iteration)
+                    forest = self.grow()
                 with clock("time/judge"):
                     forest = self.rollouts.judge(forest)
                     for shaper in self.shapers:
@@ -75,6 +74,7 @@ class Trainer:
                 with clock("time/learn"):
                     rate = self.set_learning_rate(iteration)
                     learnt = [self.learn(step) for step in self.optimizer_steps(forest, iteration)]
+                    self.rollouts.sampler.sync(self.policy)
                 self.done = iteration
                 last = iteration == config.train.iterations
                 metrics = forest_metrics(forest) | average(learnt) | clock.metrics(forest)
@@ -83,15 +83,15 @@ class Trainer:
                     metrics |= self.evaluate()
                 tracker.report(iteration, metrics, self.weighted(forest))
                 if last or (config.checkpoint.every and iteration % config.checkpoint.every == 0):
-                    save_checkpoint(self.run_dir, iteration, self.policy, self.state(), config.checkpoint.keep)
+                    save_checkpoint(run_dir, iteration, self.policy, self.state(), config.checkpoint.keep)
         return tracker.summary(time.monotonic() - started)
 
     # ------------------------------------------------------------------ the five words
 
-    def grow(self, iteration: int) -> Forest:
+    def grow(self) -> Forest:
         """Sample this iteration's problems."""
-        count = self.config.train.problems_per_iteration
-        start = (iteration - 1) * count
+        count, start = self.config.train.problems_per_iteration, self.drawn
+        self.drawn += count
         problems = self.rollouts.task.draw(start, count)
         seeds = [sampling_seed(self.config.train.seed, TRAINING, start + number) for number in range(count)]
         rollouts = self.rollouts
@@ -114,7 +114,7 @@ class Trainer:
                 yield self.weighted(forest)
                 continue
             generator = torch.Generator().manual_seed(
-                sampling_seed(self.config.train.seed, TRAINING, iteration * 1000 + epoch)
+                sampling_seed(self.config.train.seed, TRAINING, -1 - iteration * 1000 - epoch)
             )
             order = torch.randperm(forest.num_trees, generator=generator)
             for trees in order.tensor_split(optim.num_minibatches):
@@ -149,10 +149,13 @@ class Trainer:
             counted += int((owned.token["weights"] != 0).sum())
             positions = part.num_tokens + len(part.prompt_ids)
             rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": float(positions)})
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip))
+        finite = math.isfinite(norm)
+        if finite:  # otherwise the step would destroy the weights
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return sum_parts(rows, counted) | {"optim/grad_norm": float(norm), "optim/skipped": 0.0}
+        flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
+        return sum_parts(rows, counted) | flags
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy; the same problems and seeds every time."""
@@ -166,16 +169,19 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights. Problems and seeds follow from the iteration alone."""
+        """What a checkpoint holds beside the weights. Problems and seeds follow from the number drawn."""
         return {
             "iteration": self.done,
+            "drawn": self.drawn,
             "optimizer": self.optimizer.state_dict(),
             "models": [model.state_dict() for model in self.models],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.done = state["iteration"]
+        self.done, self.drawn = state["iteration"], state["drawn"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # what the config says now holds, not what it said then
+            group["betas"], group["weight_decay"] = self.config.optim.betas, self.config.optim.weight_decay
         for model, saved in zip(self.models, state["models"], strict=True):
             model.load_state_dict(saved)
 

@@ -50,6 +50,7 @@ class Segment:
         sampled: False for tool or user tokens: encoded, never weighted, not counted in lengths or positions.
         reward: outcome of the completion that ends here (leaves only); None means unjudged.
         rewards: the named parts of `reward`.
+        masked: True when a shaper took it out of the loss.
         columns: per-token columns by name ("rollout_logprobs", "old_logprobs", "token_rewards" ...).
         extra: anything else that a record carried; kept, never read.
     """
@@ -60,6 +61,7 @@ class Segment:
     sampled: bool = True
     reward: float | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    masked: bool = False
     columns: dict[str, Sequence[float]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 

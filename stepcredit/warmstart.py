@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from stepcredit.policy.forward import Policy
+from stepcredit.policy.loading import save_policy
 from stepcredit.tasks.chain import DISTRACTORS, LEVELS, SPECIALS, WORDS, generate
 from stepcredit.tasks.demonstrations import Demonstrator
 
@@ -93,8 +95,7 @@ def warmstart(
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a folder that `from_pretrained` loads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_policy(Policy(model, tokenizer), folder)
 
 
 def _rate(steps: int) -> Callable[[int], float]:

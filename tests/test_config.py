@@ -157,7 +157,6 @@ def test_dump_and_read_back(tmp_path, given):
         ({"objective": {"kl": {"coef": float("inf")}}}, ["objective.kl.coef", "inf"]),
         ({"sampler": {"top_p": 1.5}}, ["sampler.top_p", "1.5"]),
         ({"train": 5}, ["train", "section", "5"]),
-        ({"train": None}, ["train", "section"]),
         ({"credit": "spro"}, ["credit", "section", "'spro'"]),
         ({"task": {"columns": "question"}}, ["task.columns", "section"]),
     ],
@@ -254,3 +253,8 @@ def test_no_file_where_a_command_takes_none():
 
 def test_dump_is_plain_yaml_with_every_section():
     assert yaml.safe_load(dump_yaml(resolve({}))).keys() == Config.model_fields.keys()
+
+
+def test_a_section_with_nothing_under_it_is_empty():
+    """`train:` alone in a YAML file changes nothing."""
+    assert resolve({"train": None, "credit": None}) == resolve({})

@@ -94,7 +94,7 @@ def test_defaults(tmp_path):
     (tree,) = read(tmp_path / "a.jsonl", {"segments": segments})
     assert [segment.finish for segment in tree.segments] == ["cut", "stop", "length"]
     assert all(segment.sampled and segment.reward is None for segment in tree.segments)
-    assert (tree.prompt_ids, tree.problem.id) == ([], "")
+    assert (tree.prompt_ids, tree.problem.id) == ([], "line 1")
 
 
 def test_null_reward_is_unjudged(tmp_path):

@@ -22,15 +22,16 @@ usage: stepcredit eval [--model MODEL] [--data DATA] [--option value ...]
 Accuracy on held-out problems: sampled, at least once in --num-samples tries, and greedy.
 
   --model MODEL         embedded | folder (a checkpoint of a run, too) | hub id
-  --data DATA           embedded | file | hub id; of a file every row is used
-  --num-problems N      --num-samples N     --temperature X     --max-new-tokens N     --seed N
+  --data DATA           embedded | file | hub id; no row of a file is set aside for training
+  --num-problems N      200 of a file, 600 of the embedded task when not given
+  --num-samples N       --temperature X     --max-new-tokens N     --seed N
   --out FILE            also write the numbers as JSON
 
 Any --task., --sampler., --reward. and --eval. option of 'stepcredit train' works too.
 
 Examples
   stepcredit eval --num-samples 8
-  stepcredit eval --model runs/grpo-1/checkpoints/000150
+  stepcredit eval --model runs/grpo-1/checkpoints/000120
   stepcredit eval --model my-model --data math500.jsonl --num-problems 100 --max-new-tokens 2048"""
 
 SAMPLE_HELP = """\
@@ -47,7 +48,7 @@ Prints completions with their rewards.
 
 Examples
   stepcredit sample --num-problems 1 --group-size 8
-  stepcredit sample --model runs/grpo-1/checkpoints/000150 --temperature 0 --group-size 1
+  stepcredit sample --model runs/grpo-1/checkpoints/000120 --temperature 0 --group-size 1
   stepcredit sample --prompt "Ivy = 14 . Mia = Ivy - 1 . Mia ?" """
 
 

@@ -80,6 +80,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"stepcredit: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"stepcredit: error: {error.filename}: {error.strerror}; choose another place or free it", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("stepcredit: interrupted", file=sys.stderr)
         return 130

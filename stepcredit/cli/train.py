@@ -63,14 +63,14 @@ def main(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.sampler.temperature == 0:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
-    run_dir = _run_dir(config, resumed=checkpoint is not None)
+    run_dir = _run_dir(config, continues=own["resume"] != "never")
     parts = build_parts(config)
     policy = load_policy(config.model, config.train.device, config.train.dtype)
     if policy.device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.train.seed)
-    trainer = Trainer(config, parts, policy, run_dir, console)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, parts, policy, console)
+    run_dir = _claim(config, run_dir)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
         trainer.load_state(load_checkpoint(checkpoint))
@@ -83,7 +83,7 @@ def main(words: Sequence[str]) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0 if trainer.run() else 1
+    return 0 if trainer.run(run_dir) else 1
 
 
 def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:
@@ -99,8 +99,9 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
         checkpoint = latest_checkpoint(run_dir)
         if checkpoint is None:
             return given, None
+        run_dir = run_dir.resolve()
     else:
-        path = Path(when)
+        path = Path(when).resolve()
         if not path.is_dir():
             raise UserError(f"--resume: '{when}' is no folder; give auto, never, a run folder or a checkpoint folder")
         run_dir = path if (path / "config.yaml").is_file() else path.parent.parent
@@ -108,8 +109,18 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
         if found is None or not (run_dir / "config.yaml").is_file():
             raise UserError(f"--resume: '{when}' has no checkpoint to continue from")
         checkpoint = found
+    elsewhere = given.get("run_dir")
+    if elsewhere and Path(elsewhere).resolve() != run_dir:
+        raise UserError(f"--resume continues {run_dir} in place; leave out --run-dir {elsewhere}")
     saved = read_yaml(str(run_dir / "config.yaml"))
-    merged = merge(saved, given) | {"run_dir": str(run_dir)}
+    merged = merge(saved, given) | {
+        "run_dir": saved.get("run_dir") if Path(str(saved.get("run_dir"))).resolve() == run_dir else str(run_dir)
+    }
+    for name in ("algorithm", "model"):
+        if merged[name] != saved.get(name):
+            raise UserError(
+                f"--resume: the run has {name} {saved.get(name)}, not {merged[name]}; start a new run for that"
+            )
     for name, before, now in _changes(saved, merged):
         logging.getLogger("stepcredit").warning("continuing with %s = %s (was %s)", name, now, before)
     return merged, checkpoint
@@ -124,8 +135,20 @@ def _changes(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]
     return [] if before == now else [(name, before, now)]
 
 
-def _run_dir(config: Config, resumed: bool) -> Path:
-    """The run's folder; a non-empty one is only for continuing."""
+def _claim(config: Config, run_dir: Path) -> Path:
+    """Make the run's folder; one that was not named is this run's alone, also when several start at once."""
+    while config.run_dir is None:
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            run_dir = _run_dir(config, continues=False)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def _run_dir(config: Config, continues: bool) -> Path:
+    """The run's folder; a non-empty one is only for continuing a run, from its start if it has no checkpoint yet."""
     if config.run_dir is None:
         number = 1
         while (path := Path("runs") / f"{config.algorithm}-{number}").exists():
@@ -134,7 +157,8 @@ def _run_dir(config: Config, resumed: bool) -> Path:
     path = Path(config.run_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: '{path}' is a file")
-    if not resumed and path.is_dir() and any(path.iterdir()):
+    is_run = continues and (path / "config.yaml").is_file()
+    if not is_run and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"run_dir: '{path}' is not empty; name a new folder with --run-dir, or continue the run with --resume auto"
         )

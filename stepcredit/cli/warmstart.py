@@ -34,8 +34,11 @@ def main(words: Sequence[str]) -> int:
         raise UserError("--out FOLDER is missing; see 'stepcredit warmstart --help'")
     steps, batch_size = _count("steps", options, 1), _count("batch-size", options, 1)
     seed, out = _count("seed", options, 0), Path(options["out"])
+    count = str(_count("num-problems", options, 1))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: '{out}' is not an empty folder")
+
+    out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
 
     from stepcredit.cli.look import evaluate_model
     from stepcredit.warmstart import save, warmstart
@@ -51,7 +54,6 @@ def main(words: Sequence[str]) -> int:
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     weights = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{out}: {weights:,} parameters, {size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
-    count = options["num-problems"]
     return evaluate_model(
         ["--model", str(out), "--num-problems", count, "--num-samples", "8", "--max-new-tokens", "128"]
     )

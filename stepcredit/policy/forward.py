@@ -119,7 +119,8 @@ class Policy(nn.Module):
             children[parent if parent >= 0 else -1 - tree].append(segment)
         start, length = forest.segment["start"].tolist(), forest.segment["length"].tolist()
         token_ids = forest.token["token_ids"]
-        stack = [self._encode_prompts(forest)]
+        prompts = forest.tree["prompt_length"].tolist()
+        stack = [self._encode_prompts(forest, trees) for trees in length_buckets(prompts, MAX_POSITIONS)]
         while stack:
             rows_above = stack.pop()
             pairs = [(row, child) for row, key in enumerate(rows_above.ids) for child in children[key]]
@@ -134,14 +135,15 @@ class Policy(nn.Module):
                 if keep:
                     stack.append(rows_below)
 
-    def _encode_prompts(self, forest: Forest) -> _Rows:
-        lengths = forest.tree["prompt_length"]
-        ids, mask = _pad(list(forest.prompt_ids.split(lengths.tolist())), self.device)
+    def _encode_prompts(self, forest: Forest, trees: list[int]) -> _Rows:
+        lengths = forest.tree["prompt_length"][trees]
+        prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
+        ids, mask = _pad([prompts[tree] for tree in trees], self.device)
         cache = DynamicCache()
         hidden = self._hidden(ids, mask, mask.cumsum(1) - 1, cache)
         last = lengths.to(self.device) - 1
         state = hidden[torch.arange(len(ids), device=self.device), last]
-        return _Rows([-1 - tree for tree in range(forest.num_trees)], cache, mask, last + 1, state)
+        return _Rows([-1 - tree for tree in trees], cache, mask, last + 1, state)
 
     def _continue(self, rows: _Rows, above: list[int], segments: list[int], ids: list[Tensor]) -> tuple[_Rows, Tensor]:
         """Encode one segment after each row `above`; also give the states before its tokens [rows, length, hidden]."""

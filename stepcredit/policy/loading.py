@@ -66,6 +66,8 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy
         )
     network.to(where)  # type: ignore[arg-type]
     autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
+    if network.generation_config is not None and network.can_generate():
+        network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
     policy = Policy(network, tokenizer, autocast)
     choose_path(policy)
     return policy

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, keys_and_values
 from stepcredit.policy.head import LEAST
 from stepcredit.samplers.params import SamplingParams
@@ -97,7 +98,8 @@ class _Decoding:
         self.count = torch.zeros(total, dtype=torch.long, device=self.device)
         self.uniform = torch.zeros(shape, device=self.device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=self.device)
-        self.waiting = deque(range(total))
+        order = sorted(range(total), key=lambda row: 0 if self.mixes_lengths else len(prompts[row // n]))
+        self.waiting = deque(order)
 
     def run(self) -> list[list[Segment]]:
         batch: _Batch | None = None
@@ -222,6 +224,10 @@ class _Decoding:
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()
+        if not bool(self.logprobs.isfinite().all()):
+            raise UserError(
+                "sampling: the model gives log-probabilities that are not finite; its weights may be damaged"
+            )
         tokens, logprobs, entropy = self.tokens.cpu(), self.logprobs.cpu(), self.entropy.cpu()
         segments = [
             Segment(
@@ -268,7 +274,7 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
 
 
 class _GrowingLayer(DynamicLayer):

@@ -28,15 +28,16 @@ class DatasetTask(Task):
     def __init__(self, name: str, train: list[Problem], held_out: list[Problem], seed: int) -> None:
         self.name = name
         self.train, self._held_out, self.seed = train, held_out, seed
+        self._orders: dict[int, list[int]] = {}  # of the last epoch drawn from
 
     def draw(self, start: int, count: int) -> list[Problem]:
         drawn = []
         for number in range(start, start + count):
             epoch, index = divmod(number, len(self.train))
-            order = torch.randperm(
-                len(self.train), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            )
-            drawn.append(self.train[int(order[index])])
+            if epoch not in self._orders:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self._orders = {epoch: torch.randperm(len(self.train), generator=generator).tolist()}
+            drawn.append(self.train[self._orders[epoch][index]])
         return drawn
 
     def known(self) -> list[Problem]:
@@ -174,4 +175,4 @@ def _question(where: str, row: Mapping[str, Any], column: str) -> str | list[Mes
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and bool(message.get("content"))
