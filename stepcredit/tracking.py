@@ -36,8 +36,8 @@ REASONS = {  # a metric that is 1 when it is the reason: what to say
 }
 EQUAL_REWARDS = (
     "every group had equal rewards ({mean}). Check the reward function on a known right and a known wrong answer, "
-    "the answer column and --sampler.max-new-tokens (truncated completions rarely score); easier or harder problems may "
-    "be needed"
+    "the answer column and --sampler.max-new-tokens (truncated completions rarely score); easier or harder problems "
+    "may be needed"
 )
 
 

@@ -214,3 +214,12 @@ def test_column_of_some_segments_only(tmp_path):
     """A log-probability column that one segment lacks is an error that names the segment."""
     with pytest.raises(UserError, match=r"'p0'.*segment 0.*old_logprobs"):
         forest_of(*read(tmp_path / "a.jsonl", second(old_logprobs=[-1, -1, -1])))
+
+
+def test_a_masked_segment_stays_masked(tmp_path):
+    """What a shaper took out of the loss has no weight when the record is read again."""
+    trees = [Tree(Problem(id="a"), [1], [Segment([5, 2], reward=1.0, masked=True), Segment([6, 2], reward=0.0)])]
+    write_trees(tmp_path / "a.jsonl", Forest.from_trees(trees))
+    again = Forest.from_trees(list(read_trees(str(tmp_path / "a.jsonl"))))
+    assert again.segment["mask"].tolist() == [False, True]
+    assert again.active.tolist() == [False, False, True, True]

@@ -1,0 +1,123 @@
+"""Continuing runs: where they go, what they keep, and what they refuse."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from stepcredit.build import build_parts
+from stepcredit.checkpoint import checkpoints, latest_checkpoint
+from stepcredit.cli.main import main
+from stepcredit.config import resolve
+from stepcredit.policy.loading import load_policy
+from stepcredit.trainer import Trainer
+
+TINY = ["--train.problems-per-iteration", "2", "--group-size", "4", "--num-problems", "2"]
+TINY += ["--max-new-tokens", "48", "--save-every", "1"]
+
+
+def train(run_dir: Path, *words: str) -> int:
+    return main(["train", *TINY, "--optim.schedule", "constant", "--run-dir", str(run_dir), *words])
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """A run of four iterations that kept all its checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "four"
+    assert train(folder, "--iterations", "4", "--checkpoint.keep", "9") in (0, 1)
+    return folder
+
+
+def copy(source: Path, to: Path) -> Path:
+    for file in source.rglob("*"):
+        if file.is_file():
+            target = to / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return to
+
+
+def test_going_back_keeps_what_is_written_afterwards(four, tmp_path) -> None:
+    """Numbers of the abandoned branch are higher, and are the first to go."""
+    run = copy(four, tmp_path / "run")
+    words = ["train", "--resume", str(run / "checkpoints" / "000001"), "--iterations", "3", "--checkpoint.keep", "2"]
+    assert main(words) in (0, 1)
+    assert latest_checkpoint(run) == run / "checkpoints" / "000003"
+    assert [path.name for path in checkpoints(run)] == ["000002", "000003"]
+
+
+def test_a_resumed_run_goes_nowhere_else(four, tmp_path, capsys) -> None:
+    assert main(["train", "--resume", str(four), "--run-dir", str(tmp_path / "other")]) == 2
+    assert "in place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--algorithm", "opo"), ("--model", "elsewhere")])
+def test_another_algorithm_or_model_is_another_run(four, capsys, option: str, value: str) -> None:
+    assert main(["train", "--resume", str(four), option, value]) == 2
+    assert option.strip("-") in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_starts_anew_under_auto(four, tmp_path) -> None:
+    """A run that was killed before it saved is no dead end."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes((four / "config.yaml").read_bytes())
+    (run / "metrics.jsonl").write_bytes((four / "metrics.jsonl").read_bytes())
+    assert train(run, "--iterations", "1", "--resume", "auto") in (0, 1)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_options_of_the_optimiser_that_are_given_anew_hold(four) -> None:
+    config = resolve({"optim": {"weight_decay": 0.1, "betas": [0.5, 0.9]}})
+    trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
+    state = torch.load(four / "checkpoints" / "000004" / "trainer_state" / "state.pt", weights_only=True)
+    trainer.load_state(state)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert trainer.drawn == 8  # four iterations of two problems
+
+
+def test_runs_without_a_name_do_not_share_a_folder(tmp_path, monkeypatch) -> None:
+    """Also when the second starts before the first has written anything."""
+    from stepcredit.cli import train as command
+
+    monkeypatch.chdir(tmp_path)
+    config = resolve({})
+    first, second = command._run_dir(config, False), command._run_dir(config, False)
+    assert first == second
+    assert command._claim(config, first) != command._claim(config, second)
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/run", __file__ + "/run"])
+def test_a_place_that_cannot_be_written_is_named(place: str, capsys) -> None:
+    assert train(Path(place), "--iterations", "1") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("stepcredit: error: ") and place.split("/run")[0] in error
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    """The step is skipped and counted, the weights stay."""
+    config = resolve({"train": {"problems_per_iteration": 4}, "eval": {"num_problems": 0}})
+    policy = load_policy("embedded", "cpu")
+    trainer = Trainer(config, build_parts(config), policy, Console(quiet=True))
+    forest = trainer.weighted(trainer.assign(trainer.rollouts.judge(trainer.grow())))
+    advantages = torch.where(forest.active, math.inf, 0.0)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    assert trainer.learn(forest.with_token(advantages=advantages))["optim/nonfinite"] == 1.0
+    assert all(torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
+    assert trainer.learn(forest)["optim/nonfinite"] == 0.0
+    assert not all(torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
+
+
+def test_a_temperature_in_the_generation_config_does_not_stop_saving(tmp_path) -> None:
+    """Some hub models have one without `do_sample`, which transformers refuses to save."""
+    policy = load_policy("embedded", "cpu")
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}')
+    again = load_policy(str(tmp_path), "cpu")
+    again.model.save_pretrained(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.temperature == 0.6
