@@ -1,6 +1,6 @@
 """`stepcredit warmstart`: build the embedded base model from nothing but generated demonstrations.
 
-A Qwen3 of 0.13M parameters with a word-level tokenizer is trained by cross-entropy on worked solutions with human
+A Qwen3 of 0.15M parameters with a word-level tokenizer is trained by cross-entropy on worked solutions with human
 faults (`tasks/demonstrations.py`), easy problems first. Muon moves the matrices, AdamW the rest.
 """
 

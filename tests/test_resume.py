@@ -121,3 +121,20 @@ def test_a_temperature_in_the_generation_config_does_not_stop_saving(tmp_path) -
     again = load_policy(str(tmp_path), "cpu")
     again.model.save_pretrained(tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.temperature == 0.6
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
+    """Exit code 130, and the line names the checkpoint that there is."""
+    learn = Trainer.learn
+
+    def interrupted(self, step):
+        if self.done == 2:
+            raise KeyboardInterrupt
+        return learn(self, step)
+
+    monkeypatch.setattr(Trainer, "learn", interrupted)
+    assert train(tmp_path / "run", "--iterations", "4") == 130
+    assert "what came after 000002 is lost" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train(tmp_path / "run", "--iterations", "4", "--resume", "auto") in (0, 1)
+    assert latest_checkpoint(tmp_path / "run").name == "000004"

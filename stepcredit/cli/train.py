@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     import torch
 
     from stepcredit.build import build_parts
-    from stepcredit.checkpoint import load_checkpoint, load_weights
+    from stepcredit.checkpoint import latest_checkpoint, load_checkpoint, load_weights
     from stepcredit.policy.loading import load_policy
     from stepcredit.trainer import Trainer
 
@@ -83,7 +83,13 @@ def main(words: Sequence[str]) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0 if trainer.run(run_dir) else 1
+    try:
+        return 0 if trainer.run(run_dir) else 1
+    except KeyboardInterrupt:
+        newest = latest_checkpoint(run_dir)
+        kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
+        console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
+        raise
 
 
 def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:
