@@ -1,4 +1,4 @@
-"""The record format (version 1): one tree a line, JSON, plain or `.zst`. DESIGN of the fields in docs/records.md."""
+"""The record format (version 1): one tree a line, JSON, plain or `.zst`. docs/records.md explains the fields."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
