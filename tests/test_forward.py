@@ -1,4 +1,4 @@
-"""The forest forward: equal to one row at a time, whatever the shape, the order, the parts and the model."""
+"""Scoring forests: equal to one row at a time, whatever the path, the shape, the order, the parts and the model."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import (
     FAMILIES,
-    UNSHAREABLE,
+    OTHERS,
     VOCABULARY,
     fresh,
     gradients,
@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 from stepcredit.forest import Forest
-from stepcredit.policy import forward
+from stepcredit.policy import packing, reference
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import choose_path, score
 from stepcredit.types import Problem, Segment, Tree
@@ -26,7 +26,8 @@ from stepcredit.types import Problem, Segment, Tree
 TOLERANCE = 1e-5
 families = pytest.mark.parametrize("family", FAMILIES)
 shapes = pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
-paths = pytest.mark.parametrize("path", ["forest", "plain"])
+paths = pytest.mark.parametrize("path", ["forest", "cached", "plain"])
+others = pytest.mark.parametrize("family", OTHERS)
 
 
 def weights(forest: Forest, seed: int = 0) -> torch.Tensor:
@@ -34,8 +35,10 @@ def weights(forest: Forest, seed: int = 0) -> torch.Tensor:
 
 
 def on_path(family: str, path: str):
-    policy = tiny(family)
-    return forward.Policy(policy.model, policy.tokenizer, path=path)
+    """A policy of its own: a path belongs to the model."""
+    policy = fresh(family)
+    policy.path = path
+    return policy
 
 
 def chain(num_segments: int) -> Forest:
@@ -82,22 +85,65 @@ def test_gradients_equal_the_models_own(family, deep, path, entropy_grad):
         assert relative_distance(actual, expected) < TOLERANCE
 
 
+@others
+@shapes
+def test_other_models_are_exact(family, deep):
+    """Scaled and capped logits, capped scores, windows shorter than the paths, experts: scores and gradients."""
+    policy, model = tiny(family), on_path(family, "plain")
+    for seed in range(2):
+        forest = random_forest(10 + seed, deep)
+        weight = weights(forest, seed)
+        found, (logprobs, entropy) = policy(forest, 0.7, True), reference_scores(model, forest, 0.7)
+        torch.testing.assert_close(found.logprobs, logprobs, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(found.entropy, entropy, atol=TOLERANCE, rtol=0)
+        expected = gradients(model, (weight[0] * logprobs).sum() + (weight[1] * entropy).sum())
+        actual = gradients(policy, (weight[0] * found.logprobs).sum() + (weight[1] * found.entropy).sum())
+        assert relative_distance(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("alone", [1, 10**9], ids=["one by one", "batched"])
+def test_blocks_batched_in_any_way_give_the_same(monkeypatch, family, alone):
+    """Every block in a call of its own, or as many as pay: the same scores and gradients."""
+    policy, forest = tiny(family), random_forest(20, deep=True)
+    weight = weights(forest)[0]
+    found = policy(forest)
+    expected = gradients(policy, (weight * found.logprobs).sum())
+    monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
+    other = policy(forest)
+    torch.testing.assert_close(other.logprobs, found.logprobs, atol=TOLERANCE, rtol=0)
+    assert relative_distance(gradients(policy, (weight * other.logprobs).sum()), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_forward_calls_of_any_size_give_the_same(monkeypatch, seed):
-    """Levels cut into many small forward calls change neither scores nor gradients."""
-    policy, forest = tiny("qwen3"), random_forest(20 + seed, deep=True)
+def test_levels_of_any_size_give_the_same(monkeypatch, seed):
+    """Levels of the cached form cut into many small forward calls change neither scores nor gradients."""
+    policy, forest = on_path("qwen3", "cached"), random_forest(20 + seed, deep=True)
     weight = weights(forest)[0]
     whole = policy(forest)
-    monkeypatch.setattr(forward, "MAX_POSITIONS", 5)
+    monkeypatch.setattr(reference, "MAX_POSITIONS", 5)
     pieces = policy(forest)
     torch.testing.assert_close(pieces.logprobs, whole.logprobs, atol=TOLERANCE, rtol=0)
     expected = gradients(policy, (weight * whole.logprobs).sum())
     assert relative_distance(gradients(policy, (weight * pieces.logprobs).sum()), expected) < TOLERANCE
 
 
-def test_a_path_of_many_segments():
-    """Padding of every level above is carried along correctly."""
-    policy, forest = tiny("qwen2"), chain(12)
+@paths
+def test_only_owned_tokens_are_scored(path):
+    """Tokens that a part does not own score 0, and the others what they score without ownership."""
+    policy, forest = on_path("qwen2", path), random_forest(25, deep=True)
+    owned = torch.arange(forest.num_tokens) % 3 > 0
+    with torch.no_grad():
+        whole, part = policy(forest), policy(forest.with_token(owned=owned))
+    for found, expected in zip(part, whole, strict=True):
+        assert (found[~owned] == 0).all() and (expected[~owned] != 0).all()
+        torch.testing.assert_close(found[owned], expected[owned], atol=TOLERANCE, rtol=0)
+
+
+@paths
+def test_a_path_of_many_segments(path):
+    """Every level above is seen, and nothing else."""
+    policy, forest = on_path("qwen2", path), chain(12)
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
 
@@ -228,33 +274,63 @@ def test_good_models_take_the_forest_path(family, autocast):
     assert policy.path == "forest" and policy.autocast == autocast
 
 
-@pytest.mark.parametrize("family", UNSHAREABLE)
-def test_models_that_change_logits_after_the_head_take_the_plain_path(family, caplog):
-    """The fallback is said in the log, and the plain path equals the model's own logits."""
-    policy, forest = fresh(family), random_forest(80, deep=True)
+def test_a_model_that_is_none_of_these_takes_the_plain_path(monkeypatch, caplog):
+    """Logits changed in a way that no config names: found by comparing, said in the log, and scored as they are."""
+    policy, forest = fresh("qwen2"), random_forest(80, deep=True)
+    policy.model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * 0.5))
     with caplog.at_level(logging.WARNING, "stepcredit"):
-        assert 1e-2 < choose_path(policy) < float("inf")
-    assert policy.path == "plain" and "one row per completion" in caplog.text
+        assert choose_path(policy) == float("inf")
+    assert policy.path == "plain" and "one row per completion" in caplog.text and "differs" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
 
 
-def test_a_model_that_cannot_run_the_forest_form_takes_the_plain_path(monkeypatch, caplog):
+def test_attention_sinks_are_refused(caplog):
+    """A model with scores of its own beside the keys' is scored one row per completion, exactly."""
+    policy, forest = (
+        fresh("GptOss", num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+        random_forest(81, True),
+    )
+    with caplog.at_level(logging.WARNING, "stepcredit"):
+        choose_path(policy)
+    assert policy.path == "plain" and "s_aux" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused(monkeypatch):
+    """A layer that does not tell its attention function about the window of its config cannot be taken over."""
+    policy = fresh("llama")
+    policy.model.config.sliding_window = 4
+    with pytest.raises(NotImplementedError, match="window"):
+        policy(random_forest(0, deep=True))
+
+
+def test_a_model_that_cannot_run_the_forest_form_takes_the_cached_one(monkeypatch, caplog):
     def refuse(*args):
-        raise NotImplementedError("no cache here")
+        raise NotImplementedError("no plans here")
 
-    policy = on_path("qwen2", "forest")
-    monkeypatch.setattr(policy, "_hidden", refuse)
-    assert choose_path(policy) == float("inf")
-    assert policy.path == "plain" and "no cache here" in caplog.text
+    policy = fresh("qwen2")
+    monkeypatch.setattr(policy, "hidden", refuse)
+    assert choose_path(policy) < TOLERANCE
+    assert policy.path == "cached" and "no plans here" in caplog.text
 
 
-def test_sliding_windows_are_exact_beyond_the_window():
-    """On the path that is chosen, a window shorter than a prompt with a completion gives the model's own logits."""
-    policy = fresh("Mistral", sliding_window=24)
-    prompts = [[index % VOCABULARY for index in range(length)] for length in (8, 40)]
-    segments = [Segment([5, 6, 7]), Segment(list(range(30))), Segment([8, 9, 10], parent=0)]
-    forest = Forest.from_trees([Tree(Problem(), prompt, segments) for prompt in prompts])
-    choose_path(policy)
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral"])
+def test_the_model_stays_an_ordinary_model(family):
+    """On the forest path a call without a plan, padded or with a cache, gives what it gave before."""
+    policy, other = tiny(family), on_path(family, "plain")
+    ids = torch.randint(0, VOCABULARY, (3, 14), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(14)[None] >= torch.tensor([[0], [3], [9]])).long()
     with torch.no_grad():
-        torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
+        found, expected = (p.model(input_ids=ids, attention_mask=mask).logits for p in (policy, other))
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=TOLERANCE, rtol=0)
+        new = [p.model.generate(ids[:1], do_sample=False, max_new_tokens=12, pad_token_id=0) for p in (policy, other)]
+    assert new[0].equal(new[1])
+
+
+def test_saved_models_do_not_ask_for_forest_attention(tmp_path):
+    """A folder written by a policy loads where this library is not installed."""
+    policy = tiny("qwen2")
+    policy.model.save_pretrained(tmp_path)
+    assert "stepcredit" not in (tmp_path / "config.json").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, STOP, UNSHAREABLE, VOCABULARY, fresh, tiny
+from tiny_models import FAMILIES, OTHERS, STOP, VOCABULARY, fresh, tiny
 
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy
@@ -15,7 +15,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21,
 STOPS = tuple(range(12))  # many stop tokens: completions of many lengths
 SEEDS = [11, 22, 33, 44, 55]
 families = pytest.mark.parametrize("family", FAMILIES)
-paths = pytest.mark.parametrize("path", ["forest", "plain"])
+paths = pytest.mark.parametrize("path", ["forest", "cached", "plain"])
 
 
 def sample(policy: Policy, prompts=PROMPTS, n=4, seeds=SEEDS, max_rows=512, on_progress=None, **params):
@@ -29,8 +29,9 @@ def tokens(groups: list[list[Segment]]) -> list[list[list[int]]]:
 
 
 def on_path(family: str, path: str) -> Policy:
-    policy = tiny(family)
-    return Policy(policy.model, policy.tokenizer, path=path)
+    policy = fresh(family)
+    policy.path = path
+    return policy
 
 
 def next_logits(policy: Policy, ids: list[int]) -> torch.Tensor:
@@ -38,7 +39,7 @@ def next_logits(policy: Policy, ids: list[int]) -> torch.Tensor:
         return policy.model(torch.tensor([ids])).logits[0, -1]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *UNSHAREABLE])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"top_k": 3}], ids=["full", "top_p", "top_k"])
 def test_reported_logprobs_and_entropy_equal_scored_ones(family, temperature, options):
@@ -154,7 +155,7 @@ def cut_at(ids: list[int], stops: tuple[int, ...]) -> list[int]:
     return ids[: ends[0] + 1] if ends else ids
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *UNSHAREABLE])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 @pytest.mark.parametrize("max_rows", [2, 512])
 def test_temperature_zero_equals_generate(family, max_rows):
     """Greedy tokens are those of `model.generate(do_sample=False)`, and log-probabilities those of temperature 1."""
@@ -274,30 +275,29 @@ def test_progress_adds_up(path, max_rows):
     assert len(calls) > 1
 
 
-def test_no_more_rows_than_max_rows():
+def calls(monkeypatch, policy: Policy, **options) -> list[tuple[int, int]]:
+    """The shapes of the forward calls of one `sample`."""
+    seen, hidden = [], policy.hidden
+
+    def spy(token_ids, position, plan):
+        seen.append(tuple(token_ids.shape))
+        return hidden(token_ids, position, plan)
+
+    monkeypatch.setattr(policy, "hidden", spy)
+    sample(policy, **options)
+    return seen
+
+
+def test_no_more_rows_than_max_rows(monkeypatch):
     """The model is never called with more rows than allowed."""
-    policy, seen = on_path("qwen2", "forest"), []
-    hook = policy.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
-    )
-    try:
-        sample(policy, max_rows=3)
-    finally:
-        hook.remove()
-    assert max(seen) == 3
+    shapes = calls(monkeypatch, on_path("qwen2", "forest"), max_rows=3)
+    assert max(rows for rows, length in shapes if length == 1) == 3
 
 
-def test_a_prompt_is_encoded_once_for_its_group():
-    """A group that fits costs one pass over its prompt: all prompts in one call of five rows."""
-    policy, seen = on_path("qwen2", "forest"), []
-    hook = policy.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    try:
-        sample(policy)
-    finally:
-        hook.remove()
-    assert [shape for shape in seen if shape[1] > 1] == [(len(PROMPTS), max(map(len, PROMPTS)))]
+def test_a_prompt_is_encoded_once_for_its_group(monkeypatch):
+    """A group that fits costs one pass over its prompt: all prompts in one call, one row, nothing padded."""
+    shapes = calls(monkeypatch, on_path("qwen2", "forest"))
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, sum(map(len, PROMPTS)))]
 
 
 def test_the_plain_path_never_pads():

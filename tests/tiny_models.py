@@ -30,29 +30,34 @@ SHAPE = {
 FAMILIES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": False, "num_hidden_layers": 3}),
-    "llama": ("Llama", {"tie_word_embeddings": False, "hidden_size": 64, "head_dim": 16}),
+    "llama": ("Llama", {"tie_word_embeddings": False, "hidden_size": 64, "head_dim": 16, "initializer_range": 0.15}),
 }
-UNSHAREABLE = {  # logits that are changed after the output layer
-    "granite": ("Granite", {"logits_scaling": 4.0}),
-    "gemma2": (
-        "Gemma2",
-        {
-            "final_logit_softcapping": 0.5,
-            "attn_logit_softcapping": None,
-            "query_pre_attn_scalar": 8,
-            "layer_types": ["full_attention"] * 2,  # the cap alone, no windows
-        },
+CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
+LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+OTHERS = {  # scaled and capped logits, windows, experts
+    "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}),
+    "cohere": ("Cohere", {"logit_scale": 0.3, "hidden_size": 32}),
+    "gemma2": ("Gemma2", CAPS | LAYERS | {"sliding_window": 5}),
+    "gemma3": (
+        "Gemma3Text",
+        LAYERS | {"sliding_window": 5, "query_pre_attn_scalar": 8, "use_bidirectional_attention": False},
     ),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+    "phi3": ("Phi3", {"sliding_window": 7, "num_key_value_heads": 4}),
+    "mixtral": ("Mixtral", EXPERTS),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 1}),
 }
+MODEL_NAMES = {"Gemma3Text": "Gemma3"}
 
 
 def fresh(family: str, seed: int = 0, **changes) -> Policy:
     """A new policy of this family; give changes to its config."""
-    name, options = (FAMILIES | UNSHAREABLE).get(family) or (family, {})
+    name, options = (FAMILIES | OTHERS).get(family) or (family, {})
     config = getattr(transformers, f"{name}Config")(**SHAPE | options | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = getattr(transformers, f"{MODEL_NAMES.get(name, name)}ForCausalLM")(config)
         with torch.no_grad():  # biases and norms start at 0 and 1: move them, so that they matter
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -62,10 +67,8 @@ def fresh(family: str, seed: int = 0, **changes) -> Policy:
 
 @cache
 def tiny(family: str) -> Policy:
-    """The shared policy of this family, on its best path; do not change it."""
-    policy = fresh(family)
-    policy.path = "plain" if family in UNSHAREABLE else "forest"
-    return policy
+    """The shared policy of this family, on the forest path; do not change it."""
+    return fresh(family)
 
 
 def random_trees(seed: int, deep: bool, num_trees: int = 3, unsampled: float = 0.0) -> list[Tree]:

@@ -1,5 +1,6 @@
 """How rows are cut into batches: length-sorted buckets inside a level, and parts of a forest by token budget."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 from stepcredit.forest import Forest
 
 CALL_OVERHEAD = 256  # what one more forward call costs, in token positions (measured on CPU with the embedded model)
+BLOCK_OVERHEAD = 1 << 13  # what one more attention call costs, in scores (measured on CPU with 4 heads of 64)
 
 
 def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = CALL_OVERHEAD) -> list[list[int]]:
@@ -42,6 +44,41 @@ def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = C
         buckets.append(order[cut[end] : end].tolist())
         end = int(cut[end])
     return buckets[::-1]
+
+
+def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHEAD) -> list[list[int]]:
+    """Cut blocks into padded batches of the least total cost, sum over batches of blocks * tallest * widest + overhead.
+
+    By dynamic programming over the blocks sorted by width, then height; blocks of one size stay together.
+
+    Args:
+        sizes: (height, width) of each block.
+
+    Returns:
+        Block numbers of each batch.
+
+    >>> cheapest_runs([(2, 9), (1, 1), (3, 9)], overhead=10)
+    [[1], [0, 2]]
+    """
+    blocks: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, size in enumerate(sizes):
+        blocks[size].append(index)
+    ordered = sorted(blocks, key=lambda size: size[::-1])
+    height, width = np.array(ordered, dtype=np.int64).reshape(-1, 2).T
+    count = np.array([0, *(len(blocks[size]) for size in ordered)]).cumsum()
+    best = np.zeros(len(ordered) + 1)
+    start = np.zeros(len(ordered) + 1, dtype=np.int64)
+    for end in range(1, len(ordered) + 1):
+        tallest = np.maximum.accumulate(height[:end][::-1])[::-1]
+        cost = best[:end] + (count[end] - count[:end]) * tallest * width[end - 1] + overhead
+        start[end] = int(cost.argmin())
+        best[end] = cost[start[end]]
+    batches = []
+    end = len(ordered)
+    while end > 0:
+        batches.append([index for size in ordered[start[end] : end] for index in blocks[size]])
+        end = int(start[end])
+    return batches[::-1]
 
 
 def cut(forest: Forest, max_tokens: int) -> list[Forest]:

@@ -1,43 +1,30 @@
 """`Policy`: a causal language model that scores forests, each token computed once.
 
-The forest form walks a forest from the prompts down. Every level attends to its parents' keys and values, kept in a
-transformers `DynamicCache`; the first token of a segment is predicted by the last state of its parent. The plain form
-gives every completion a row of its own; it is the reference, and the fallback for models whose caches cannot be
-shared. Both are the `forward` of one module, because DDP and FSDP2 act on module calls.
+A forest is one row of tokens (`Packing`) whose attention follows the trees (`ForestPlan`), so a part of a batch is one
+forward call of the model whatever its shape, and one call of the policy, head included, because DDP and FSDP2 act on
+module calls. Models for which that does not hold are scored in another way (`reference`); `choose_path` finds out.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepcredit.forest import Forest
 from stepcredit.ops import TokenScores
-from stepcredit.policy.batching import cut, gather_owned, length_buckets
-from stepcredit.policy.head import score_logits, score_states
+from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
+from stepcredit.policy.batching import cut, gather_owned
+from stepcredit.policy.head import LogitRule, score_states
+from stepcredit.policy.packing import Packing
+from stepcredit.policy.reference import CachedForm, plain_scores
 from stepcredit.types import Problem, Segment, Tree
 
 log = logging.getLogger("stepcredit")
 
-Path = Literal["forest", "plain"]
-MAX_POSITIONS = 1 << 16  # token positions of one forward call inside a part
-
-
-@dataclass
-class _Rows:
-    """Encoded rows that children can continue: prompts, or the segments of one bucket."""
-
-    ids: list[int]  # tree rows for prompts, segment rows otherwise
-    cache: DynamicCache
-    mask: Tensor  # [rows, slots] 1 where the cache holds a real token
-    position: Tensor  # [rows] tokens encoded so far
-    state: Tensor  # [rows, hidden] state of the last token
+Path = Literal["forest", "cached", "plain"]
 
 
 class Policy(nn.Module):
@@ -47,7 +34,7 @@ class Policy(nn.Module):
         model: any transformers causal language model.
         tokenizer: its tokenizer.
         autocast: compute in this type by autocast (weights keep theirs); None computes in the weights' type.
-        path: "forest" (each token once) or "plain" (one row per completion, through the model's own head).
+        path: "forest" (one packed row), "cached" (level by level) or "plain" (one row per completion).
     """
 
     def __init__(
@@ -61,7 +48,19 @@ class Policy(nn.Module):
         self.model = model.eval()  # no dropout: sampling and scoring must agree
         self.tokenizer = tokenizer
         self.autocast = autocast
+        self.rule = LogitRule.of(model.config.get_text_config())
+        self._ordinary = model.config._attn_implementation
         self.path = path
+
+    @property
+    def path(self) -> Path:
+        """How forests are scored; setting it sets the model's attention function."""
+        return self._path
+
+    @path.setter
+    def path(self, path: Path) -> None:
+        self._path = path
+        self.model.config._attn_implementation = FOREST if path == "forest" else self._ordinary
 
     @property
     def device(self) -> torch.device:
@@ -83,123 +82,54 @@ class Policy(nn.Module):
         """Log-probability of every token given the tokens before it on its path, and the entropy it was drawn from.
 
         Args:
-            forest: any shape, any lengths.
+            forest: any shape, any lengths. With a column `token["owned"]` only the owned tokens are scored.
             temperature: of the distribution softmax(logits / temperature).
             entropy_grad: let gradients flow through the entropies.
 
         Returns:
-            `logprobs` and `entropy`, each [num_tokens] fp32 on the model's device; 0 for tokens that were not sampled.
+            `logprobs` and `entropy`, each [num_tokens] fp32 on the model's device; 0 for tokens that were not sampled
+            and for those that are not owned.
         """
+        wanted = forest.token_sampled
+        if "owned" in forest.token:
+            wanted = wanted & forest.token["owned"]
         with self.autocast_context():
-            if self.path == "forest":
-                return self._forest(forest, temperature, entropy_grad)
-            return self._plain(forest, temperature, entropy_grad)
+            if self.path == "plain":
+                scores, order = plain_scores(self.model, forest, wanted, temperature, entropy_grad)
+            else:
+                states, order = self._states(forest, wanted)
+                targets = forest.token["token_ids"][order].to(self.device)
+                head = self.model.get_output_embeddings()
+                scores = score_states(states, targets, head, temperature, rule=self.rule, entropy_grad=entropy_grad)
+        order = order.to(self.device)
+        return TokenScores(*(value.new_zeros(forest.num_tokens).index_copy(0, order, value) for value in scores))
 
-    # ------------------------------------------------------------------ each token once
+    def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""
+        if self.path == "cached":
+            return CachedForm(self.model).states(forest, wanted)
+        packing, before = Packing.of_forest(forest, self.device)
+        states = self.hidden(packing.token_ids[None], packing.position[None], ForestPlan(packing))[0]
+        order = wanted.nonzero().squeeze(1)
+        return states.index_select(0, before[order.to(self.device)]), order
 
-    def _forest(self, forest: Forest, temperature: float, entropy_grad: bool) -> TokenScores:
-        states, tokens = [], []
-        for state, token in self._walk(forest):
-            wanted = forest.token_sampled[token]
-            states.append(state if bool(wanted.all()) else state[wanted.to(state.device)])
-            tokens.append(token[wanted])
-        order = torch.cat(tokens)
-        targets = forest.token["token_ids"][order].to(self.device)
-        head = self.model.get_output_embeddings()
-        scores = score_states(
-            torch.cat(states), targets, head, temperature, entropy_grad=entropy_grad, vocabulary=head.weight.shape[0]
-        )
-        return _scatter(scores, order.to(self.device), forest.num_tokens)
+    def logits(self, states: Tensor) -> Tensor:
+        """The model's logits of states, as its own forward would give them."""
+        logits = self.model.get_output_embeddings()(states).float() * self.rule.scale
+        return logits if self.rule.cap is None else self.rule.cap * torch.tanh(logits / self.rule.cap)
 
-    def _walk(self, forest: Forest) -> Iterator[tuple[Tensor, Tensor]]:
-        """The state that predicts each token, in batches: ([n, hidden], [n] rows of the token table)."""
-        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
-        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-        for segment, (parent, tree) in enumerate(rows):
-            children[parent if parent >= 0 else -1 - tree].append(segment)
-        start, length = forest.segment["start"].tolist(), forest.segment["length"].tolist()
-        token_ids = forest.token["token_ids"]
-        prompts = forest.tree["prompt_length"].tolist()
-        stack = [self._encode_prompts(forest, trees) for trees in length_buckets(prompts, MAX_POSITIONS)]
-        while stack:
-            rows_above = stack.pop()
-            pairs = [(row, child) for row, key in enumerate(rows_above.ids) for child in children[key]]
-            for bucket in length_buckets([length[child] for _, child in pairs], MAX_POSITIONS):
-                above = [pairs[index][0] for index in bucket]
-                segments = [pairs[index][1] for index in bucket]
-                ids = [token_ids[start[s] : start[s] + length[s]] for s in segments]
-                keep = any(children[segment] for segment in segments)
-                rows_below, before = self._continue(rows_above, above, segments, ids)
-                valid = rows_below.mask[:, -before.shape[1] :].bool()
-                yield before[valid], torch.cat([torch.arange(start[s], start[s] + length[s]) for s in segments])
-                if keep:
-                    stack.append(rows_below)
+    def hidden(self, token_ids: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
+        """Last states [rows, length, hidden] of tokens whose attention follows a plan."""
+        return self.model.base_model(
+            input_ids=token_ids,
+            position_ids=position,
+            attention_mask=NO_MASK.to(token_ids.device),
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state
 
-    def _encode_prompts(self, forest: Forest, trees: list[int]) -> _Rows:
-        lengths = forest.tree["prompt_length"][trees]
-        prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
-        ids, mask = _pad([prompts[tree] for tree in trees], self.device)
-        cache = DynamicCache()
-        hidden = self._hidden(ids, mask, mask.cumsum(1) - 1, cache)
-        last = lengths.to(self.device) - 1
-        state = hidden[torch.arange(len(ids), device=self.device), last]
-        return _Rows([-1 - tree for tree in trees], cache, mask, last + 1, state)
 
-    def _continue(self, rows: _Rows, above: list[int], segments: list[int], ids: list[Tensor]) -> tuple[_Rows, Tensor]:
-        """Encode one segment after each row `above`; also give the states before its tokens [rows, length, hidden]."""
-        index = torch.tensor(above, device=self.device)
-        slots = int(rows.mask[index].sum(0).nonzero().max()) + 1  # drop the padding that these rows do not need
-        cache = _select(rows.cache, index, slots)
-        own_ids, own_mask = _pad(ids, self.device)
-        mask = torch.cat([rows.mask[index, :slots], own_mask], 1)
-        position = rows.position[index]
-        hidden = self._hidden(own_ids, mask, position[:, None] + own_mask.cumsum(1) - 1, cache)
-        before = torch.cat([rows.state[index][:, None], hidden[:, :-1]], 1)
-        length = own_mask.sum(1)
-        state = hidden[torch.arange(len(ids), device=self.device), length - 1]
-        return _Rows(segments, cache, mask, position + length, state), before
-
-    def _hidden(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-        out = self.model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
-
-    # ------------------------------------------------------------------ one row per completion
-
-    def _plain(self, forest: Forest, temperature: float, entropy_grad: bool) -> TokenScores:
-        owner = torch.full((forest.num_segments,), -1, dtype=torch.long)
-        rows, columns, tokens, targets = [], [], [], []
-        prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
-        pieces = forest.token["token_ids"].split(forest.segment["length"].tolist())
-        full = []
-        for row, leaf in enumerate(forest.ends.nonzero().squeeze(1).tolist()):
-            path = forest.completion_segments(leaf)
-            prompt = prompts[int(forest.segment["tree"][leaf])]
-            full.append(torch.cat([prompt, *(pieces[segment] for segment in path)]))
-            for segment in path:
-                if owner[segment] < 0:  # a shared segment is read from the first row that has it
-                    owner[segment] = row
-                    begin = len(prompt) + int(forest.path_offset[segment]) - 1
-                    size = len(pieces[segment])
-                    rows.append(torch.full((size,), row))
-                    columns.append(torch.arange(begin, begin + size))
-                    start = int(forest.segment["start"][segment])
-                    tokens.append(torch.arange(start, start + size))
-                    targets.append(pieces[segment])
-        ids, mask = _pad(full, self.device)
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
-        ).logits
-        row_index, column = torch.cat(rows).to(self.device), torch.cat(columns).to(self.device)
-        order = torch.cat(tokens).to(self.device)
-        scores = score_logits(logits[row_index, column], torch.cat(targets).to(self.device), temperature, entropy_grad)
-        sampled = forest.token_sampled.to(self.device)[order]
-        return _scatter(TokenScores(scores[0][sampled], scores[1][sampled]), order[sampled], forest.num_tokens)
+NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four dimensions is taken as it is, and a plan does not look at it
 
 
 @torch.no_grad()
@@ -215,48 +145,45 @@ def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -
 
 @torch.no_grad()
 def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
-    """Compare the forest form with the model's own logits on a small random tree and keep the one that can be trusted.
+    """Compare with the model's own logits on a small random tree and keep the fastest path that can be trusted.
 
-    Sets `policy.path`. Some models scale or cap their logits outside the output layer, some see only a window of the
-    last tokens, and some caches cannot be shared between rows: then the plain path is taken and the log says so.
+    Sets `policy.path`. Where neither the packed nor the cached form gives the model's own logits (a cap or scale that
+    its config does not name, attention of another kind), the plain path is taken and the log says so.
 
     Returns:
-        The largest difference of log-probabilities in fp32, infinite where the forest form cannot be used.
+        The largest difference of log-probabilities of the chosen path in fp32; infinite for the plain path.
     """
-    if _has_window(policy.model):
-        policy.path = "plain"
-        log.warning("scoring one row per completion: the forest form does not hold for sliding-window attention")
-        return float("inf")
     forest = random_forest(policy.model.get_input_embeddings().weight.shape[0])
     autocast, policy.autocast = policy.autocast, None
+    if next(policy.model.parameters()).dtype != torch.float32:
+        tolerance = max(tolerance, 0.1)
     try:
         policy.path = "plain"
         plain = policy(forest).logprobs
-        policy.path = "forest"
-        try:
-            difference = float((policy(forest).logprobs - plain).abs().max())
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            log.warning("the forest form does not run on this model (%s)", error)
-            difference = float("inf")
+        for path in _paths(policy.model):
+            policy.path = path
+            try:
+                difference = float((policy(forest).logprobs - plain).abs().max())
+            except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                log.warning("the %s form does not run on this model (%s)", path, error)
+                continue
+            if difference <= tolerance:
+                log.info("scoring each token once (%s form; within %.1e of the model's own logits)", path, difference)
+                return difference
+            log.warning("the %s form differs from the model's own logits by %.2g", path, difference)
     finally:
         policy.autocast = autocast
-    if next(policy.model.parameters()).dtype != torch.float32:
-        tolerance = max(tolerance, 0.1)
-    if difference <= tolerance:
-        log.info("scoring each token once (forest form; differs from the model's own logits by %.1e)", difference)
-    else:
-        policy.path = "plain"
-        log.warning(
-            "scoring one row per completion: the forest form differs from the model's own logits by %.2g", difference
-        )
-    return difference
+    policy.path = "plain"
+    log.warning("scoring one row per completion; prompts are computed again for every completion")
+    return float("inf")
 
 
-def _has_window(model: PreTrainedModel) -> bool:
-    """True when a layer sees only the last tokens: padding between a prompt and its children would shift its window."""
+def _paths(model: PreTrainedModel) -> list[Path]:
+    """The forms to try. The cached one does not hold for windows: padding after a prompt would shift them."""
     config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None)
-    return any(kind != "full_attention" for kind in layers) if layers else bool(getattr(config, "sliding_window", None))
+    kinds = getattr(config, "layer_types", None)
+    window = any(kind != "full_attention" for kind in kinds) if kinds else bool(getattr(config, "sliding_window", None))
+    return ["forest"] if window else ["forest", "cached"]
 
 
 def random_forest(vocabulary: int, seed: int = 0) -> Forest:
@@ -282,34 +209,3 @@ def random_forest(vocabulary: int, seed: int = 0) -> Forest:
         Tree(Problem(id="flat"), tokens(9), [Segment(tokens(1)), Segment(tokens(8))]),
     ]
     return Forest.from_trees(trees)
-
-
-def _pad(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [rows, longest] and their 0/1 mask."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.cat(rows)
-    return ids.to(device), mask.long().to(device)
-
-
-def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, [rows, heads, slots, head size]."""
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
-
-
-def _select(cache: DynamicCache, index: Tensor, slots: int) -> DynamicCache:
-    """A new cache with the first `slots` entries of these rows; gradients flow through."""
-    selected = DynamicCache()
-    for number, (keys, values) in enumerate(keys_and_values(cache)):
-        selected.update(keys[index, :, :slots], values[index, :, :slots], number)
-    return selected
-
-
-def _scatter(scores: TokenScores, order: Tensor, num_tokens: int) -> TokenScores:
-    """Back to the order of the token table; rows without a score are 0."""
-    if len(order) == num_tokens:
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(num_tokens, device=order.device)
-        return TokenScores(scores.logprobs[inverse], scores.entropy[inverse])
-    return TokenScores(*(value.new_zeros(num_tokens).index_copy(0, order, value) for value in scores))

@@ -1,0 +1,217 @@
+"""`Packing`: a forest as one row of tokens, each prompt and each segment once, with what each token may attend to.
+
+Trees stand one after the other and every tree in depth-first order, so that what follows a run of tokens on any path is
+one range behind it. A *run* is a prompt or segment together with its only children: tokens attend causally inside their
+run, and to all of every run above it. Those are two kinds of blocks of the score matrix, and no other part of it is
+computed:
+
+    square     queries [a, b)  x  keys [a, b), causal      one for each run
+    rectangle  queries [b, c)  x  keys [a, b), full        one for each run that others continue in [b, c)
+
+Example: a prompt of 3 tokens with completions of 2 and 4.
+
+>>> from stepcredit.types import Problem, Segment, Tree
+>>> forest = Forest.from_trees([Tree(Problem(), [1, 2, 3], [Segment([4, 5]), Segment([6, 7, 8, 9])])])
+>>> packing, before = Packing.of_forest(forest)
+>>> packing.token_ids.tolist(), packing.position.tolist()
+([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 3, 4, 5, 6])
+>>> packing.squares, packing.rectangles, before.tolist()
+([(3, 5), (0, 3), (5, 9)], [[(0, 3, 9)]], [2, 3, 2, 5, 6, 7])
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+from stepcredit.policy.batching import cheapest_runs
+
+ALONE = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
+ALONE_ELSEWHERE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of tokens the queries, or the keys, of some blocks are.
+
+    One block is a slice; several are row numbers, the shorter ones padded with their first row.
+    """
+
+    index: slice | Tensor  # [blocks, longest]
+    filled: Tensor | None = None  # [blocks, longest] False where padded; None: nothing is padded
+
+    @classmethod
+    def of(cls, spans: list[tuple[int, int]]) -> "Rows":
+        if len(spans) == 1:
+            return cls(slice(*spans[0]))
+        bounds = torch.tensor(spans)
+        length = bounds[:, 1] - bounds[:, 0]
+        offset = torch.arange(int(length.max()))
+        filled = offset < length[:, None]
+        index = torch.where(filled, bounds[:, :1] + offset, bounds[:, :1])
+        return cls(index, None if bool(filled.all()) else filled)
+
+    @cached_property
+    def places(self) -> Tensor | None:
+        """[n] where the real rows stand in the flattened index; None: all are real."""
+        return None if self.filled is None else self.filled.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """[n] the real rows."""
+        assert isinstance(self.index, Tensor)
+        flat = self.index.flatten()
+        return flat if self.places is None else flat[self.places]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[num_positions, heads, ...] -> [blocks, heads, longest, ...]"""
+        if isinstance(self.index, slice):
+            return rows[self.index].transpose(0, 1)[None]
+        return rows.index_select(0, self.index.flatten()).unflatten(0, self.index.shape).transpose(1, 2)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """The inverse of `take`: [blocks, heads, longest, ...] -> [n, heads, ...] of the real rows."""
+        if isinstance(self.index, slice):
+            return values[0].transpose(0, 1)
+        values = values.transpose(1, 2).flatten(0, 1)
+        return values if self.places is None else values.index_select(0, self.places)
+
+    def add(self, values: Tensor, to: Tensor) -> None:
+        """Add what `take` would give to the rows it came from."""
+        if isinstance(self.index, slice):
+            to[self.index] += self.flat(values)
+        else:
+            to.index_add_(0, self.real, self.flat(values).to(to.dtype))
+
+    def to(self, device: torch.device | str) -> "Rows":
+        if isinstance(self.index, slice):
+            return self
+        return Rows(self.index.to(device), None if self.filled is None else self.filled.to(device))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Squares (causal) or rectangles of the score matrix that are computed in one call."""
+
+    queries: Rows
+    keys: Rows
+    causal: bool
+    reach: int  # the largest distance between the positions of a query and a key
+
+
+class Packing:
+    """Trees of tokens in one row.
+
+    Args:
+        token_ids, position: [num_positions]; positions count from the start of the prompt.
+        squares: (start, end) of the runs.
+        rectangles: (start, end, last) of the runs that others continue, in lists of which none holds a query twice.
+        device: of the tensors.
+
+    Attributes:
+        blocks: the squares and rectangles, batched; squares first.
+    """
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        position: Tensor,
+        squares: list[tuple[int, int]],
+        rectangles: list[list[tuple[int, int, int]]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.squares, self.rectangles = squares, rectangles
+        self.token_ids, self.position = token_ids.to(device), position.to(device)
+        alone = ALONE.get(torch.device(device).type, ALONE_ELSEWHERE)
+        self.blocks = [
+            Block(block.queries.to(device), block.keys.to(device), block.causal, block.reach)
+            for block in self._blocks(position, alone)
+        ]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Packing":
+        """Rows of tokens that do not see each other."""
+        ends = list(accumulate(map(len, rows)))
+        position = torch.cat([torch.arange(len(row)) for row in rows])
+        squares = list(zip([0, *ends[:-1]], ends, strict=True))
+        return cls(torch.tensor(list(chain.from_iterable(rows))), position, squares, [], device)
+
+    @classmethod
+    def of_forest(cls, forest: Forest, device: torch.device | str = "cpu") -> tuple["Packing", Tensor]:
+        """The packing of a forest and, for each of its tokens, the position whose state predicts it [num_tokens]."""
+        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
+        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
+        for segment, (parent, tree) in enumerate(rows):
+            children[parent if parent >= 0 else -1 - tree].append(segment)
+        length, prompt_length = forest.segment["length"].tolist(), forest.tree["prompt_length"].tolist()
+        squares: list[tuple[int, int]] = []
+        rectangles: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        prompt_start = [0] * forest.num_trees
+        start, above = [0] * forest.num_segments, [0] * forest.num_segments  # first position; last one of the parent
+        open_runs: list[tuple[int, int]] = []  # on the path to here
+        at = 0
+
+        def close(level: int) -> None:
+            """The runs from this level on end here: everything after their own tokens continues them."""
+            for number, (first, end) in enumerate(open_runs[level:], level):
+                squares.append((first, end))
+                if at > end:
+                    rectangles[number].append((first, end, at))
+            del open_runs[level:]
+
+        for tree in range(forest.num_trees):
+            # A prompt (-1 - tree) or segment, its level, the last position before it, and where its run began when it
+            # is an only child.
+            waiting: list[tuple[int, int, int, int | None]] = [(-1 - tree, 0, -1, None)]
+            while waiting:
+                node, level, last, run_start = waiting.pop()
+                close(level)
+                run_start = at if run_start is None else run_start
+                if node < 0:
+                    prompt_start[tree] = at
+                    at += prompt_length[tree]
+                else:
+                    start[node], above[node] = at, last
+                    at += length[node]
+                below = children[node]
+                only_child = len(below) == 1
+                if not only_child:
+                    open_runs.append((run_start, at))
+                for child in reversed(below):
+                    waiting.append((child, len(open_runs), at - 1, run_start if only_child else None))
+            close(0)
+
+        of = forest.token["segment"]
+        offset = torch.arange(forest.num_tokens) - forest.segment["start"][of]
+        row = torch.tensor(start)[of] + offset
+        before = torch.where(offset > 0, row - 1, torch.tensor(above)[of])
+        prompt_lengths = forest.tree["prompt_length"]
+        prompt_offset = torch.arange(len(forest.prompt_ids)) - forest.tree["prompt_start"].repeat_interleave(
+            prompt_lengths
+        )
+        prompt_row = torch.tensor(prompt_start).repeat_interleave(prompt_lengths) + prompt_offset
+        token_ids, position = torch.empty(2, at, dtype=torch.long)
+        token_ids[prompt_row], token_ids[row] = forest.prompt_ids, forest.token["token_ids"]
+        position[prompt_row] = prompt_offset
+        position[row] = (prompt_lengths[forest.segment["tree"]] + forest.path_offset)[of] + offset
+        return cls(token_ids, position, squares, list(rectangles.values()), device), before.to(device)
+
+    def _blocks(self, position: Tensor, alone: int) -> Iterator[Block]:
+        """Large blocks one by one, small ones batched with others of like size; squares first."""
+        where = position.tolist()
+        groups = [[((a, b), (a, b)) for a, b in self.squares]]
+        groups += [[((b, c), (a, b)) for a, b, c in level] for level in self.rectangles]
+        for number, spans in enumerate(groups):
+            sizes = [(q[1] - q[0], k[1] - k[0]) for q, k in spans]
+            large = [index for index, (height, width) in enumerate(sizes) if height * width >= alone]
+            small = [index for index, (height, width) in enumerate(sizes) if height * width < alone]
+            batches = cheapest_runs([sizes[index] for index in small])
+            for batch in [*([index] for index in large), *([small[index] for index in batch] for batch in batches)]:
+                queries, keys = [spans[index][0] for index in batch], [spans[index][1] for index in batch]
+                reach = max(max(where[slice(*q)]) - where[k[0]] for q, k in zip(queries, keys, strict=True))
+                yield Block(Rows.of(queries), Rows.of(keys), number == 0, reach)
