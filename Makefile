@@ -41,7 +41,8 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/sampler.py $(ARGS)
-	$(BIN)/python benchmarks/forward.py $(ARGS)
+	$(BIN)/python benchmarks/forest.py $(ARGS)
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

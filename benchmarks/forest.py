@@ -3,13 +3,14 @@
 The floor is the arithmetic of every token position computed once (matrix products of the layers, the scores inside each
 path, the output layer for sampled tokens; three times the forward) at the matrix rate measured in the same run.
 
+Micro-batches have about the same number of token positions in all forms.
+
 python benchmarks/forest.py [--cases group-128 tree-8x3x8 ...] [--repeats 3] [--threads N] [--json FILE]
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,24 +93,95 @@ def one_row_per_node(forest: Forest) -> Forest:
     return Forest.from_trees(trees)
 
 
-def update(policy: Policy, forest: Forest, path: Path) -> Callable[[], None]:
-    policy.path = path
-    rows = forest.ends.sum() if path == "plain" else 1
-    parts = cut(forest, ROW_BUDGET)
-    if path == "plain":  # rows hold their prompts each
-        longest = int(
-            (forest.tree["prompt_length"][forest.segment["tree"]] + forest.path_offset + forest.segment["length"]).max()
-        )
-        ends = forest.ends.nonzero().squeeze(1)
-        parts = []
-        for rows in ends.split(max(1, ROW_BUDGET // longest)):
-            keep = torch.zeros(forest.num_segments, dtype=torch.bool)
-            keep[rows] = True
-            parts.append(forest.select(keep))
+def parts_of(forest: Forest, path: Path) -> list[Forest]:
+    """Micro-batches of about as many token positions for every form."""
+    if path != "plain":
+        return cut(forest, ROW_BUDGET)
+    length = forest.tree["prompt_length"][forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
+    parts = []
+    for rows in forest.ends.nonzero().squeeze(1).split(max(1, ROW_BUDGET // int(length.max()))):
+        keep = torch.zeros(forest.num_segments, dtype=torch.bool)
+        keep[rows] = True
+        parts.append(forest.select(keep))
+    return parts
 
-    def run() -> None:
+
+def seconds(policy: Policy, forest: Forest, path: Path, repeats: int) -> float:
+    """Least seconds of a forward and backward, after one that warms up."""
+    policy.path = path
+    parts = parts_of(forest, path)
+    least = float("inf")
+    for _ in range(repeats + 1):
         policy.zero_grad()
+        started = time.perf_counter()
         for part in parts:
             policy(part).logprobs.sum().backward()
+        least = min(least, time.perf_counter() - started)
+    return least
 
-    return run
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a large matrix product."""
+    left, right = torch.randn(2, 1536, 1536)
+    least = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        least = min(least, time.perf_counter() - started)
+    return 2 * 1536**3 / least
+
+
+def operations(policy: Policy, forest: Forest) -> float:
+    """Of a forward and backward that computes every position and every pair of positions on a path once."""
+    config = policy.model.config
+    packing, _ = Packing.of_forest(forest)
+    layers = sum(weight.numel() for weight in policy.model.base_model.layers.parameters() if weight.dim() == 2)
+    pairs = sum((end - start) * (end - start + 1) / 2 for start, end in packing.squares)
+    pairs += sum((last - end) * (end - start) for level in packing.rectangles for start, end, last in level)
+    size = config.hidden_size // config.num_attention_heads
+    forward = 2 * layers * len(packing.token_ids)
+    forward += 4 * pairs * config.num_attention_heads * size * config.num_hidden_layers
+    forward += 2 * config.hidden_size * config.vocab_size * forest.num_tokens
+    return 3 * forward
+
+
+def measure(policy: Policy, case: Case, repeats: int) -> dict[str, float]:
+    forest = make_forest(case)
+    found = {"forest": seconds(policy, forest, "forest", repeats)}
+    if case.depth == 1:
+        found["rows"] = seconds(policy, forest, "plain", repeats)
+    else:
+        found["rows"] = seconds(policy, one_row_per_node(forest), "plain", max(1, repeats // 2))
+    if forest.num_tokens <= ROW_BUDGET:  # the cached form copies a parent's keys and values for every child
+        found["cached"] = seconds(policy, forest, "cached", repeats)
+    found["ratio"] = found["rows"] / found["forest"]
+    found["share_of_floor"] = operations(policy, forest) / matrix_rate() / found["forest"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="write the numbers here")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    policy, results = make_policy(), {}
+    print(f"update, seconds; rows: one per completion (groups) or node (trees); {given.threads} threads")
+    print(f"{'case':14}{'rows':>9}{'cached':>9}{'forest':>9}{'ratio':>8}{'share of floor':>16}")
+    for name in given.cases:
+        found = results[name] = measure(policy, CASES[name], given.repeats)
+        cached = f"{found['cached']:9.3f}" if "cached" in found else f"{'-':>9}"
+        print(
+            f"{name:14}{found['rows']:9.3f}{cached}{found['forest']:9.3f}{found['ratio']:8.2f}"
+            f"{found['share_of_floor']:16.0%}",
+            flush=True,
+        )
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as out_file:
+            json.dump({"threads": given.threads, "cases": results}, out_file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -237,7 +237,7 @@ def fused_agrees(device: str, dtype: torch.dtype, size: int) -> bool:
             )
             for got, want in zip((*found, *grads), (*expected, *expected_grads), strict=True):
                 torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
-    except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         log.warning("fused attention on %s (%s) cannot be used; the plain one is slower: %s", device, dtype, error)
         return False
     return True

@@ -1,0 +1,82 @@
+"""Peak memory, each form in a process of its own: the output layer in chunks, and a prompt's keys held once.
+
+head     8 x 512 tokens at a vocabulary of 152,000, forward and backward: what log-softmax of all logits adds to the
+         memory of the process, and what the chunked head adds
+cache    a prompt of 1024 tokens x 8 completions of 64: bytes of keys and values that are held
+
+python benchmarks/memory.py [--json FILE]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from forest import make_policy
+
+from stepcredit.policy.decoding import ForestRows
+from stepcredit.policy.head import score_logits, score_states
+
+TOKENS, HIDDEN, VOCABULARY = 8 * 512, 64, 152_000
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def head_mib(chunked: bool) -> float:
+    """MiB that a forward and backward of the output layer adds to the peak."""
+    states = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    head.weight.grad = torch.zeros_like(head.weight)
+    before = peak_mib()
+    if chunked:
+        scores = score_states(states, targets, head, 1.0)
+    else:
+        scores = score_logits(head(states), targets, 1.0, entropy_grad=False)
+    scores.logprobs.sum().backward()
+    return peak_mib() - before
+
+
+@torch.no_grad()
+def cache_mib() -> tuple[float, float]:
+    """MiB of keys and values: copied for every row, and as they are held."""
+    policy = make_policy()
+    rows = ForestRows(policy, 8, 64)
+    rows.begin(rows.encode([[index % 500 for index in range(1024)]]) * 8)
+    rows.step(torch.zeros(8, dtype=torch.long))
+    shared = [tensor for group in rows.shared for tensor in (*group.keys, *group.values)]
+    own = [tensor for pair in rows.own for tensor in pair]
+    size = sum(tensor.nbytes for tensor in own)
+    prompt = sum(tensor.nbytes for tensor in shared)
+    return (8 * prompt + size) / 2**20, (prompt + size) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--only", choices=("all-logits", "chunked"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        print(head_mib(given.only == "chunked"))
+        return
+    run = [sys.executable, __file__, "--only"]
+    whole, chunked = (
+        float(subprocess.run([*run, form], check=True, capture_output=True, text=True).stdout)
+        for form in ("all-logits", "chunked")
+    )
+    repeated, held = cache_mib()
+    results = {"head": {"repeated": whole, "ours": chunked}, "cache": {"repeated": repeated, "ours": held}}
+    print(f"{'MiB':8}{'usual':>10}{'stepcredit':>12}{'share':>8}")
+    for name, found in results.items():
+        print(f"{name:8}{found['repeated']:10,.0f}{found['ours']:12,.0f}{found['ours'] / found['repeated']:8.0%}")
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as out_file:
+            json.dump(results, out_file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

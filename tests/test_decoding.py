@@ -1,0 +1,143 @@
+"""Rows on forest attention: what is shared is encoded once and read once, whatever joins, ends or goes on."""
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, fresh, tiny
+
+from stepcredit.policy import decoding
+from stepcredit.policy.decoding import ForestRows
+from stepcredit.policy.forward import Policy
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transformers import TransformersSampler
+from stepcredit.types import Segment
+
+TOLERANCE = 1e-4
+families = pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "mistral"])
+PROMPTS = [[5, 6, 7], [8], list(range(20, 40)), [5, 6]]
+
+
+def expected_logits(policy: Policy, ids: list[int]) -> torch.Tensor:
+    """By the model itself, one row."""
+    with torch.no_grad():
+        return policy.model(torch.tensor([ids])).logits[0, -1].float()
+
+
+@torch.no_grad()
+@families
+def test_rows_that_join_leave_and_outgrow_their_room(monkeypatch, family):
+    """A random history of beginnings, steps and ends: at every step each row's logits are its own path's."""
+    monkeypatch.setattr(decoding, "FIRST_ROOM", 2)
+    policy, model = tiny(family), fresh(family)
+    model.path = "plain"
+    generator = torch.Generator().manual_seed(0)
+    rows, prefixes = ForestRows(policy, 9, 16), []
+    prefixes = rows.encode(PROMPTS)
+    paths: list[list[int]] = []
+    for step in range(14):
+        if step in (0, 3, 4, 9):
+            chosen = torch.randint(len(PROMPTS), (9 - len(paths),), generator=generator).tolist()[: 4 if step else 6]
+            rows.begin([prefixes[number] for number in chosen])
+            paths += [list(PROMPTS[number]) for number in chosen]
+        tokens = torch.randint(VOCABULARY, (len(paths),), generator=generator)
+        logits = rows.step(tokens)
+        for path, token in zip(paths, tokens.tolist(), strict=True):
+            path.append(token)
+        expected = torch.stack([expected_logits(model, path) for path in paths])
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+        if step in (1, 2, 5, 7, 11):
+            keep = torch.rand(len(paths), generator=generator) < 0.6
+            order = rows.drop(keep.numpy())
+            paths = [paths[old] for old in order.tolist()]
+    assert len(paths) > 1
+
+
+@torch.no_grad()
+def test_what_stays_is_not_copied():
+    """The rows before the ended one, and the last one's place apart, keep their memory and their order."""
+    policy = tiny("qwen2")
+    rows = ForestRows(policy, 5, 8)
+    rows.begin(rows.encode([[1, 2]]) * 5)
+    rows.step(torch.tensor([3, 4, 5, 6, 7]))
+    places = [tensor.data_ptr() for pair in rows.own for tensor in pair]
+    order = rows.drop(torch.tensor([True, False, True, True, True]).numpy())
+    assert order.tolist() == [0, 4, 2, 3]
+    assert [tensor.data_ptr() for pair in rows.own for tensor in pair] == places
+
+
+@torch.no_grad()
+def test_a_prompt_is_held_once_for_its_group():
+    """1024 tokens for 8 rows: what is held is a quarter, or less, of a copy for every row."""
+    policy = fresh("qwen2", max_position_embeddings=2048)
+    rows = ForestRows(policy, 8, 64)
+    rows.begin(rows.encode([[index % VOCABULARY for index in range(1024)]]) * 8)
+    rows.step(torch.arange(8))
+    held = [*rows.own, *((shared.keys[i], shared.values[i]) for shared in rows.shared for i in range(len(rows.own)))]
+    numbers = sum(tensor.numel() for pair in held for tensor in pair)
+    repeated = 8 * sum(2 * pair[0][0, :, 0].numel() * (1024 + 64) for pair in rows.own)
+    assert numbers < repeated / 4
+
+
+# ------------------------------------------------------------------ going on from what was sampled
+
+
+def grow(policy: Policy, keep: bool, max_rows: int = 512, tokens: int = 4, branches: int = 3) -> list[Segment]:
+    """Trees grown level by level; a segment that stopped is not continued."""
+    sampler = TransformersSampler(policy, max_rows)
+    params = SamplingParams(max_new_tokens=tokens, stop_token_ids=tuple(range(8)))
+    prompts, found = [list(prompt) for prompt in PROMPTS], []
+    for level in range(3):
+        seeds = [1000 * level + number for number in range(len(prompts))]
+        groups = sampler.sample(prompts, branches, params, seeds, keep=keep)
+        found += [segment for group in groups for segment in group]
+        prompts = [
+            [*prompt, *segment.token_ids]
+            for prompt, group in zip(prompts, groups, strict=True)
+            for segment in group
+            if segment.finish == "length"
+        ]
+    return found
+
+
+@families
+@pytest.mark.parametrize("max_rows", [4, 512])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_tree_grown_from_kept_prefixes_is_the_tree_grown_anew(family, max_rows, tokens):
+    """The same tokens, ends and log-probabilities, with keys and values kept and without."""
+    kept, anew = (grow(tiny(family), keep, max_rows, tokens) for keep in (True, False))
+    assert [list(segment.token_ids) for segment in kept] == [list(segment.token_ids) for segment in anew]
+    assert len(kept) > 30
+    for one, other in zip(kept, anew, strict=True):
+        assert one.columns["rollout_logprobs"] == pytest.approx(other.columns["rollout_logprobs"], abs=TOLERANCE)
+
+
+def test_nothing_kept_is_encoded_again(monkeypatch):
+    """After the first level every forward call is of one token a row."""
+    policy, hidden = fresh("qwen2"), Policy.hidden
+    seen: list[tuple[int, ...]] = []
+
+    def spy(self, token_ids, position, plan):
+        seen.append(tuple(token_ids.shape))
+        return hidden(self, token_ids, position, plan)
+
+    monkeypatch.setattr(Policy, "hidden", spy)
+    grow(policy, keep=True)
+    assert [shape for shape in seen if shape[1] > 1] == [(1, sum(map(len, PROMPTS)))]
+    seen.clear()
+    grow(policy, keep=False)
+    assert len([shape for shape in seen if shape[1] > 1]) == 3
+
+
+def test_sync_forgets_what_was_kept():
+    """New weights make new keys: after `sync` the samples are those of a new sampler."""
+    policy = fresh("qwen3")
+    sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=5, stop_token_ids=())
+    first = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], keep=True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.1)
+    sampler.sync(policy)
+    again = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], keep=True)
+    expected = TransformersSampler(policy).sample(PROMPTS, 2, params, [1, 2, 3, 4])
+    for found, other, old in zip(again, expected, first, strict=True):
+        for one, two, three in zip(found, other, old, strict=True):
+            assert one.columns == two.columns and one.columns != three.columns
