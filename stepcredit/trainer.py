@@ -20,7 +20,6 @@ from stepcredit.growth import flat, sampling_seed
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
 from stepcredit.ops import kl_k1
-from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import Policy
 from stepcredit.tracking import Tracker
 
@@ -141,14 +140,15 @@ class Trainer:
         if not bool(segments.any()):
             return {"optim/skipped": 1.0}
         rows, counted = [], 0
-        for part in cut(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
-            owned = part.with_token(weights=part.token["weights"] * part.token["owned"])
+        for part in self.policy.parts(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
+            weights = part.token["weights"] * part.token["owned"]
+            owned = part.with_token(weights=weights, owned=weights != 0)
             scores = self.policy(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
             loss.backward()
             counted += int((owned.token["weights"] != 0).sum())
-            positions = part.num_tokens + len(part.prompt_ids)
-            rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": float(positions)})
+            positions = float(self.policy.num_positions(part))
+            rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": positions})
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip))
         finite = math.isfinite(norm)
         if finite:  # otherwise the step would destroy the weights

@@ -148,6 +148,31 @@ def test_a_tree_is_split_between_its_leaves():
     assert [piece.token["owned"].int().tolist() for piece in pieces] == [[1] * 7, [0] * 3 + [1] * 4]
 
 
+def test_siblings_stay_together():
+    """Example: leaves of different depth, parents first. Under a budget of two leaves with their parent, no parent of
+    leaves is computed twice."""
+    segments = [
+        Segment([1], finish="cut"),
+        Segment([2], finish="cut"),
+        *(Segment([3, number], parent=number % 2) for number in range(4)),
+    ]
+    pieces = cut(Forest.from_trees([Tree(Problem(), [9], segments)]), 6)
+    assert [piece.num_tokens for piece in pieces] == [5, 5]
+    assert all(bool(piece.token["owned"].all()) for piece in pieces)
+
+
+@shapes
+@seeds
+@token_budgets
+def test_without_sharing_every_completion_counts_whole(deep, seed, budget):
+    """The rows of a part, each with its prompt, fit the budget unless it is one row."""
+    forest = random_forest(seed, deep, num_trees=4)
+    for piece in cut(forest, budget, shared=False):
+        whole = piece.path_offset + piece.segment["length"] + piece.tree["prompt_length"][piece.segment["tree"]]
+        ends = piece.ends
+        assert int(whole[ends].sum()) <= budget or int(ends.sum()) == 1
+
+
 @shapes
 def test_a_part_can_be_cut_again(deep):
     """Sources of a selection's parts count from the selection."""

@@ -300,6 +300,23 @@ def test_a_prompt_is_encoded_once_for_its_group(monkeypatch):
     assert [shape for shape in shapes if shape[1] > 1] == [(1, sum(map(len, PROMPTS)))]
 
 
+def test_a_group_cut_apart_encodes_its_prompt_once(monkeypatch):
+    """Eight completions through three rows: the rest of the group goes on from what was encoded."""
+    shapes = calls(monkeypatch, on_path("qwen2", "forest"), prompts=[PROMPTS[2]], n=8, max_rows=3)
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, len(PROMPTS[2]))]
+
+
+@paths
+@pytest.mark.parametrize("max_rows", [3, 512])
+def test_looking_rarely_for_ended_rows_changes_nothing(monkeypatch, path, max_rows):
+    """Rows that ended some steps ago, and steps after the last row's end, leave no trace."""
+    expected = sample(on_path("qwen2", path), max_rows=max_rows)
+    monkeypatch.setattr(transformers, "CHECK_EVERY", {"cpu": 7})
+    found = sample(on_path("qwen2", path), max_rows=max_rows)
+    assert tokens(found) == tokens(expected)
+    assert [s.finish for group in found for s in group] == [s.finish for group in expected for s in group]
+
+
 def test_the_plain_path_never_pads():
     """Models whose caches do not take padding decode prompts of one length at a time."""
     policy, masks = on_path("qwen2", "plain"), []

@@ -81,45 +81,61 @@ def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHE
     return batches[::-1]
 
 
-def cut(forest: Forest, max_tokens: int) -> list[Forest]:
-    """Cut a forest into parts of at most `max_tokens` token positions, prompts counted once per part.
+def cut(forest: Forest, max_tokens: int, shared: bool = True) -> list[Forest]:
+    """Cut a forest into parts of at most `max_tokens` token positions.
 
-    Trees with prompts of similar length come together. A tree over the budget is split between its leaves: the
-    ancestors of a leaf stand in every part that needs them, but `token["owned"]` is True in one part only. A single
-    path over the budget still makes a part of its own.
+    Trees with prompts of similar length come together. A tree over the budget is split between subtrees: the ancestors
+    of a leaf stand in every part that needs them, but `token["owned"]` is True in one part only. A single path over the
+    budget still makes a part of its own.
+
+    Args:
+        shared: prompts and shared segments count once per part; otherwise once for every completion.
 
     Returns:
         Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the forest.
     """
-    prompt_length = forest.tree["prompt_length"]
-    leaves = forest.ends.nonzero().squeeze(1)
-    tree = forest.segment["tree"][leaves]
-    by_prompt = np.lexsort((tree.numpy(), prompt_length[tree].numpy()))
+    parent, length = forest.segment["parent"].tolist(), forest.segment["length"].tolist()
+    tree, prompt = forest.segment["tree"].tolist(), forest.tree["prompt_length"].tolist()
     groups: list[list[int]] = []
     used: set[int] = set()
     budget = 0
-    parent, length = forest.segment["parent"].tolist(), forest.segment["length"].tolist()
-    tree_of, prompt = forest.segment["tree"].tolist(), prompt_length.tolist()
-    for leaf in leaves[torch.from_numpy(by_prompt)].tolist():
-        cost, path = _cost(leaf, used, parent, length, tree_of, prompt)
+    for leaf in _leaves_by_subtree(forest):
+        cost, path = _cost(leaf, used, parent, length, tree, prompt)
         if not groups or budget + cost > max_tokens:
             groups.append([])
             used, budget = set(), 0
-            cost, path = _cost(leaf, used, parent, length, tree_of, prompt)
+            cost, path = _cost(leaf, used, parent, length, tree, prompt)
         groups[-1].append(leaf)
-        used |= path
         budget += cost
+        if shared:
+            used |= path
     owned = torch.zeros(forest.num_segments, dtype=torch.bool)
-    result = []
+    whole, result = _with_source(forest), []
     for group in groups:
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
         keep[group] = True
-        part = _with_source(forest).select(keep)
+        part = whole.select(keep)
         source = part.segment["part_source"]
         first = ~owned[source]
         owned[source] = True
         result.append(part.with_token(owned=first[part.token["segment"]]))
     return result
+
+
+def _leaves_by_subtree(forest: Forest) -> list[int]:
+    """The ends of the forest, those of a subtree together, trees with short prompts first."""
+    children: dict[int, list[int]] = defaultdict(list)  # of a segment, or of a tree as -1 - tree
+    rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
+    for segment, (parent, tree) in enumerate(rows):
+        children[parent if parent >= 0 else -1 - tree].append(segment)
+    leaves = []
+    waiting = [-1 - tree for tree in forest.tree["prompt_length"].argsort(stable=True).tolist()][::-1]
+    while waiting:
+        node = waiting.pop()
+        if node >= 0 and not children[node]:
+            leaves.append(node)
+        waiting.extend(reversed(children[node]))
+    return leaves
 
 
 def _with_source(forest: Forest) -> Forest:

@@ -104,6 +104,17 @@ class Policy(nn.Module):
         order = order.to(self.device)
         return TokenScores(*(value.new_zeros(forest.num_tokens).index_copy(0, order, value) for value in scores))
 
+    def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
+        """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each."""
+        return cut(forest, max_tokens, shared=self.path != "plain")
+
+    def num_positions(self, forest: Forest) -> int:
+        """Token positions that the forward of a forest computes."""
+        if self.path != "plain":
+            return forest.num_tokens + len(forest.prompt_ids)
+        length = forest.tree["prompt_length"][forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
+        return int(forest.ends.sum()) * int(length.max())
+
     def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""
         if self.path == "cached":
@@ -135,7 +146,7 @@ NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four dimensions is taken as it is
 @torch.no_grad()
 def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -> TokenScores:
     """Score a whole forest without gradients, part by part; results on the CPU."""
-    pieces = cut(forest, max_tokens)
+    pieces = policy.parts(forest, max_tokens)
     scores = [policy(piece, temperature) for piece in pieces]
     return TokenScores(
         gather_owned(forest, pieces, [part.logprobs for part in scores]),

@@ -85,8 +85,7 @@ def _check_folder(folder: Path) -> None:
 
 def frozen_copy(policy: Policy) -> Policy:
     """A copy that is never trained: the reference."""
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model, policy.tokenizer, policy.autocast, policy.path)
+    return copy.deepcopy(policy).requires_grad_(False)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

@@ -8,6 +8,7 @@ the batch.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from stepcredit.types import Segment
 
 DROP_SHARE = 16  # finished rows are dropped once they are more than 1/16 of the batch
 JOIN_SHARE = 4  # prompts join once a quarter of the rows is free
+CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended: elsewhere a look waits for the device
+CHECK_EVERY_ELSEWHERE = 8
 
 
 class TransformersSampler:
@@ -89,6 +92,7 @@ class _Decoding:
         stop = policy.stop_token_ids if params.stop_token_ids is None else list(params.stop_token_ids)
         self.stop = torch.tensor(stop, dtype=torch.long, device=self.device)
         total = len(prompts) * n
+        self.begun: dict[tuple[int, ...], Prefix] = {}  # the last prompt: the rest of its group may be waiting
         self.batch: ForestRows | CachedRows = (
             ForestRows(policy, min(max_rows, total), params.max_new_tokens)
             if policy.path == "forest"
@@ -109,10 +113,13 @@ class _Decoding:
         self.logits: Tensor | None = None  # [rows, vocabulary] of the next token
 
     def run(self) -> list[list[Segment]]:
-        while len(self.row) or self.waiting:
+        every = CHECK_EVERY.get(self.device.type, CHECK_EVERY_ELSEWHERE)
+        for step in count(1):
+            if not len(self.row) and not self.waiting:
+                break
             self._join()
             token = self._draw()
-            keep = self._ended()
+            keep = self._ended() if step % every == 0 else None
             if keep is not None:
                 token = token[self._drop(keep)]
             if len(self.row):
@@ -146,7 +153,7 @@ class _Decoding:
         """Encode what is not kept, and let rows go on from it; `copies` numbers the prompt of each row."""
         if isinstance(self.batch, CachedRows):
             return self.batch.begin(prompts, copies)
-        known = {} if self.kept is None else self.kept
+        known = self.begun if self.kept is None else self.kept
         longer = [prompt for prompt in prompts if prompt not in known and prompt[:-1] in known]
         fresh = [prompt for prompt in prompts if prompt not in known and prompt[:-1] not in known]
         prefixes = {prompt: known[prompt] for prompt in prompts if prompt in known}
@@ -157,6 +164,7 @@ class _Decoding:
             prefixes |= zip(fresh, self.batch.encode(fresh), strict=True)
         if self.kept is not None:
             self.kept |= prefixes
+        self.begun = {prompts[-1]: prefixes[prompts[-1]]}
         chosen = [prefixes[prompts[copy]] for copy in copies]
         self.batch.begin(chosen)
         return torch.stack([prefix.logits for prefix in chosen if prefix.logits is not None])
@@ -217,10 +225,10 @@ class _Decoding:
         assert isinstance(self.batch, ForestRows) and self.kept is not None
         rows = self.row.tolist()
         for place in ended.tolist():
-            count = int(self.count[rows[place]])
-            if count > 1:
-                path = (*self.prompts[rows[place] // self.n], *self.tokens[rows[place], : count - 1].tolist())
-                self.kept[path] = self.batch.take(place, count - 1)
+            encoded = int(self.count[rows[place]]) - 1
+            if encoded > 0:
+                path = (*self.prompts[rows[place] // self.n], *self.tokens[rows[place], :encoded].tolist())
+                self.kept[path] = self.batch.take(place, encoded)
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()
