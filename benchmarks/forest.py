@@ -1,9 +1,9 @@
 """Forward and backward of one update, each token once, against one row per completion and per node, in one run.
 
-The floor is the arithmetic of every token position computed once (matrix products of the layers, the scores inside each
-path, the output layer for sampled tokens; three times the forward) at the matrix rate measured in the same run.
-
-Micro-batches have about the same number of token positions in all forms.
+Micro-batches have about the same number of token positions in all forms. `ratio` is rows over forest in seconds,
+`arithmetic` the same in operations: what the ratio would be if every operation took as long in both. The floor is the
+arithmetic of every token position computed once (matrix products of the layers, the scores inside each path, the output
+layer for sampled tokens; three times the forward) at the matrix rate measured in the same run.
 
 python benchmarks/forest.py [--cases group-128 tree-8x3x8 ...] [--repeats 3] [--threads N] [--json FILE]
 """
@@ -29,17 +29,22 @@ ROW_BUDGET = 1 << 14  # token positions of one micro-batch, for all forms
 
 @dataclass(frozen=True)
 class Case:
-    """Trees of equal shape: every node has `branches` children of `tokens` tokens, `depth` levels deep."""
+    """Trees of equal shape: every node has `branches` children of `tokens` tokens, `depth` levels deep.
+
+    `ragged` ones have between half and all of `tokens`; one row per completion pads them.
+    """
 
     prompt: int
     branches: int
     depth: int
     tokens: int
     trees: int
+    ragged: bool = False
 
 
 CASES = {
     "group-128": Case(prompt=128, branches=8, depth=1, tokens=64, trees=4),
+    "group-128r": Case(prompt=128, branches=8, depth=1, tokens=64, trees=4, ragged=True),
     "group-1024": Case(prompt=1024, branches=8, depth=1, tokens=128, trees=2),
     "tree-4x3x32": Case(prompt=64, branches=4, depth=3, tokens=32, trees=2),
     "tree-8x3x8": Case(prompt=64, branches=8, depth=3, tokens=8, trees=1),
@@ -68,6 +73,13 @@ def make_forest(case: Case) -> Forest:
     def tokens(count: int) -> list[int]:
         return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
 
+    def length() -> int:
+        return (
+            int(torch.randint(case.tokens // 2, case.tokens + 1, (), generator=generator))
+            if case.ragged
+            else case.tokens
+        )
+
     trees = []
     for number in range(case.trees):
         segments: list[Segment] = []
@@ -75,14 +87,14 @@ def make_forest(case: Case) -> Forest:
         for depth in range(case.depth):
             finish = "stop" if depth == case.depth - 1 else "cut"
             first = len(segments)
-            segments += [Segment(tokens(case.tokens), up, finish) for up in level for _ in range(case.branches)]
+            segments += [Segment(tokens(length()), up, finish) for up in level for _ in range(case.branches)]
             level = list(range(first, len(segments)))
         trees.append(Tree(Problem(id=str(number)), tokens(case.prompt), segments))
     return Forest.from_trees(trees)
 
 
 def one_row_per_node(forest: Forest) -> Forest:
-    """Every node a tree of its own, behind all the tokens before it."""
+    """Every node a tree of its own, behind all the tokens before it: of a group, one row per completion."""
     trees = []
     for tree in forest.to_trees():
         before: list[list[int]] = []
@@ -148,13 +160,12 @@ def operations(policy: Policy, forest: Forest) -> float:
 def measure(policy: Policy, case: Case, repeats: int) -> dict[str, float]:
     forest = make_forest(case)
     found = {"forest": seconds(policy, forest, "forest", repeats)}
-    if case.depth == 1:
-        found["rows"] = seconds(policy, forest, "plain", repeats)
-    else:
-        found["rows"] = seconds(policy, one_row_per_node(forest), "plain", max(1, repeats // 2))
+    rows = one_row_per_node(forest)
+    found["rows"] = seconds(policy, rows, "plain", repeats)
     if forest.num_tokens <= ROW_BUDGET:  # the cached form copies a parent's keys and values for every child
         found["cached"] = seconds(policy, forest, "cached", repeats)
     found["ratio"] = found["rows"] / found["forest"]
+    found["arithmetic"] = operations(policy, rows) / operations(policy, forest)
     found["share_of_floor"] = operations(policy, forest) / matrix_rate() / found["forest"]
     return found
 
@@ -169,13 +180,13 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     policy, results = make_policy(), {}
     print(f"update, seconds; rows: one per completion (groups) or node (trees); {given.threads} threads")
-    print(f"{'case':14}{'rows':>9}{'cached':>9}{'forest':>9}{'ratio':>8}{'share of floor':>16}")
+    print(f"{'case':14}{'rows':>9}{'cached':>9}{'forest':>9}{'ratio':>8}{'arithmetic':>12}{'share of floor':>16}")
     for name in given.cases:
         found = results[name] = measure(policy, CASES[name], given.repeats)
         cached = f"{found['cached']:9.3f}" if "cached" in found else f"{'-':>9}"
         print(
             f"{name:14}{found['rows']:9.3f}{cached}{found['forest']:9.3f}{found['ratio']:8.2f}"
-            f"{found['share_of_floor']:16.0%}",
+            f"{found['arithmetic']:12.2f}{found['share_of_floor']:16.0%}",
             flush=True,
         )
     if given.json:
