@@ -1,7 +1,11 @@
 """AuxModels: they observe a forest and add columns to it before credit is assigned."""
 
+from functools import cached_property
 from typing import Any, Protocol
 
+import torch
+
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
@@ -34,16 +38,40 @@ class OldPolicy:
 
 
 class Reference:
-    """Adds `ref_logprobs`: the policy as it was when training began, frozen."""
+    """Adds `ref_logprobs`: the policy as it was when training began, frozen.
+
+    Its weights are not saved: a resumed run starts from the same model. Their fingerprint is, so that a model that has
+    changed in the meantime is found.
+    """
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
         self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
+
+    @cached_property
+    def fingerprint(self) -> int:
+        return fingerprint(self.policy)
 
     def observe(self, forest: Forest) -> Forest:
         return forest.with_token(ref_logprobs=score(self.policy, forest, self.temperature, self.max_tokens).logprobs)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing of its own: a resumed run starts from the same model folder."""
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                "--resume: the model is not the one that the run began with, so its reference would be another; put "
+                "the model back or start a new run"
+            )
+
+
+def fingerprint(policy: Policy) -> int:
+    """A number that changes with any bit of any weight; the same on every device and with every number of threads."""
+    total = 0
+    for number, weight in enumerate(policy.state_dict().values(), 1):
+        place = number
+        for piece in weight.contiguous().flatten().view(torch.uint8).split(1 << 24):
+            factors = torch.arange(place, place + len(piece), device=piece.device) % 65521 + 1
+            total = (total * 31 + int((piece.to(torch.int64) * factors).sum())) % (1 << 61)
+            place += len(piece)
+    return total

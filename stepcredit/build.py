@@ -123,8 +123,8 @@ def build_objective(config: Config, unit: Unit | None = None) -> Objective:
     )
 
 
-def build_models(config: Config, parts: Parts, policy: Policy) -> list[AuxModel]:
-    """The models whose columns the credit function and the objective read."""
+def build_models(config: Config, parts: Parts, policy: Policy) -> dict[str, AuxModel]:
+    """The models whose columns the credit function and the objective read, by column, in the order they observe."""
     optim, objective = config.optim, parts.objective
     needed = set(needs_of(parts.credit).columns)
     if objective.needs_reference:
@@ -137,4 +137,5 @@ def build_models(config: Config, parts: Parts, policy: Policy) -> list[AuxModel]
             f"credit '{config.credit.name}' needs {', '.join(sorted(unknown))}, which nothing here provides"
         )
     budget = optim.max_tokens_per_micro_batch
-    return [maker(policy, config.sampler.temperature, budget) for column, maker in makers.items() if column in needed]
+    chosen = {column: maker for column, maker in makers.items() if column in needed}
+    return {column: maker(policy, config.sampler.temperature, budget) for column, maker in chosen.items()}

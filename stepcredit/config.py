@@ -98,6 +98,7 @@ class OptimConfig(Section):
     num_epochs: int = Field(1, ge=1)
     num_minibatches: int = Field(1, ge=1)
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    max_nonfinite: int = Field(5, ge=1)  # optimiser steps in a row without a finite gradient, then the run stops
 
 
 class TrainConfig(Section):
@@ -120,6 +121,11 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
 
 
+class TrackConfig(Section):
+    sinks: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_split)] = []  # beside metrics.jsonl
+    project: str = "stepcredit"  # of Weights & Biases
+
+
 class RecordConfig(Section):
     every: int = Field(10, ge=0)  # iterations between saved rollouts; 0: none
     max_trees: int = Field(16, ge=1)
@@ -128,6 +134,7 @@ class RecordConfig(Section):
 class Config(Section):
     algorithm: str = "grpo"
     model: str = "embedded"  # embedded | folder | hub id
+    trust_remote_code: bool = False  # run code that comes with a hub model
     task: TaskConfig = TaskConfig()
     sampler: SamplerConfig = SamplerConfig()
     growth: GrowthConfig = GrowthConfig()
@@ -140,6 +147,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     rollouts: RecordConfig = RecordConfig()
+    track: TrackConfig = TrackConfig()
     run_dir: str | None = None  # None: runs/ALGORITHM-NUMBER
 
 

@@ -17,6 +17,7 @@ Example: the prompt `[1, 5]` with the completions `[7, 2]` and `[8, 9, 2]`.
 ([1.0, 0.0], [True, False])
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -166,6 +167,32 @@ class Forest:
                 )
             )
         return trees
+
+    def state_dict(self) -> dict[str, Any]:
+        """All tables with every column, for `stepcredit.state`; what JSON cannot say of a problem becomes text."""
+        return {
+            "problems": [_plain(vars(problem)) for problem in self.problems],
+            "prompt_ids": self.prompt_ids,
+            **{name: dict(getattr(self, name)) for name in ("tree", "segment", "token")},
+            "details": [_plain(detail) for detail in self.details],
+            "tree_extra": [_plain(extra) for extra in self.tree_extra],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Forest":
+        """The inverse of `state_dict`."""
+        rows = {
+            "tree": len(state["problems"]),
+            "segment": len(state["details"]),
+            "token": len(state["token"]["token_ids"]),
+        }
+        return cls(
+            problems=tuple(Problem(**problem) for problem in state["problems"]),
+            prompt_ids=state["prompt_ids"],
+            **{name: Table(count, state[name]) for name, count in rows.items()},
+            details=tuple(state["details"]),
+            tree_extra=tuple(state["tree_extra"]),
+        )
 
     def with_token(self, **columns: Tensor) -> "Forest":
         """A forest with these token columns added or replaced, each `[num_tokens]`."""
@@ -374,6 +401,11 @@ _SEGMENT_ROW = ("tree", "parent", "finish", "sampled", "reward", "has_reward", "
 
 def _flat(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
     return torch.tensor(list(chain.from_iterable(rows)), dtype=dtype)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _column_names(segments: Sequence[Segment]) -> list[str]:

@@ -1,11 +1,14 @@
 """Names from tables of choices, and the user's own by dotted path."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepcredit.errors import UserError, did_you_mean
+
+log = logging.getLogger("stepcredit")
 
 
 def by_name(option: str, name: str, table: Mapping[str, Callable[..., Any] | str]) -> Callable[..., Any]:
@@ -26,6 +29,8 @@ def by_name(option: str, name: str, table: Mapping[str, Callable[..., Any] | str
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{option}: cannot import '{name}' ({error})") from error
+    if name not in table:
+        log.info("%s: code of your own, %s from %s", option, name, sys.modules[module].__file__)
     if not callable(function):
         raise UserError(f"{option}: '{name}' is a {type(function).__name__}, not a function")
     return function

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,48 @@ from rich.console import Console
 from stepcredit.build import Parts, build_models, build_rollouts
 from stepcredit.checkpoint import save_checkpoint
 from stepcredit.config import Config
+from stepcredit.errors import UserError
 from stepcredit.evaluate import evaluate
 from stepcredit.forest import Forest
 from stepcredit.growth import flat, sampling_seed
+from stepcredit.interrupt import Interrupted, StopRequest
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
 from stepcredit.ops import kl_k1
 from stepcredit.policy.forward import Policy
+from stepcredit.state import random_state, set_random_state
 from stepcredit.tracking import Tracker
 
 log = logging.getLogger("stepcredit")
 
 TRAINING = 0  # stream of sampling seeds
+
+
+class Clock:
+    """Seconds of each phase of an iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def metrics(self, forest: Forest) -> dict[str, float]:
+        total = sum(self.seconds.values())
+        return self.seconds | {"time/iteration": total, "tokens/per_second": float(forest.token_sampled.sum()) / total}
+
+
+@dataclass
+class Work:
+    """An iteration that is under way: its finished forest, and what the optimiser steps taken so far gave."""
+
+    forest: Forest
+    drawn: int  # training problems, with this iteration's
+    clock: Clock
+    learnt: list[dict[str, float]] = field(default_factory=list)
 
 
 class Trainer:
@@ -49,53 +80,95 @@ class Trainer:
             weight_decay=config.optim.weight_decay,
         )
         self.done = self.drawn = 0  # iterations, and training problems, so far
+        self.work: Work | None = None
+        self.max_tokens = config.optim.max_tokens_per_micro_batch
+        self.nonfinite = 0  # optimiser steps in a row that were skipped
+        self.stop = StopRequest()
+        self.resumed = False
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
         self._check()
 
     def run(self, run_dir: Path) -> bool:
-        """Train to the end, writing into an existing folder. False when nothing was learnt."""
-        config, started = self.config, time.monotonic()
-        with Tracker(run_dir, self.console, config, self.done, self.policy.tokenizer.batch_decode) as tracker:
-            if self.done == 0:
-                tracker.report(0, self.evaluate())
-            for iteration in range(self.done + 1, config.train.iterations + 1):
-                clock = Clock()
-                with clock("time/sample"):
-                    forest = self.grow()
-                with clock("time/judge"):
-                    forest = self.rollouts.judge(forest)
-                    for shaper in self.shapers:
-                        forest = shaper(forest)
-                with clock("time/observe"):
-                    for model in self.models:
-                        forest = model.observe(forest)
-                    forest = self.assign(self.penalised(forest))
-                with clock("time/learn"):
-                    rate = self.set_learning_rate(iteration)
-                    learnt = [self.learn(step) for step in self.optimizer_steps(forest, iteration)]
+        """Train to the end, writing into an existing folder. False when nothing was learnt.
+
+        Raises:
+            Interrupted: by a signal; what there was is saved.
+        """
+        last, started = self.config.train.iterations, time.monotonic()
+        decode = self.policy.tokenizer.batch_decode
+        done = self.done if self.resumed else None
+        with self.stop, Tracker(run_dir, self.console, self.config, done, decode) as tracker:
+            self.rollouts.sampler.on_progress = self.stop.check
+            try:
+                if tracker.reported is None:
+                    tracker.report(0, self.evaluate())
+                for iteration in range(self.done + 1, last + 1):
+                    work = self.work = self.work or self.begin()
+                    for number, step in enumerate(self.optimizer_steps(work.forest, iteration)):
+                        if number >= len(work.learnt):
+                            self.update(work, step, iteration, tracker)
                     self.rollouts.sampler.sync(self.policy)
-                self.done = iteration
-                last = iteration == config.train.iterations
-                metrics = forest_metrics(forest) | average(learnt) | clock.metrics(forest)
-                metrics["optim/learning_rate"] = rate
-                if last or (config.eval.every and iteration % config.eval.every == 0):
-                    metrics |= self.evaluate()
-                tracker.report(iteration, metrics, self.weighted(forest))
-                if last or (config.checkpoint.every and iteration % config.checkpoint.every == 0):
-                    save_checkpoint(run_dir, iteration, self.policy, self.state(), config.checkpoint.keep)
+                    metrics = forest_metrics(work.forest) | average(work.learnt) | work.clock.metrics(work.forest)
+                    metrics |= self.evaluate() if self.due(iteration, self.config.eval.every) else {}
+                    tracker.report(iteration, metrics, self.weighted(work.forest))
+                    self.done, self.drawn, self.work = iteration, work.drawn, None
+                    if self.due(iteration, self.config.checkpoint.every):
+                        self.save(run_dir, metrics.get("eval/accuracy"))
+                    self.stop.check()
+            except Interrupted:
+                self.save(run_dir)
+                raise
         return tracker.summary(time.monotonic() - started)
 
-    # ------------------------------------------------------------------ the five words
+    # ------------------------------------------------------------------ the parts of an iteration
 
-    def grow(self) -> Forest:
-        """Sample this iteration's problems."""
+    def begin(self) -> Work:
+        """Sample, judge and observe an iteration's problems, and give the credit."""
+        clock = Clock()
+        with clock("time/sample"):
+            forest, drawn = self.grow()
+        with clock("time/judge"):
+            forest = self.rollouts.judge(forest)
+            for shaper in self.shapers:
+                forest = shaper(forest)
+        with clock("time/observe"):
+            for model in self.models.values():
+                forest = model.observe(forest)
+            forest = self.assign(self.penalised(forest))
+        return Work(forest, drawn, clock)
+
+    def update(self, work: Work, step: Forest, iteration: int, tracker: Tracker) -> None:
+        """One optimiser step of an iteration."""
+        with work.clock("time/learn"):
+            rate = self.set_learning_rate(iteration)
+            found = self.learn(step) | {"optim/learning_rate": rate}
+        self.nonfinite = self.nonfinite + 1 if found.get("optim/nonfinite") else 0
+        if self.nonfinite >= self.config.optim.max_nonfinite:
+            path = tracker.save_rollouts(f"nonfinite-{iteration:06d}", iteration, step)
+            raise UserError(
+                f"iteration {iteration}: {self.nonfinite} optimiser steps in a row had a loss or gradient that is not "
+                f"finite; the rollouts are in {path}. Look at their rewards and log-probabilities, or lower "
+                "--learning-rate"
+            )
+        work.learnt.append(found)
+        self.stop.check()
+
+    def due(self, iteration: int, every: int) -> bool:
+        return iteration == self.config.train.iterations or bool(every and iteration % every == 0)
+
+    def save(self, run_dir: Path, score: float | None = None) -> None:
+        """Write a checkpoint; between the steps of an iteration its name has their number behind a dot."""
+        name = f"{self.done:06d}" + (f".{len(self.work.learnt):03d}" if self.work else "")
+        save_checkpoint(run_dir, name, self.policy, self.state_dict(), self.config.checkpoint.keep, score)
+
+    def grow(self) -> tuple[Forest, int]:
+        """Sample this iteration's problems; the number of training problems drawn with them."""
         count, start = self.config.train.problems_per_iteration, self.drawn
-        self.drawn += count
         problems = self.rollouts.task.draw(start, count)
         seeds = [sampling_seed(self.config.train.seed, TRAINING, start + number) for number in range(count)]
         rollouts = self.rollouts
         size = self.config.growth.group_size
-        return flat(rollouts.sampler, problems, rollouts.encode, size, rollouts.params, seeds)
+        return flat(rollouts.sampler, problems, rollouts.encode, size, rollouts.params, seeds), start + count
 
     def penalised(self, forest: Forest) -> Forest:
         """Token rewards less the k1 penalty, when the KL term acts in the reward."""
@@ -134,13 +207,47 @@ class Trainer:
         return rate
 
     def learn(self, step: Forest) -> dict[str, float]:
-        """One optimiser step, part by part; a step without gradient changes nothing."""
+        """One optimiser step, part by part; a step without gradient changes nothing.
+
+        When the memory does not suffice, the token budget of a part is halved for the rest of the run and the step
+        begins again: how a step is cut changes nothing else.
+        """
         segments = torch.zeros(step.num_segments, dtype=torch.bool)
         segments[step.token["segment"][self.objective.has_gradient(step)]] = True
         if not bool(segments.any()):
             return {"optim/skipped": 1.0}
+        step = step.select(segments)
+        while True:
+            parts = self.policy.parts(step, self.max_tokens)
+            try:
+                rows, counted = self.accumulate(parts)
+                break
+            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+                if not out_of_memory(error):
+                    raise
+                alone = len(parts) == int(step.ends.sum())
+            self.optimizer.zero_grad()
+            if alone:
+                raise UserError(
+                    "out of memory with a single completion in a micro-batch; lower --sampler.max-new-tokens or "
+                    "--task.max-prompt-tokens, or take a smaller model"
+                )
+            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+            log.warning("out of memory: micro-batches have at most %d tokens from now on", self.max_tokens)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip))
+        finite = math.isfinite(norm) and all(math.isfinite(row["optim/loss"]) for row in rows)
+        if finite:  # otherwise the step would destroy the weights
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
+        return sum_parts(rows, counted) | flags
+
+    def accumulate(self, parts: list[Forest]) -> tuple[list[dict[str, float]], int]:
+        """Add up the gradient of an optimiser step; the metrics of its parts and the number of weighted tokens."""
         rows, counted = [], 0
-        for part in self.policy.parts(step.select(segments), self.config.optim.max_tokens_per_micro_batch):
+        for part in parts:
             weights = part.token["weights"] * part.token["owned"]
             owned = part.with_token(weights=weights, owned=weights != 0)
             scores = self.policy(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
@@ -149,13 +256,7 @@ class Trainer:
             counted += int((owned.token["weights"] != 0).sum())
             positions = float(self.policy.num_positions(part))
             rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": positions})
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip))
-        finite = math.isfinite(norm)
-        if finite:  # otherwise the step would destroy the weights
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
-        return sum_parts(rows, counted) | flags
+        return rows, counted
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy; the same problems and seeds every time."""
@@ -168,22 +269,51 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights. Problems and seeds follow from the number drawn."""
-        return {
+        state: dict[str, Any] = {
             "iteration": self.done,
             "drawn": self.drawn,
             "optimizer": self.optimizer.state_dict(),
-            "models": [model.state_dict() for model in self.models],
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "random": random_state(),
+            "max_tokens": self.max_tokens,
+            "nonfinite": self.nonfinite,
         }
+        if self.work is not None:
+            state["work"] = {
+                "forest": self.work.forest.state_dict(),
+                "drawn": self.work.drawn,
+                "seconds": self.work.clock.seconds,
+                "learnt": self.work.learnt,
+                "steps": self._steps(),
+            }
+        return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.done, self.drawn = state["iteration"], state["drawn"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done, self.drawn, self.resumed = state["iteration"], state["drawn"], True
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # what the config says now holds, not what it said then
             group["betas"], group["weight_decay"] = self.config.optim.betas, self.config.optim.weight_decay
-        for model, saved in zip(self.models, state["models"], strict=True):
-            model.load_state_dict(saved)
+        for name, model in self.models.items():
+            if name in state["models"]:
+                model.load_state_dict(state["models"][name])
+        set_random_state(state["random"])
+        self.max_tokens = min(self.max_tokens, state["max_tokens"])
+        self.nonfinite = 0 if state["nonfinite"] >= self.config.optim.max_nonfinite else state["nonfinite"]
+        if "work" in state:
+            work = state["work"]
+            if work["steps"] != self._steps():
+                raise UserError(
+                    "--resume: the run stopped between the optimiser steps of an iteration, so optim.num_epochs and "
+                    "optim.num_minibatches must stay as they were until it is over"
+                )
+            clock = Clock()
+            clock.seconds = work["seconds"]
+            self.work = Work(Forest.from_state(work["forest"]), work["drawn"], clock, work["learnt"])
+
+    def _steps(self) -> list[int]:
+        return [self.config.optim.num_epochs, self.config.optim.num_minibatches]
 
     def _check(self) -> None:
         """Fail now rather than after an hour."""
@@ -193,21 +323,12 @@ class Trainer:
             self.rollouts.encode(problem)
 
 
-class Clock:
-    """Seconds of each phase of an iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-
-    def metrics(self, forest: Forest) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        return self.seconds | {"time/iteration": total, "tokens/per_second": float(forest.token_sampled.sum()) / total}
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, on a device or for the CPU."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
+    )
 
 
 def sum_parts(rows: list[dict[str, float]], counted: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from stepcredit.build import build_parts
-from stepcredit.checkpoint import checkpoints, latest_checkpoint
+from stepcredit.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.policy.loading import load_policy
@@ -45,7 +45,7 @@ def test_going_back_keeps_what_is_written_afterwards(four, tmp_path) -> None:
     run = copy(four, tmp_path / "run")
     words = ["train", "--resume", str(run / "checkpoints" / "000001"), "--iterations", "3", "--checkpoint.keep", "2"]
     assert main(words) in (0, 1)
-    assert latest_checkpoint(run) == run / "checkpoints" / "000003"
+    assert newest_checkpoint(run) == run / "checkpoints" / "000003"
     assert [path.name for path in checkpoints(run)] == ["000002", "000003"]
 
 
@@ -73,8 +73,7 @@ def test_a_run_without_a_checkpoint_starts_anew_under_auto(four, tmp_path) -> No
 def test_options_of_the_optimiser_that_are_given_anew_hold(four) -> None:
     config = resolve({"optim": {"weight_decay": 0.1, "betas": [0.5, 0.9]}})
     trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
-    state = torch.load(four / "checkpoints" / "000004" / "trainer_state" / "state.pt", weights_only=True)
-    trainer.load_state(state)
+    trainer.load_state_dict(load_checkpoint(four / "checkpoints" / "000004"))
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
     assert trainer.drawn == 8  # four iterations of two problems
@@ -103,7 +102,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     config = resolve({"train": {"problems_per_iteration": 4}, "eval": {"num_problems": 0}})
     policy = load_policy("embedded", "cpu")
     trainer = Trainer(config, build_parts(config), policy, Console(quiet=True))
-    forest = trainer.weighted(trainer.assign(trainer.rollouts.judge(trainer.grow())))
+    forest = trainer.weighted(trainer.begin().forest)
     advantages = torch.where(forest.active, math.inf, 0.0)
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     assert trainer.learn(forest.with_token(advantages=advantages))["optim/nonfinite"] == 1.0
@@ -137,4 +136,4 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> 
     assert "what came after 000002 is lost" in capsys.readouterr().out
     monkeypatch.undo()
     assert train(tmp_path / "run", "--iterations", "4", "--resume", "auto") in (0, 1)
-    assert latest_checkpoint(tmp_path / "run").name == "000004"
+    assert newest_checkpoint(tmp_path / "run").name == "000004"

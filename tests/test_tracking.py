@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from stepcredit.tracking import WARN_AFTER, Health
+from stepcredit.health import WARN_AFTER, Health
 
 FINE = {
     "reward/mean": 0.5,

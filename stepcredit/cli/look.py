@@ -136,5 +136,5 @@ def _load(config: Config) -> "tuple[Policy, Rollouts]":
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parts = build_parts(config)
-    policy = load_policy(config.model, config.train.device, config.train.dtype)
+    policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
     return policy, build_rollouts(config, parts, policy)

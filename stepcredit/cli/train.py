@@ -40,6 +40,8 @@ Examples
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
   stepcredit train --resume runs/spro"""
 
+OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name"}  # what makes it another run when it changes
+
 
 def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
@@ -55,7 +57,8 @@ def main(words: Sequence[str]) -> int:
     import torch
 
     from stepcredit.build import build_parts
-    from stepcredit.checkpoint import latest_checkpoint, load_checkpoint, load_weights
+    from stepcredit.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+    from stepcredit.interrupt import Interrupted
     from stepcredit.policy.loading import load_policy
     from stepcredit.trainer import Trainer
 
@@ -65,15 +68,16 @@ def main(words: Sequence[str]) -> int:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
     run_dir = _run_dir(config, continues=own["resume"] != "never")
     parts = build_parts(config)
-    policy = load_policy(config.model, config.train.device, config.train.dtype)
+    policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
     if policy.device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)
     trainer = Trainer(config, parts, policy, console)
     run_dir = _claim(config, run_dir)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
-        trainer.load_state(load_checkpoint(checkpoint))
+        trainer.load_state_dict(load_checkpoint(checkpoint))
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
@@ -85,8 +89,11 @@ def main(words: Sequence[str]) -> int:
     )
     try:
         return 0 if trainer.run(run_dir) else 1
+    except Interrupted:
+        console.print(f"stopped and saved; continue with --resume {run_dir}", highlight=False, soft_wrap=True)
+        return 130
     except KeyboardInterrupt:
-        newest = latest_checkpoint(run_dir)
+        newest = newest_checkpoint(run_dir)
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise
@@ -96,13 +103,13 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
     """The config to continue with (the run's own under what was given) and the checkpoint to load."""
     if when == "never":
         return given, None
-    from stepcredit.checkpoint import latest_checkpoint
+    from stepcredit.checkpoint import newest_checkpoint
 
     if when == "auto":
         run_dir = Path(given.get("run_dir") or "")
         if not given.get("run_dir"):
             raise UserError("--resume auto needs --run-dir, the run to continue")
-        checkpoint = latest_checkpoint(run_dir)
+        checkpoint = newest_checkpoint(run_dir)
         if checkpoint is None:
             return given, None
         run_dir = run_dir.resolve()
@@ -111,7 +118,7 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
         if not path.is_dir():
             raise UserError(f"--resume: '{when}' is no folder; give auto, never, a run folder or a checkpoint folder")
         run_dir = path if (path / "config.yaml").is_file() else path.parent.parent
-        found = latest_checkpoint(run_dir) if path == run_dir else path
+        found = newest_checkpoint(run_dir) if path == run_dir else path
         if found is None or not (run_dir / "config.yaml").is_file():
             raise UserError(f"--resume: '{when}' has no checkpoint to continue from")
         checkpoint = found
@@ -122,12 +129,9 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
     merged = merge(saved, given) | {
         "run_dir": saved.get("run_dir") if Path(str(saved.get("run_dir"))).resolve() == run_dir else str(run_dir)
     }
-    for name in ("algorithm", "model"):
-        if merged[name] != saved.get(name):
-            raise UserError(
-                f"--resume: the run has {name} {saved.get(name)}, not {merged[name]}; start a new run for that"
-            )
     for name, before, now in _changes(saved, merged):
+        if name in OTHER_RUN or name.split(".")[0] in OTHER_RUN:
+            raise UserError(f"--resume: the run has {name} {before}, not {now}; start a new run for that")
         logging.getLogger("stepcredit").warning("continuing with %s = %s (was %s)", name, now, before)
     return merged, checkpoint
 

@@ -35,12 +35,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy:
+def load_policy(model: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Policy:
     """A policy with fp32 weights, checked against the model's own logits.
 
     Args:
         model: "embedded", a folder with model and tokenizer, or a hub id.
         dtype: of the computation, by autocast: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: the folder, the model or the tokenizer is missing or cannot be loaded.
@@ -55,8 +56,8 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto") -> Policy
         )
     where = pick_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):

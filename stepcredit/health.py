@@ -1,0 +1,168 @@
+"""Runs that look alive and go wrong: what is watched for, and what a user is told to do."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+WARN_AFTER = 5  # iterations in a row before a warning is given
+
+
+REASONS = {  # a metric that is 1 when it is the reason: what to say
+    "group/unjudged": "no completion was judged. Check the reward function: it returned None for all of them",
+    "group/singleton": "each group had a single judged completion. Set --group-size to at least 2",
+    "completion/masked": "every completion was masked. Check --shapers against the lengths and rewards of the rollouts",
+}
+EQUAL_REWARDS = (
+    "every group had equal rewards ({mean}). Check the reward function on a known right and a known wrong answer, "
+    "the answer column and --sampler.max-new-tokens (truncated completions rarely score); easier or harder problems "
+    "may be needed"
+)
+
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that a user should know while the run goes on.
+
+    Attributes:
+        holds: whether it is so, from an iteration's metrics and the run's first ones.
+        say: what it is and what to do.
+        after: iterations in a row before it is said; once until it has ceased to be so.
+    """
+
+    holds: Callable[[Metrics, Metrics], bool]
+    say: Callable[[Metrics, Metrics], str]
+    after: int = WARN_AFTER
+
+
+def _value(metrics: Metrics, name: str, default: float = 0.0) -> float:
+    """A metric, or the default where it is absent or was not finite."""
+    found = metrics.get(name)
+    return default if found is None or not math.isfinite(found) else float(found)
+
+
+ALARMS: dict[str, Alarm] = {
+    "no reward variance": Alarm(
+        lambda now, first: now["credit/outcome_rms"] == 0.0,
+        lambda now, first: (
+            f"no group had two different rewards for {WARN_AFTER} iterations (mean reward {now['reward/mean']:.2f}); "
+            "nothing is being learnt. Take easier or harder problems, or check the reward function"
+        ),
+    ),
+    "step skipped": Alarm(
+        lambda now, first: _value(now, "optim/nonfinite") > 0,
+        lambda now, first: (
+            "the loss or gradient was not finite, so the step was skipped; look at the rewards and log-probabilities "
+            "of its rollouts, or lower --learning-rate"
+        ),
+        after=1,
+    ),
+    "process credit dominates": Alarm(
+        lambda now, first: now.get("credit/process_ratio", 0.0) is None or now.get("credit/process_ratio", 0.0) > 1.0,
+        lambda now, first: (
+            f"process credit is larger than outcome credit (ratio {_value(now, 'credit/process_ratio', math.inf):.1f}) "
+            f"for {WARN_AFTER} iterations; lower --credit.beta, or set --credit.uniform drop"
+        ),
+    ),
+    "entropy collapsed": Alarm(
+        lambda now, first: _value(now, "policy/entropy", math.inf) < 0.1 * _value(first, "policy/entropy"),
+        lambda now, first: (
+            f"entropy is {_value(now, 'policy/entropy'):.3f}, less than a tenth of the {first['policy/entropy']:.3f} "
+            "at first; samples of a group will be all alike. Lower --learning-rate, raise --objective.clip-high, or "
+            "set --objective.entropy-coef"
+        ),
+    ),
+    "length exploded": Alarm(
+        lambda now, first: _value(now, "completion/length") > 2 * _value(first, "completion/length", math.inf),
+        lambda now, first: (
+            f"completions are {now['completion/length']:.0f} tokens long, more than twice the "
+            f"{first['completion/length']:.0f} at first. If rewards do not rise with it, take --objective.aggregate "
+            "token_mean or a KL term (--objective.kl.coef)"
+        ),
+    ),
+    "completions truncated": Alarm(
+        lambda now, first: _value(now, "completion/truncated") > 0.5,
+        lambda now, first: (
+            f"{now['completion/truncated']:.0%} of the completions ended at the token limit; raise "
+            "--sampler.max-new-tokens, or leave them out with --shapers mask_truncated"
+        ),
+    ),
+    "policy far from reference": Alarm(
+        lambda now, first: max(_value(now, "policy/kl_ref"), _value(now, "policy/kl_ref_update")) > 1.0,
+        lambda now, first: (
+            f"the policy is {max(_value(now, 'policy/kl_ref'), _value(now, 'policy/kl_ref_update')):.1f} nats a token "
+            "from the reference; lower --learning-rate or raise --objective.kl.coef"
+        ),
+    ),
+    "sampler and trainer disagree": Alarm(
+        lambda now, first: _value(now, "sampler/logprob_diff") > 0.5,
+        lambda now, first: (
+            f"the sampler's log-probability of a token differs from the trainer's by "
+            f"{_value(now, 'sampler/logprob_diff'):.2f}; are their weights the same? In half precision try "
+            "--train.dtype float32"
+        ),
+        after=1,
+    ),
+}
+
+
+class Health:
+    """Watches for runs that look alive and go wrong."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.iterations = self.idle = 0
+        self.rewards: set[float] = set()
+        self.seen: dict[str, float] = {}  # sums of the metrics that tell why nothing is learnt
+        self.first: dict[str, float] = {}  # of the first iteration that had them
+        self.in_a_row = dict.fromkeys(ALARMS, 0)
+        self.warned: dict[str, int] = {}  # how often
+
+    def count(self, metrics: dict[str, Any]) -> list[str]:
+        """Take an iteration into account; the names of the warnings that are due now."""
+        self.iterations += 1
+        for name in REASONS:
+            self.seen[name] = self.seen.get(name, 0.0) + metrics[name]
+        if len(self.rewards) < 3:
+            self.rewards.add(round(metrics["reward/mean"], 6))
+        self.idle += metrics["credit/outcome_rms"] == 0.0
+        for name in ("policy/entropy", "completion/length"):
+            if metrics.get(name) is not None:
+                self.first.setdefault(name, metrics[name])
+        due = []
+        for name, alarm in ALARMS.items():
+            self.in_a_row[name] = self.in_a_row[name] + 1 if alarm.holds(metrics, self.first) else 0
+            if self.in_a_row[name] == alarm.after:
+                self.warned[name] = self.warned.get(name, 0) + 1
+                due.append(name)
+        return due
+
+    def observe(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Take an iteration into account and warn where a run goes wrong."""
+        for name in self.count(metrics):
+            self._warn(f"iteration {iteration}: {ALARMS[name].say(metrics, self.first)}")
+
+    def verdict(self) -> bool:
+        """Say whether anything was learnt, why not, and what was warned of."""
+        if self.iterations and self.idle == self.iterations:
+            if len(self.rewards) == 1:
+                mean = f"the mean reward was {min(self.rewards):g}"
+            else:
+                mean = "but not all groups the same"
+            always = [reason for name, reason in REASONS.items() if self.seen[name] >= 0.999 * self.iterations]
+            reason = always[0] if always else EQUAL_REWARDS.format(mean=mean)
+            self._warn(f"nothing was learnt: in all {self.iterations} iterations {reason}")
+            return False
+        marks = [f"{name} ({times}x)" if times > 1 else name for name, times in self.warned.items()]
+        if self.idle:
+            marks.append(f"{self.idle} of {self.iterations} iterations had no group with two different rewards")
+        self.console.print(f"health: {'; '.join(marks) or 'nothing to remark'}", highlight=False, soft_wrap=True)
+        return True
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
