@@ -1,6 +1,7 @@
 # make train   train the embedded model on this machine (everything is set up first)
 # make test    run the tests
 # make check   formatting, lint, types, tests
+# make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
 # make bench   ratios of speed, measured in one run
 # Options of a run: make train ARGS="--algorithm spro --seed 1"
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 ARGS ?=
 
-.PHONY: install train test check lint types format bench clean
+.PHONY: install train test check lint types format soak bench clean
 
 install: $(STAMP)
 
@@ -38,6 +39,9 @@ types: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
 bench: install
 	$(BIN)/python benchmarks/sampler.py $(ARGS)

@@ -3,9 +3,10 @@
 defaults here < the algorithm's (algorithms.py) < the recipe of the embedded model < YAML file < command line
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -255,14 +256,12 @@ def _explain(error: ValidationError) -> str:
             section = section.model_fields[part].annotation
         return f"{name}: unknown option; {did_you_mean(path[-1], section.model_fields)}"
     if first["type"] == "literal_error":
-        return f"{name}: '{first['input']}' is not known; {did_you_mean(str(first['input']), _choices(path))}"
+        return f"{name}: '{first['input']}' is not known; {did_you_mean(str(first['input']), _choices(first))}"
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{name}: expected a section with options, found {first['input']!r:.60}"
     return f"{name}: {first['msg'].lower()}, got {first['input']!r:.60}"
 
 
-def _choices(path: list[str]) -> tuple[str, ...]:
-    section: Any = Config
-    for part in path[:-1]:
-        section = section.model_fields[part].annotation
-    return tuple(str(choice) for choice in get_args(section.model_fields[path[-1]].annotation))
+def _choices(error: Any) -> list[str]:
+    """The valid values of an option that names one of a few."""
+    return re.findall(r"'([^']*)'", error["ctx"]["expected"])

@@ -175,7 +175,7 @@ def _rows_until(path: Path, last: int | None) -> list[dict[str, Any]]:
                 kept[row["iteration"]] = row
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    if last is not None and len(kept) <= last:
+    if last and len(kept) <= last:
         log.warning("%s lacks %d of the %d iterations before this one", path, last + 1 - len(kept), last + 1)
     beside = path.with_name(f".part-{path.name}")
     beside.write_text("".join(json.dumps(kept[number]) + "\n" for number in sorted(kept)), encoding="utf-8")

@@ -103,6 +103,7 @@ class Trainer:
                 if tracker.reported is None:
                     tracker.report(0, self.evaluate())
                 for iteration in range(self.done + 1, last + 1):
+                    self.stop.check()
                     work = self.work = self.work or self.begin()
                     for number, step in enumerate(self.optimizer_steps(work.forest, iteration)):
                         if number >= len(work.learnt):
@@ -114,7 +115,6 @@ class Trainer:
                     self.done, self.drawn, self.work = iteration, work.drawn, None
                     if self.due(iteration, self.config.checkpoint.every):
                         self.save(run_dir, metrics.get("eval/accuracy"))
-                    self.stop.check()
             except Interrupted:
                 self.save(run_dir)
                 raise

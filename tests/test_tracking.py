@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from stepcredit.health import WARN_AFTER, Health
+from stepcredit.health import ALARMS, WARN_AFTER, Health
 
 FINE = {
     "reward/mean": 0.5,
@@ -46,7 +46,8 @@ def test_a_run_with_any_credit_has_learnt() -> None:
     """Idle iterations in between are mentioned, not condemned."""
     fine, text = told({}, {"credit/outcome_rms": 0.0}, {})
     assert fine
-    assert "1 of 3 iterations" in text
+    assert "health: 1 of 3 iterations" in text
+    assert "health: nothing to remark" in told({}, {})[1]
 
 
 def test_idle_iterations_in_a_row_warn_while_the_run_goes_on() -> None:
@@ -65,3 +66,50 @@ def test_dominating_process_credit_warns_with_a_remedy() -> None:
 
 def test_a_skipped_step_is_told() -> None:
     assert "gradient was not finite" in told({"optim/nonfinite": 0.5})[1]
+
+
+USUAL = {"policy/entropy": 1.0, "completion/length": 100.0, "completion/truncated": 0.1, "policy/kl_ref": 0.01}
+TROUBLE = {
+    "entropy collapsed": ({"policy/entropy": 0.05}, "--learning-rate"),
+    "length exploded": ({"completion/length": 201.0}, "--objective.aggregate"),
+    "completions truncated": ({"completion/truncated": 0.6}, "--sampler.max-new-tokens"),
+    "policy far from reference": ({"policy/kl_ref": 1.5}, "--objective.kl.coef"),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_trouble_that_lasts_is_told_with_a_remedy(name: str) -> None:
+    """After some iterations in a row, once; again after it had ceased; and in the health line."""
+    bad, remedy = TROUBLE[name]
+    once = told(USUAL, *[USUAL | bad] * (WARN_AFTER + 4))[1]
+    assert once.count("warning") == 1 and remedy in once and f"health: {name}" in once
+    assert "warning" not in told(USUAL, *[USUAL | bad] * (WARN_AFTER - 1), USUAL)[1]
+    twice = told(USUAL, *[USUAL | bad] * WARN_AFTER, USUAL, *[USUAL | bad] * WARN_AFTER)[1]
+    assert twice.count("warning") == 2 and f"health: {name} (2x)" in twice
+
+
+def test_every_option_that_a_remedy_names_exists() -> None:
+    """No alarm sends a user to an option that there is not."""
+    import re
+
+    from stepcredit.cli.arguments import parse
+    from stepcredit.config import resolve
+
+    now = USUAL | FINE | {"credit/process_ratio": 2.0, "sampler/logprob_diff": 1.0}
+    for alarm in ALARMS.values():
+        for option in re.findall(r"--[a-z][a-z.-]+", alarm.say(now, now)):
+            value = {"--shapers": "mask_truncated", "--credit.uniform": "drop", "--train.dtype": "float32"}.get(option)
+            value = value or ("token_mean" if option == "--objective.aggregate" else "1")
+            algorithm = ["--algorithm", "spro"] if option.startswith("--credit") else []
+            given, _ = parse([*algorithm, option.rstrip("."), value], {}, "train")
+            resolve(given)
+
+
+def test_a_sampler_that_disagrees_is_told_at_once() -> None:
+    assert "are their weights the same?" in told(USUAL | {"sampler/logprob_diff": 0.7})[1]
+
+
+def test_numbers_that_were_not_finite_alarm_nobody_falsely() -> None:
+    """Read back from metrics.jsonl they are None."""
+    row = USUAL | {"policy/entropy": None, "sampler/logprob_diff": None, "policy/kl_ref": None}
+    assert "warning" not in told(USUAL, *[row] * (WARN_AFTER + 1))[1]
