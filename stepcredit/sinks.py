@@ -49,12 +49,13 @@ class WeightsAndBiases:
 
         known = run_dir / "wandb_id"
         identity = known.read_text(encoding="utf-8").strip() if known.is_file() else None
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self.run = wandb.init(
             project=config.track.project,
             name=run_dir.name,
             dir=str(run_dir),
             config=config.model_dump(mode="json"),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             id=identity,
             resume="allow",
         )

@@ -18,6 +18,7 @@ SHORT = {
     "group-size": "growth.group_size",
     "seed": "train.seed",
     "run-dir": "run_dir",
+    "trust-remote-code": "trust_remote_code",
     "learning-rate": "optim.learning_rate",
     "device": "train.device",
     "eval-every": "eval.every",

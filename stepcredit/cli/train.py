@@ -25,6 +25,7 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --resume WHEN         never | auto (continue if the run folder has a checkpoint) | PATH of a run or checkpoint
   --device NAME         auto | cpu | cuda | mps
   --eval-every N        --save-every N       iterations; 0: only at the end
+  --trust-remote-code true   run code that comes with a hub model; off when not given
   --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or dotted paths; comma between
 
 Algorithms
@@ -38,7 +39,8 @@ Examples
   stepcredit train --algorithm opo --seed 1
   stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
-  stepcredit train --resume runs/spro"""
+  stepcredit train --resume runs/spro
+  stepcredit train --track.sinks tensorboard,wandb"""
 
 OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name"}  # what makes it another run when it changes
 
