@@ -57,8 +57,7 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     final, beside, aside = root / name, root / f".{name}.part", root / f".{name}.old"
     with _space(run_dir, beside):
-        for rest in (beside, aside):  # of a run that was killed while it saved
-            shutil.rmtree(rest, ignore_errors=True)
+        _tidy(root)
         (beside / STATE).parent.mkdir(parents=True)
         save_policy(policy, beside)
         save_state(state, beside / STATE)
@@ -100,6 +99,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         UserError: there are checkpoints and all of them are damaged.
     """
+    _tidy(run_dir / "checkpoints")
     latest = pointed(run_dir, "latest")
     candidates = sorted(checkpoints(run_dir), key=lambda path: (path == latest, path.stat().st_mtime), reverse=True)
     damages: list[Damage] = []
@@ -177,6 +177,16 @@ def _space(run_dir: Path, beside: Path) -> Iterator[None]:
             f"cannot write a checkpoint into {run_dir} ({'the disk is full' if full else error}); {stays}. Make room, "
             f"then continue with --run-dir {run_dir} --resume auto"
         ) from error
+
+
+def _tidy(root: Path) -> None:
+    """Clear away what a run left behind that was killed while it saved."""
+    for aside in root.glob(".*.old"):
+        final = root / aside.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():  # it was killed between taking the old one away and putting the new one there
+            aside.rename(final)
+    for rest in [*root.glob(".*.old"), *root.glob(".*.part")]:
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, score: float | None) -> None:

@@ -279,6 +279,7 @@ class Trainer:
             "random": random_state(),
             "max_tokens": self.max_tokens,
             "nonfinite": self.nonfinite,
+            "config": self.config.model_dump(mode="json", exclude={"run_dir"}),
         }
         if self.work is not None:
             state["work"] = {

@@ -118,6 +118,15 @@ def test_no_whole_checkpoint_is_an_error(run, capsys) -> None:
     assert "no checkpoint of" in capsys.readouterr().err
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(run) -> None:
+    """Between taking the old one away and putting the new one there: the old one comes back, the half one goes."""
+    root = run / "checkpoints"
+    shutil.copytree(root / "000003", root / ".000003.part")
+    (root / "000003").rename(root / ".000003.old")
+    assert newest_checkpoint(run) == root / "000003"
+    assert sorted(path.name for path in root.iterdir()) == ["000001", "000002", "000003"]
+
+
 def test_a_damaged_pointer_does_not_matter(run) -> None:
     (run / "latest").write_bytes(b"\xff\x00nonsense")
     assert newest_checkpoint(run) == run / "checkpoints" / "000003"
