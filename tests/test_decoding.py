@@ -110,6 +110,27 @@ def test_a_tree_grown_from_kept_prefixes_is_the_tree_grown_anew(family, max_rows
         assert one.columns["rollout_logprobs"] == pytest.approx(other.columns["rollout_logprobs"], abs=TOLERANCE)
 
 
+def test_prompts_that_are_parts_of_what_was_sampled():
+    """A completion without its last token, a prompt twice in a call, a prompt that extends another by one token."""
+    policy, params = tiny("qwen3"), SamplingParams(max_new_tokens=4, stop_token_ids=())
+    sampler = TransformersSampler(policy, max_rows=3)
+    first = list(sampler.sample([[5, 6, 7]], 2, params, [1], keep=True)[0][0].token_ids)
+    prompts = [[5, 6, 7, *first[:count]] for count in (3, 4, 3, 2, 1, 0)]
+    for _ in range(2):
+        found = sampler.sample(prompts, 2, params, [1, 2, 3, 4, 5, 6], keep=True)
+        expected = TransformersSampler(policy).sample(prompts, 2, params, [1, 2, 3, 4, 5, 6])
+        for group, other in zip(found, expected, strict=True):
+            assert [list(segment.token_ids) for segment in group] == [list(segment.token_ids) for segment in other]
+
+
+def test_a_prompt_that_comes_twice_is_encoded_once(monkeypatch):
+    policy, hidden = fresh("qwen2"), Policy.hidden
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Policy, "hidden", lambda self, *given: seen.append(given[0].shape) or hidden(self, *given))
+    TransformersSampler(policy).sample([[1, 2, 3, 4]] * 3, 2, SamplingParams(max_new_tokens=2), [1, 2, 3])
+    assert [tuple(shape) for shape in seen if shape[1] > 1] == [(1, 4)]
+
+
 def test_nothing_kept_is_encoded_again(monkeypatch):
     """After the first level every forward call is of one token a row."""
     policy, hidden = fresh("qwen2"), Policy.hidden
@@ -141,3 +162,18 @@ def test_sync_forgets_what_was_kept():
     for found, other, old in zip(again, expected, first, strict=True):
         for one, two, three in zip(found, other, old, strict=True):
             assert one.columns == two.columns and one.columns != three.columns
+
+
+def test_what_is_kept_does_not_hold_on_to_more():
+    """Old batches go: the memory behind the kept tensors is about their own."""
+    policy = tiny("qwen2")
+    sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=6, stop_token_ids=())
+    prompts = [[index % VOCABULARY for index in range(start, start + 60)] for start in range(12)]
+    for level in range(5):
+        groups = sampler.sample(prompts, 1, params, [level] * len(prompts), keep=True)
+        prompts = [[*prompt, *group[0].token_ids] for prompt, group in zip(prompts, groups, strict=True)][1:]
+    tensors = [tensor for prefix in sampler.kept.values() for tensor in (*prefix.keys, *prefix.values)]
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    tokens = 12 * 60 + 6 * sum(12 - level for level in range(5))
+    needed = tokens * 2 * 2 * 2 * 8 * 4  # both, layers, kv heads, size, bytes
+    assert sum(held.values()) < 2.1 * needed

@@ -17,6 +17,7 @@ from tiny_models import (
     tiny,
 )
 
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.policy import packing, reference
 from stepcredit.policy.batching import cut
@@ -334,3 +335,26 @@ def test_saved_models_do_not_ask_for_forest_attention(tmp_path):
     policy = tiny("qwen2")
     policy.model.save_pretrained(tmp_path)
     assert "stepcredit" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_depends_on_the_company_is_refused(kind):
+    """Beyond the length where one long row would change the scores of the short ones; up to it all is exact."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 24}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    policy = fresh("llama", hidden_size=32, head_dim=8, rope_parameters=rope, max_position_embeddings=48)
+    short = Forest.from_trees([Tree(Problem(), [5] * 10, [Segment([6] * 10), Segment([7] * 4)])])
+    with torch.no_grad():
+        found, expected = policy(short).logprobs, reference_scores(policy, short)[0]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    long = Forest.from_trees([Tree(Problem(), [5] * 10, [Segment([6] * 20), Segment([7] * 4)])])
+    with pytest.raises(UserError, match="beyond 24 tokens"):
+        policy(long)
+
+
+def test_an_empty_prompt_is_refused():
+    """Nothing predicts the first token of its completions."""
+    forest = Forest.from_trees([Tree(Problem(), [1], [Segment([2])]), Tree(Problem(id="b"), [], [Segment([3])])])
+    with pytest.raises(UserError, match="tree 'b' has no prompt tokens"):
+        tiny("qwen2")(forest)

@@ -27,9 +27,7 @@ from stepcredit.policy.packing import Block, Packing
 log = logging.getLogger("stepcredit")
 
 FOREST = "stepcredit_forest"
-MASKED = torch.finfo(
-    torch.bfloat16
-).min  # a score that weighs nothing; finite, so that a query without keys stays finite
+MASKED = -1e30  # a score that weighs nothing; finite, so that a query without keys stays finite
 MAX_SCORES = 1 << 24  # scores that the plain kernel holds at once
 
 
@@ -75,9 +73,8 @@ def plain_forward(
     outs, sums = [], []
     for rows in _query_chunks(query, key):
         scores, _ = _scores(query, key, rows, causal, mask, rule)
-        lse = scores.logsumexp(-1)
-        outs.append((scores - lse[..., None]).exp().to(value.dtype) @ value[:, :, None])
-        sums.append(lse)
+        outs.append(scores.softmax(-1).to(value.dtype) @ value[:, :, None])
+        sums.append(scores.logsumexp(-1))
     return torch.cat(outs, 3).flatten(1, 2), torch.cat(sums, 3).flatten(1, 2)
 
 
@@ -229,14 +226,17 @@ def fused_agrees(device: str, dtype: torch.dtype, size: int) -> bool:
     rule = Rule(size**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     try:
-        for causal in (True, False):
-            found, expected = (kernel[0](query, key, value, causal, None, rule) for kernel in (FUSED[device], PLAIN))
-            merged = expected[0], expected[1] + 0.5  # as if more had been merged in
-            grads, expected_grads = (
-                kernel[1](grad, query, key, value, *merged, causal, None, rule) for kernel in (FUSED[device], PLAIN)
-            )
-            for got, want in zip((*found, *grads), (*expected, *expected_grads), strict=True):
-                torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
+        with torch.autocast(device, enabled=False):
+            for causal in (True, False):
+                found, expected = (
+                    kernel[0](query, key, value, causal, None, rule) for kernel in (FUSED[device], PLAIN)
+                )
+                merged = expected[0], expected[1] + 0.5  # as if more had been merged in
+                grads, expected_grads = (
+                    kernel[1](grad, query, key, value, *merged, causal, None, rule) for kernel in (FUSED[device], PLAIN)
+                )
+                for got, want in zip((*found, *grads), (*expected, *expected_grads), strict=True):
+                    torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         log.warning("fused attention on %s (%s) cannot be used; the plain one is slower: %s", device, dtype, error)
         return False

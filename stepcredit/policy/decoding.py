@@ -1,9 +1,9 @@
 """Rows of tokens that grow one token at a time, and the keys and values that they attend to.
 
-`ForestRows` keeps every key and value once. What rows share (a prompt, a segment of a tree) is a `Prefix`, read once
-per step for all rows that go on from it; what a row adds is its own part, written into room that was made in advance. A
-row that ends gives its place to the last row, so that no other row is copied. `CachedRows` does the same work with a
-transformers cache, for models whose attention cannot be taken over.
+`ForestRows` keeps what rows share (a prompt, a segment of a tree) once, as a `Prefix`, and reads it once per step for
+all rows that began together and go on from it; what a row adds is its own part, written into room that was made in
+advance. A row that ends gives its place to the last row, so that no other row is copied. `CachedRows` does the same
+work with a transformers cache, for models whose attention cannot be taken over.
 """
 
 from collections import Counter
@@ -50,7 +50,22 @@ class Prefix:
         return self.start + self.keys[0].shape[1]
 
     def path(self) -> "list[Prefix]":
-        return [*(self.above.path() if self.above else []), self]
+        """The runs from the beginning of the prompt to this one."""
+        runs, run = [], self
+        while run.above is not None:
+            runs.append(run)
+            run = run.above
+        return [run, *reversed(runs)]
+
+    def next_logits(self) -> Tensor:
+        assert self.logits is not None, "the last token of this prefix was not encoded"
+        return self.logits
+
+    def detach(self) -> None:
+        """Hold these numbers alone, not the batch that they are a view of."""
+        for tensors in (self.keys, self.values):
+            tensors[:] = [_alone(tensor) for tensor in tensors]
+        self.logits = None if self.logits is None else _alone(self.logits)
 
 
 class _Shared:
@@ -137,6 +152,7 @@ class ForestRows:
         self.position = np.zeros(0, dtype=np.int64)  # of each row's next token
         self.prefix: list[Prefix] = []  # that each row goes on from
         self.shared: list[_Shared] = []
+        self._now: Tensor | None = None  # `position` on the device; None when rows have changed
         self.uneven = False  # rows of different ages are read together
         self.own: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, [capacity, kv heads, room, size]
 
@@ -177,6 +193,7 @@ class ForestRows:
 
     def begin(self, prefixes: Sequence[Prefix]) -> None:
         """Add rows, each going on from a prefix."""
+        self._now = None
         before = len(self.count)
         if before and not self.uneven:
             self.uneven = True
@@ -207,6 +224,7 @@ class ForestRows:
         Returns:
             For each row that is left its number before.
         """
+        self._now = None
         left = int(keep.sum())
         order = np.arange(left)
         holes = (~keep[:left]).nonzero()[0]
@@ -239,15 +257,16 @@ class ForestRows:
         Returns:
             Logits of the next token [rows, vocabulary].
         """
-        position = torch.from_numpy(self.position).to(self.device)
-        even = len(self.count) and bool((self.count == self.count[0]).all())
-        self._slot = int(self.count[0]) if even else torch.from_numpy(self.count).to(self.device)
-        self._now = position
-        self._masks: dict[int | None, list[Tensor | None]] = {}
-        states = self.policy.hidden(tokens[:, None], position[:, None], self)[:, 0]
+        if self._now is None:  # rows have begun or ended
+            self._now, self._last = (torch.from_numpy(rows).to(self.device) for rows in (self.position, self.count))
+        self._even = bool((self.count == self.count[0]).all())
+        self._masks: dict[tuple[int | None, int], list[Tensor | None]] = {}
+        states = self.policy.hidden(tokens[:, None], self._now[:, None], self)[:, 0]
         # A row that has ended but was not dropped yet goes on writing in its last place.
         self.count = np.minimum(self.count + 1, self.max_tokens - 1)
-        self.position += 1
+        self._last = (self._last + 1).clamp(max=self.max_tokens - 1)
+        self.position = self.position + 1
+        self._now = self._now + 1
         return self.policy.logits(states)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
@@ -276,10 +295,10 @@ class ForestRows:
                 new[:rows, :, : longest - 1] = old[:rows, :, : longest - 1]
             pair = self.own[layer] = larger  # type: ignore[assignment]
         for room, new in zip(pair, (key, value), strict=True):
-            if isinstance(self._slot, int):
-                room[:rows, :, self._slot] = new
+            if self._even:
+                room[:rows, :, longest - 1] = new
             else:
-                room[torch.arange(rows, device=self.device), :, self._slot] = new
+                room[torch.arange(rows, device=self.device), :, self._last] = new
         return pair[0][:rows, :, :longest], pair[1][:rows, :, :longest]
 
     def _room(self, new: Tensor, slots: int) -> Tensor:
@@ -289,16 +308,18 @@ class ForestRows:
     def _step_masks(self, rule: Rule, grouped: Tensor) -> list[Tensor | None]:
         """The masks of the shared prefixes and, last, of the own parts; made once per step and window."""
         window = rule.window if rule.window is not None and int(self.position.max()) >= rule.window else None
-        if window not in self._masks:
+        wanted = (window, grouped.shape[2])
+        if wanted not in self._masks:
+            assert self._now is not None
             masks = [shared.mask(self._now, window, grouped.shape[2]) for shared in self.shared]
             own = None
-            if window is not None or not isinstance(self._slot, int):
-                last = torch.from_numpy(self.count).to(self.device)[:, None]
+            if window is not None or not self._even:
+                last = self._last[:, None]
                 slot = torch.arange(int(self.count.max()) + 1, device=self.device)
                 visible = slot <= last if window is None else (slot <= last) & (last - slot < window)
                 own = hide(visible)[:, None, None]
-            self._masks[window] = [*masks, own]
-        return self._masks[window]
+            self._masks[wanted] = [*masks, own]
+        return self._masks[wanted]
 
 
 class CachedRows:
@@ -336,6 +357,11 @@ class CachedRows:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is less than half of the memory that it holds on to."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.ops import TokenScores
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
@@ -49,6 +50,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.rule = LogitRule.of(model.config.get_text_config())
+        self.steady = _steady_length(model.config.get_text_config())
         self._ordinary = model.config._attn_implementation
         self.path = path
 
@@ -90,6 +92,12 @@ class Policy(nn.Module):
             `logprobs` and `entropy`, each [num_tokens] fp32 on the model's device; 0 for tokens that were not sampled
             and for those that are not owned.
         """
+        prompt_length = forest.tree["prompt_length"]
+        empty = (prompt_length == 0).nonzero()
+        if len(empty):
+            raise UserError(f"tree '{forest.problems[int(empty[0])].id}' has no prompt tokens to go on from")
+        path_length = prompt_length[forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
+        self.check_length(int(path_length.max()))
         wanted = forest.token_sampled
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
@@ -103,6 +111,15 @@ class Policy(nn.Module):
                 scores = score_states(states, targets, head, temperature, rule=self.rule, entropy_grad=entropy_grad)
         order = order.to(self.device)
         return TokenScores(*(value.new_zeros(forest.num_tokens).index_copy(0, order, value) for value in scores))
+
+    def check_length(self, longest: int) -> None:
+        """Refuse paths on which the model's rotary embedding would depend on what else is computed beside them."""
+        if self.steady is not None and longest > self.steady:
+            raise UserError(
+                f"this model's rotary embedding changes with the longest row of a call beyond {self.steady} tokens, so "
+                f"a path of {longest} has no log-probability of its own; lower --task.max-prompt-tokens or "
+                "--sampler.max-new-tokens"
+            )
 
     def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
         """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each."""
@@ -126,7 +143,9 @@ class Policy(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's logits of states, as its own forward would give them."""
-        logits = self.model.get_output_embeddings()(states).float() * self.rule.scale
+        logits = self.model.get_output_embeddings()(states).float()
+        if self.rule.scale != 1.0:
+            logits = logits * self.rule.scale
         return logits if self.rule.cap is None else self.rule.cap * torch.tanh(logits / self.rule.cap)
 
     def hidden(self, token_ids: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
@@ -134,13 +153,11 @@ class Policy(nn.Module):
         return self.model.base_model(
             input_ids=token_ids,
             position_ids=position,
-            attention_mask=NO_MASK.to(token_ids.device),
+            # A mask of four dimensions is taken as it is, and a plan does not look at it.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=token_ids.device),
             use_cache=False,
             plan=plan,
         ).last_hidden_state
-
-
-NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four dimensions is taken as it is, and a plan does not look at it
 
 
 @torch.no_grad()
@@ -187,6 +204,19 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
     policy.path = "plain"
     log.warning("scoring one row per completion; prompts are computed again for every completion")
     return float("inf")
+
+
+def _steady_length(config: Any) -> int | None:
+    """Up to where a rotary embedding is one and the same; None: everywhere."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
+    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    limits = [
+        int(kind.get("original_max_position_embeddings") or original)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
 
 
 def _paths(model: PreTrainedModel) -> list[Path]:

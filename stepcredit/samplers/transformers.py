@@ -61,7 +61,7 @@ class TransformersSampler:
             prompts: token ids, none empty.
             seeds: one for each prompt; the same seed, prompt and weights give the same completions.
             keep: hold keys and values until `sync`, for a later call whose prompts are these completions behind their
-                prompts: nothing of them is encoded again.
+                prompts: nothing of them is encoded again. Only on the forest path; elsewhere it changes nothing.
 
         Returns:
             For each prompt `n` segments with the stop token included, and the columns `rollout_logprobs` (of the full
@@ -86,6 +86,7 @@ class _Decoding:
         on_progress: Callable[[int], None],
         kept: dict[tuple[int, ...], Prefix] | None,
     ) -> None:
+        policy.check_length(max(map(len, prompts), default=0) + params.max_new_tokens)
         self.prompts, self.n, self.params, self.seeds = prompts, n, params, seeds
         self.max_rows, self.on_progress, self.kept = max_rows, on_progress, kept
         self.device = policy.device
@@ -124,6 +125,8 @@ class _Decoding:
                 token = token[self._drop(keep)]
             if len(self.row):
                 self.logits = self.batch.step(token)
+        for prefix in () if self.kept is None else self.kept.values():
+            prefix.detach()
         return self._segments()
 
     # ------------------------------------------------------------------ rows
@@ -154,12 +157,17 @@ class _Decoding:
         if isinstance(self.batch, CachedRows):
             return self.batch.begin(prompts, copies)
         known = self.begun if self.kept is None else self.kept
-        longer = [prompt for prompt in prompts if prompt not in known and prompt[:-1] in known]
-        fresh = [prompt for prompt in prompts if prompt not in known and prompt[:-1] not in known]
-        prefixes = {prompt: known[prompt] for prompt in prompts if prompt in known}
+        prefixes = {prompt: known[prompt] for prompt in prompts if prompt in known and known[prompt].logits is not None}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in prefixes]
+        longer = [prompt for prompt in missing if prompt[:-1] in known]
+        fresh = [prompt for prompt in missing if prompt[:-1] not in known]
         if longer:
-            extended = self.batch.extend([known[prompt[:-1]] for prompt in longer], [prompt[-1] for prompt in longer])
+            ends = [known[prompt[:-1]] for prompt in longer]
+            extended = self.batch.extend(ends, [prompt[-1] for prompt in longer])
             prefixes |= zip(longer, extended, strict=True)
+            for end, whole in zip(ends, extended, strict=True):
+                if end.logits is None:  # no second copy of what the longer one has
+                    end.keys, end.values = ([one[:, :-1] for one in pair] for pair in (whole.keys, whole.values))
         if fresh:
             prefixes |= zip(fresh, self.batch.encode(fresh), strict=True)
         if self.kept is not None:
@@ -167,7 +175,7 @@ class _Decoding:
         self.begun = {prompts[-1]: prefixes[prompts[-1]]}
         chosen = [prefixes[prompts[copy]] for copy in copies]
         self.batch.begin(chosen)
-        return torch.stack([prefix.logits for prefix in chosen if prefix.logits is not None])
+        return torch.stack([prefix.next_logits() for prefix in chosen])
 
     def _next_rows(self, free: int, must: bool) -> list[int]:
         """Completions to start now: whole groups, so that a prompt is encoded once, unless one alone is too large."""
@@ -228,7 +236,8 @@ class _Decoding:
             encoded = int(self.count[rows[place]]) - 1
             if encoded > 0:
                 path = (*self.prompts[rows[place] // self.n], *self.tokens[rows[place], :encoded].tolist())
-                self.kept[path] = self.batch.take(place, encoded)
+                if path not in self.kept:
+                    self.kept[path] = self.batch.take(place, encoded)
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()
