@@ -17,7 +17,9 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import zstandard
@@ -37,15 +39,22 @@ UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share
 
 
 def start(words: list[str]) -> multiprocessing.Process:
-    """Run the command line in a process of its own, without the seconds that imports take."""
+    """Run the command line in a process of its own, without the seconds that imports take; it writes to `RUN.log`."""
+    log = Path(words[words.index("--run-dir") + 1]).with_suffix(".log")
 
     def child() -> None:
         os.setpgid(0, 0)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        if not os.environ.get("SOAK_VERBOSE"):
-            os.dup2(null, 2)
-        os._exit(stepcredit(words))
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+        code = 3
+        try:
+            code = stepcredit(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -56,7 +65,12 @@ def finish(words: list[str]) -> None:
     process = start(words)
     process.join()
     if process.exitcode not in (0, 1):
-        raise SystemExit(f"a run ended with exit code {process.exitcode}: {' '.join(words)}")
+        failed(words, process.exitcode)
+
+
+def failed(words: list[str], code: int | None) -> NoReturn:
+    log = Path(words[words.index("--run-dir") + 1]).with_suffix(".log")
+    raise SystemExit(f"exit code {code} of stepcredit {' '.join(words)}\n{log.read_text()}")
 
 
 def result(run: Path) -> dict[str, object]:
@@ -106,7 +120,7 @@ def soak(name: str, kills: int, seed: int, folder: Path, terms: int | None = Non
             process.join(chance.uniform(0.02, 1.0) * whole)
             if not process.is_alive():
                 if process.exitcode not in (0, 1):
-                    raise SystemExit(f"{name}, run {runs}: exit code {process.exitcode} after {done} kills, in {run}")
+                    failed([*words, "--run-dir", str(run)], process.exitcode)
                 break
             os.kill(process.pid or 0, left.pop())
             process.join()

@@ -82,7 +82,9 @@ def main(words: Sequence[str]) -> int:
         trainer.load_state_dict(load_checkpoint(checkpoint))
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
-    (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    beside = run_dir / ".config.yaml.part"  # a run that is killed now still has the config that it had
+    beside.write_text(dump_yaml(config), encoding="utf-8")
+    beside.replace(run_dir / "config.yaml")
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
         f"{config.train.problems_per_iteration} problems x {config.growth.group_size} completions, in {run_dir}",
@@ -170,7 +172,7 @@ def _run_dir(config: Config, continues: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: '{path}' is a file")
     is_run = continues and (path / "config.yaml").is_file()
-    if not is_run and path.is_dir() and any(path.iterdir()):
+    if not is_run and path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
         raise UserError(
             f"run_dir: '{path}' is not empty; name a new folder with --run-dir, or continue the run with --resume auto"
         )
