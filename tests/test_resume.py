@@ -137,3 +137,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> 
     monkeypatch.undo()
     assert train(tmp_path / "run", "--iterations", "4", "--resume", "auto") in (0, 1)
     assert newest_checkpoint(tmp_path / "run").name == "000004"
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_config(four, tmp_path) -> None:
+    """Half a config beside the old one changes nothing; half a first one is a new run's."""
+    run = copy(four, tmp_path / "run")
+    (run / ".config.yaml.part").write_text("algorithm: gr")
+    assert main(["train", "--resume", str(run), "--iterations", "5"]) in (0, 1)
+    assert not (run / ".config.yaml.part").exists()
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / ".config.yaml.part").write_text("algorithm: gr")
+    assert train(new, "--iterations", "1", "--resume", "auto") in (0, 1)
