@@ -244,6 +244,18 @@ def test_a_full_disk_keeps_what_there_was(run, monkeypatch, capsys, where) -> No
     assert main(["train", "--resume", str(run), "--iterations", "4"]) in (0, 1)
 
 
+def test_a_disk_that_fills_up_between_checkpoints(run, monkeypatch, capsys) -> None:
+    """While metrics or rollouts are written: one line, no traceback, and the checkpoint is as it was."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("stepcredit.tracking.write_trees", full)
+    assert main(["train", "--resume", str(run), "--iterations", "4"]) == 2
+    assert "the disk is full; make room" in capsys.readouterr().err
+    assert newest_checkpoint(run) == run / "checkpoints" / "000003"
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys) -> None:
     """Before anything is sampled."""
     (tmp_path / "file").write_text("")

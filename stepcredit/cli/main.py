@@ -1,5 +1,6 @@
 """`stepcredit`: the command line. Heavy imports wait until a command really runs."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -81,6 +82,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"stepcredit: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = f"{error.filename}: " if error.filename else ""
+            print(
+                f"stepcredit: error: {place}the disk is full; make room, then continue with --resume", file=sys.stderr
+            )
+            return 2
         if error.filename is None:
             raise
         print(
