@@ -141,6 +141,16 @@ def test_lines_of_metrics_that_cannot_be_read_are_told(run, caplog) -> None:
     assert "lacks 1 of the 4 iterations" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["", "algorithm: [", "grpo"])
+def test_a_damaged_config_is_taken_from_the_checkpoint(run, whole, caplog, content) -> None:
+    """Not from the defaults, which would go on with another run."""
+    shutil.rmtree(run / "checkpoints" / "000003")
+    (run / "config.yaml").write_text(content)
+    assert main(["train", "--resume", "auto", "--run-dir", str(run)]) in (0, 1)
+    assert "config.yaml is damaged" in caplog.text
+    assert weights(run) == weights(whole)
+
+
 # ------------------------------------------------------------------ what is in it
 
 

@@ -129,7 +129,7 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
     elsewhere = given.get("run_dir")
     if elsewhere and Path(elsewhere).resolve() != run_dir:
         raise UserError(f"--resume continues {run_dir} in place; leave out --run-dir {elsewhere}")
-    saved = read_yaml(str(run_dir / "config.yaml"))
+    saved = _saved_config(run_dir, checkpoint)
     merged = merge(saved, given) | {
         "run_dir": saved.get("run_dir") if Path(str(saved.get("run_dir"))).resolve() == run_dir else str(run_dir)
     }
@@ -138,6 +138,20 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
             raise UserError(f"--resume: the run has {name} {before}, not {now}; start a new run for that")
         logging.getLogger("stepcredit").warning("continuing with %s = %s (was %s)", name, now, before)
     return merged, checkpoint
+
+
+def _saved_config(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
+    """The config of a run: its config.yaml, or the checkpoint's copy where that is damaged."""
+    from stepcredit.checkpoint import load_checkpoint
+
+    try:
+        saved = read_yaml(str(run_dir / "config.yaml"))
+    except UserError:
+        saved = {}
+    if "algorithm" in saved:
+        return saved
+    logging.getLogger("stepcredit").warning("%s is damaged; taking the checkpoint's", run_dir / "config.yaml")
+    return load_checkpoint(checkpoint)["config"] | {"run_dir": str(run_dir)}
 
 
 def _changes(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
