@@ -275,7 +275,7 @@ def test_good_models_take_the_forest_path(family, autocast):
     assert policy.path == "forest" and policy.autocast == autocast
 
 
-def test_a_model_that_is_none_of_these_takes_the_plain_path(monkeypatch, caplog):
+def test_a_model_that_is_none_of_these_takes_the_plain_path(caplog):
     """Logits changed in a way that no config names: found by comparing, said in the log, and scored as they are."""
     policy, forest = fresh("qwen2"), random_forest(80, deep=True)
     policy.model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * 0.5))
@@ -299,7 +299,7 @@ def test_attention_sinks_are_refused(caplog):
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
 
 
-def test_a_window_that_only_the_mask_knows_is_refused(monkeypatch):
+def test_a_window_that_only_the_mask_knows_is_refused():
     """A layer that does not tell its attention function about the window of its config cannot be taken over."""
     policy = fresh("llama")
     policy.model.config.sliding_window = 4

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     import torch
 
     from stepcredit.build import build_parts
-    from stepcredit.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+    from stepcredit.checkpoint import load_checkpoint, load_weights, pointed
     from stepcredit.interrupt import Interrupted
     from stepcredit.policy.loading import load_policy
     from stepcredit.trainer import Trainer
@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> int:
         console.print(f"stopped and saved; continue with --resume {run_dir}", highlight=False, soft_wrap=True)
         return 130
     except KeyboardInterrupt:
-        newest = newest_checkpoint(run_dir)
+        newest = pointed(run_dir, "latest")  # no checksums now: this is in a hurry
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise
