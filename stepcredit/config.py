@@ -39,8 +39,10 @@ class TaskConfig(Section):
     held_out: float = Field(0.1, ge=0, lt=1)
     columns: dict[str, str] = {}  # question, answer, id -> name of the column
     system_prompt: str | None = None
+    prompt_template: str | None = None  # text around a question, {question} and {COLUMN} filled in
     max_prompt_tokens: int = Field(1024, ge=1)
-    template_options: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}  # of the tokenizer's chat template, such as enable_thinking
+    long_prompts: Literal["drop", "raise"] = "drop"  # rows over max_prompt_tokens are left out and counted, or an error
 
 
 class SamplerConfig(Section):
@@ -61,6 +63,14 @@ class GrowthConfig(Section):
 class RewardConfig(Section):
     functions: Names = []  # empty: the task's own
     weights: Annotated[list[float], BeforeValidator(_split)] = []  # empty: all 1
+    options: dict[str, dict[str, Any]] = {}  # by function: further arguments
+    timeout_s: float = Field(10.0, gt=0)  # of a call; its worker process is killed then
+    on_failure: Literal["drop", "zero", "raise"] = "drop"  # time-outs and errors: unjudged, reward 0, or the end
+    call_with: Literal["row", "group", "batch"] = "row"  # completions that a call of your own function gets
+    workers: int | None = Field(None, ge=0)  # None: by the cores; 0: calls in this process, without deadlines
+    memory_mb: int = Field(4096, ge=0)  # address space of a worker; 0: no limit
+    gold_check: int = Field(64, ge=0)  # rows whose gold answer must score before training starts; 0: none
+    gold_threshold: float = Field(0.9, ge=0, le=1)  # share of them
 
 
 class CreditConfig(BaseModel):

@@ -54,6 +54,15 @@ ALARMS: dict[str, Alarm] = {
             "nothing is being learnt. Take easier or harder problems, or check the reward function"
         ),
     ),
+    "rewards fail": Alarm(
+        lambda now, first: _value(now, "reward/timeout") + _value(now, "reward/error") > 0.05,
+        lambda now, first: (
+            f"reward functions failed on {_value(now, 'reward/timeout'):.1%} of the completions by time-out and on "
+            f"{_value(now, 'reward/error'):.1%} by an error; the first of each kind is in the log above. Mend the "
+            "function, raise --reward.timeout-s, or choose with --reward.on-failure what such completions get"
+        ),
+        after=1,
+    ),
     "step skipped": Alarm(
         lambda now, first: _value(now, "optim/nonfinite") > 0,
         lambda now, first: (

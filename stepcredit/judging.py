@@ -1,121 +1,271 @@
 """Rewards for the leaves of a forest, from reward functions."""
 
-import asyncio
 import inspect
-import math
-import numbers
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.verifiers import RewardFunction
+from stepcredit.types import Problem
+from stepcredit.verifiers import Reward, RewardFunction
+from stepcredit.verifiers.workers import Call, Failure, Outcome, Workers
+
+log = logging.getLogger("stepcredit")
+
+OnFailure = Literal["drop", "zero", "raise"]
+CallWith = Literal["row", "group", "batch"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The reward of one completion (None: unjudged), its parts by function, and the functions that failed."""
+
+    reward: float | None
+    parts: dict[str, float | None]
+    failures: dict[str, Failure]
 
 
 class Judge:
     """Calls reward functions on completions and adds their weighted values.
 
     Args:
-        functions: by name, in the order of the config.
+        rewards: the functions, in the order of the config; a bare function is called in this process.
         weights: one for each function.
-        tokenizer: turns completions into text, special tokens left out.
+        tokenizer: turns completions into text, special tokens left out; needed to judge forests.
+        workers: runs the calls.
+        on_failure: what a time-out or an error of a function does: "drop" leaves the completion unjudged, "zero" gives
+            it 0 from that function, "raise" ends the run.
+        call_with: what a call of a user's function gets: one completion ("row"), those of one problem, or all.
     """
 
     def __init__(
-        self, functions: dict[str, RewardFunction], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase
+        self,
+        rewards: Mapping[str, Reward | RewardFunction],
+        weights: Sequence[float],
+        tokenizer: PreTrainedTokenizerBase | None,
+        workers: Workers | None = None,
+        on_failure: OnFailure = "drop",
+        call_with: CallWith = "row",
     ) -> None:
-        self.functions, self.weights, self.tokenizer = functions, list(weights), tokenizer
+        self.rewards = {
+            name: reward if isinstance(reward, Reward) else Reward(name, reward) for name, reward in rewards.items()
+        }
+        self.weights, self.tokenizer, self.workers = list(weights), tokenizer, workers or Workers()
+        self.on_failure: OnFailure = on_failure
+        self.call_with: CallWith = call_with
+        self._said: set[tuple[str, str]] = set()
 
     def __call__(self, forest: Forest) -> Forest:
         """The forest with `reward` and `has_reward` on its leaves, and each function's value in `details`.
 
-        A function's None is left out of the sum; a completion that all functions leave out stays unjudged.
+        A function's None is left out of the sum; a completion that all functions leave out stays unjudged. Rewards
+        inside completions become the token column `token_rewards`.
 
         Raises:
-            UserError: a function returned the wrong number of values, NaN or something that is no number.
+            UserError: a function failed on all completions, or on one under "raise".
         """
         leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
-        values = self._call(forest, leaves)
-        reward, has_reward = torch.zeros(forest.num_segments), torch.zeros(forest.num_segments, dtype=torch.bool)
-        details = list(forest.details)
-        for row, leaf in enumerate(leaves):
-            parts = {name: column[row] for name, column in values.items()}
-            judged = [
-                weight * part for weight, part in zip(self.weights, parts.values(), strict=True) if part is not None
-            ]
-            reward[leaf], has_reward[leaf] = sum(judged), bool(judged)
-            details[leaf] = {**details[leaf], "rewards": parts}
-        return replace(forest.with_segment(reward=reward, has_reward=has_reward), details=tuple(details))
-
-    def _call(self, forest: Forest, leaves: Sequence[int]) -> dict[str, list[float | None]]:
         problems = [forest.problems[int(forest.segment["tree"][leaf])] for leaf in leaves]
         ids = [completion_ids(forest, leaf) for leaf in leaves]
-        names = {name for problem in problems for name in problem.columns}
-        columns: dict[str, list[Any]] = {name: [problem.columns.get(name) for problem in problems] for name in names}
-        columns |= {
-            "prompts": [problem.question for problem in problems],
-            "completions": self.tokenizer.batch_decode(ids, skip_special_tokens=True),
-            "completion_ids": ids,
-            "answer": [problem.answer for problem in problems],
-            "id": [problem.id for problem in problems],
-        }
-        results = {}
-        for name, function in self.functions.items():
-            result = function(**_accepted(name, function, columns))
-            if inspect.isawaitable(result):
-                result = asyncio.run(_wait(result))
-            if not isinstance(result, Iterable):
-                raise UserError(f"reward function '{name}' returned {result!r:.40}; expected a list of numbers")
-            values = [value.item() if hasattr(value, "item") else value for value in result]  # numpy, torch
-            results[name] = _checked(name, values, [problem.id for problem in problems])
-        return results
+        if self.tokenizer is None:
+            raise ValueError("a Judge of forests needs a tokenizer")
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found = self.judge(problems, texts, ids)
+        reward, has_reward = torch.zeros(forest.num_segments), torch.zeros(forest.num_segments, dtype=torch.bool)
+        details = list(forest.details)
+        dense = TokenRewards(forest)
+        for row, leaf in enumerate(leaves):
+            outcomes = {name: column[row] for name, column in found.items()}
+            verdict = self.combine(outcomes)
+            if verdict.reward is not None:
+                reward[leaf], has_reward[leaf] = verdict.reward, True
+                for weight, (name, outcome) in zip(self.weights, outcomes.items(), strict=True):
+                    if isinstance(outcome.value, dict):
+                        where = f"reward function '{name}', problem '{problems[row].id}'"
+                        dense.add(leaf, weight, outcome.value, where)
+            extra = {name: value for name, value in details[leaf]["extra"].items() if name != "failures"}
+            extra |= {"failures": verdict.failures} if verdict.failures else {}
+            details[leaf] = {"rewards": verdict.parts, "extra": extra}
+        forest = replace(forest.with_segment(reward=reward, has_reward=has_reward), details=tuple(details))
+        return dense.onto(forest)
+
+    def combine(self, outcomes: Mapping[str, Outcome]) -> "Verdict":
+        """What the outcomes of all functions on one completion come to."""
+        failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.failure}
+        parts = {name: outcome_reward(outcome) for name, outcome in outcomes.items()}
+        if self.on_failure == "zero":
+            parts |= dict.fromkeys(failures, 0.0)
+        judged = [weight * part for weight, part in zip(self.weights, parts.values(), strict=True) if part is not None]
+        unjudged = not judged or (failures and self.on_failure == "drop")
+        return Verdict(None if unjudged else sum(judged), parts, failures)
+
+    def judge(
+        self, problems: Sequence[Problem], completions: Sequence[str], ids: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, list[Outcome]]:
+        """What each function says of each completion; those of one problem stand together.
+
+        Raises:
+            UserError: as `__call__`.
+        """
+        return self._judged(self.rewards, problems, completions, ids)
+
+    def check_gold(self, problems: Sequence[Problem]) -> dict[str, list[tuple[Problem, str]]]:
+        """Per function that knows gold completions: the problems whose gold does not get 1 or more, and why.
+
+        Raises:
+            UserError: a function went wrong on all.
+        """
+        failed: dict[str, list[tuple[Problem, str]]] = {}
+        for name, reward in self.rewards.items():
+            if reward.gold is None:
+                continue
+            gold = [(problem, reward.gold(problem)) for problem in problems]
+            known = [(problem, text) for problem, text in gold if text is not None]
+            found = self._judged({name: reward}, [problem for problem, _ in known], [text for _, text in known])
+            failed[name] = [(problem, "there is no gold answer") for problem, text in gold if text is None]
+            failed[name] += [
+                (problem, outcome.message or f"the gold answer gets {outcome_reward(outcome)}: {text!r:.80}")
+                for (problem, text), outcome in zip(known, found[name], strict=True)
+                if not is_right(outcome)
+            ]
+        return failed
+
+    def _judged(
+        self,
+        rewards: Mapping[str, Reward],
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        ids: Sequence[Sequence[int]] | None = None,
+    ) -> dict[str, list[Outcome]]:
+        columns = _columns(problems, completions, ids)
+        calls = {name: self._calls(reward, columns, problems) for name, reward in rewards.items()}
+        made = iter(self.workers.run([call for part in calls.values() for call in part]))
+        found = {name: [outcome for _ in part for outcome in next(made)] for name, part in calls.items()}
+        for name, outcomes in found.items():
+            self._say(name, outcomes, problems)
+        return found
+
+    def start(self) -> None:
+        """Start worker processes early."""
+        self.workers.start(self.rewards.values())
+
+    def close(self) -> None:
+        self.workers.close()
+
+    def _calls(self, reward: Reward, columns: dict[str, list[Any]], problems: Sequence[Problem]) -> list[Call]:
+        whole = Call(reward, reward.select(columns), len(problems))
+        alone = self.call_with == "row" or not reward.own
+        if not problems or reward.path is None or (self.call_with == "batch" and not alone):
+            return [whole]
+        if not alone:
+            sizes = [len(list(group)) for _, group in groupby(problems, key=id)]
+            return whole.split(sizes)
+        if inspect.iscoroutinefunction(reward.function):
+            return [replace(whole, together=True)]
+        return whole.rows()
+
+    def _say(self, name: str, outcomes: Sequence[Outcome], problems: Sequence[Problem]) -> None:
+        """Log the first failure of each kind; stop where failures are not to be lived with."""
+        failed = [(outcome, problem) for outcome, problem in zip(outcomes, problems, strict=True) if outcome.failure]
+        useless = len(failed) == len(outcomes) > 1 and {outcome.failure for outcome, _ in failed} == {"error"}
+        for outcome, problem in failed:
+            text = f"reward function '{name}', problem '{problem.id}': {outcome.message}"
+            if self.on_failure == "raise":
+                raise UserError(f"{text} (reward.on_failure is raise)")
+            if useless:
+                raise UserError(f"{text}; it failed on all {len(outcomes)} completions of the batch")
+            kind = (name, outcome.message.partition(":")[0])
+            if kind not in self._said:
+                self._said.add(kind)
+                then = "left unjudged" if self.on_failure == "drop" else "counted as 0"
+                log.warning("%s (%s; the like is counted in the metrics and not said again)", text, then)
+
+
+class TokenRewards:
+    """Rewards inside completions, gathered into a token column.
+
+    Where completions share a token its reward is the mean over those that were given any.
+    """
+
+    def __init__(self, forest: Forest) -> None:
+        self.forest = forest
+        self.total, self.count = torch.zeros(forest.num_tokens), torch.zeros(forest.num_tokens)
+        self.leaves: set[int] = set()
+
+    def add(self, leaf: int, weight: float, value: Mapping[str, Any], where: str) -> None:
+        """The rewards of one completion.
+
+        Raises:
+            UserError: they do not fit its tokens.
+        """
+        tokens = completion_tokens(self.forest, leaf)
+        rewards = torch.zeros(len(tokens))
+        if "token" in value:
+            if len(value["token"]) != len(tokens):
+                raise UserError(f"{where}: {len(value['token'])} token rewards for {len(tokens)} tokens")
+            rewards += torch.tensor(value["token"])
+        else:
+            ends = [int(end) for end in value["ends"]]
+            if len(ends) != len(value["step"]):
+                raise UserError(f"{where}: {len(value['step'])} step rewards with {len(ends)} ends")
+            if ends != sorted(set(ends)) or (ends and not 0 <= ends[0] <= ends[-1] < len(tokens)):
+                raise UserError(
+                    f"{where}: ends {ends} must rise and lie within 0 and {len(tokens) - 1}; each is the index of the "
+                    "last token of a step"
+                )
+            rewards[ends] = torch.tensor(value["step"])
+        self.total[tokens] += weight * rewards
+        if leaf not in self.leaves:  # several functions add up, several completions are averaged
+            self.leaves.add(leaf)
+            self.count[tokens] += 1
+
+    def onto(self, forest: Forest) -> Forest:
+        return forest.with_token(token_rewards=self.total / self.count.clamp(min=1)) if self.leaves else forest
+
+
+def completion_tokens(forest: Forest, leaf: int) -> Tensor:
+    """Rows of the token table that make up the completion that ends in this leaf."""
+    spans = []
+    for segment in forest.completion_segments(leaf):
+        start = int(forest.segment["start"][segment])
+        spans.append(torch.arange(start, start + int(forest.segment["length"][segment])))
+    return torch.cat(spans)
 
 
 def completion_ids(forest: Forest, leaf: int) -> list[int]:
     """Token ids of the completion that ends in this leaf."""
-    ids: list[int] = []
-    for segment in forest.completion_segments(leaf):
-        start = int(forest.segment["start"][segment])
-        ids += forest.token["token_ids"][start : start + int(forest.segment["length"][segment])].tolist()
-    return ids
+    return forest.token["token_ids"][completion_tokens(forest, leaf)].tolist()
 
 
-def _accepted(name: str, function: RewardFunction, columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns that the function takes: all of them when it has `**columns`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return columns
-    for parameter in parameters:
-        if parameter.name not in columns and parameter.default is parameter.empty:
-            raise UserError(
-                f"reward function '{name}' asks for '{parameter.name}'; there are only {', '.join(sorted(columns))}"
-            )
-    return {parameter.name: columns[parameter.name] for parameter in parameters if parameter.name in columns}
+def outcome_reward(outcome: Outcome) -> float | None:
+    """What an outcome adds to the reward of its completion; rewards inside it alone add 0."""
+    if isinstance(outcome.value, dict):
+        return 0.0 if outcome.value["reward"] is None else outcome.value["reward"]
+    return outcome.value
 
 
-MAX_REWARD = 1e30  # within fp32, sums of a batch included
+def is_right(outcome: Outcome) -> bool:
+    """Whether a completion counts as solved: it got 1 or more."""
+    reward = outcome_reward(outcome)
+    return reward is not None and reward >= 1
 
 
-async def _wait(result: Any) -> Any:
-    return await result
-
-
-def _checked(name: str, values: list[Any], ids: Sequence[str]) -> list[float | None]:
-    if len(values) != len(ids):
-        raise UserError(f"reward function '{name}' returned {len(values)} values for {len(ids)} completions")
-    for value, problem in zip(values, ids, strict=True):
-        if value is not None and not isinstance(value, numbers.Real):
-            raise UserError(
-                f"reward function '{name}' returned {value!r:.40} for problem '{problem}': expected a number or None"
-            )
-        if value is not None and not abs(float(value)) <= MAX_REWARD:
-            shown = "NaN" if math.isnan(value) else value
-            raise UserError(
-                f"reward function '{name}' returned {shown} for problem '{problem}'; return a finite number, or "
-                "None for unjudged"
-            )
-    return [None if value is None else float(value) for value in values]
+def _columns(
+    problems: Sequence[Problem], completions: Sequence[str], ids: Sequence[Sequence[int]] | None
+) -> dict[str, list[Any]]:
+    names = {name for problem in problems for name in problem.columns}
+    columns: dict[str, list[Any]] = {name: [problem.columns.get(name) for problem in problems] for name in names}
+    columns |= {
+        "prompts": [problem.question for problem in problems],
+        "completions": list(completions),
+        "answer": [problem.answer for problem in problems],
+        "id": [problem.id for problem in problems],
+    }
+    return columns if ids is None else columns | {"completion_ids": list(ids)}

@@ -20,6 +20,7 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
         "reward/std": float(reward.std()) if len(reward) > 1 else 0.0,
         "reward/judged": float(judged.sum() / leaf.sum().clamp(min=1)),
         **_reward_parts(forest),
+        **_failures(forest, leaf),
         **_groups(forest, judged),
         "completion/masked": _mean((~forest.segment["mask"][judged]).float()),
         "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
@@ -65,6 +66,13 @@ def _reward_parts(forest: Forest) -> dict[str, float]:
             if value is not None:
                 parts.setdefault(name, []).append(value)
     return {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()} if len(parts) > 1 else {}
+
+
+def _failures(forest: Forest, leaf: torch.Tensor) -> dict[str, float]:
+    """Shares of completions on which a reward function ran out of time or went wrong."""
+    failed = [set(detail["extra"].get("failures", {}).values()) for detail in forest.details]
+    total = max(1, int(leaf.sum()))
+    return {f"reward/{kind}": sum(kind in kinds for kinds in failed) / total for kind in ("timeout", "error")}
 
 
 def _mean(values: torch.Tensor) -> float:

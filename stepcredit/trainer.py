@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Trainer:
             Interrupted: by a signal; what there was is saved.
         """
         last, started = self.config.train.iterations, time.monotonic()
-        decode = self.policy.tokenizer.batch_decode
+        decode = partial(self.policy.tokenizer.batch_decode, skip_special_tokens=True)
         done = self.done if self.resumed else None
         with self.stop, Tracker(run_dir, self.console, self.config, done, decode) as tracker:
             self.rollouts.sampler.on_progress = self.stop.check
@@ -320,8 +321,32 @@ class Trainer:
         """Fail now rather than after an hour."""
         if self.rollouts.params.truncates:
             log.warning("top_p or top_k cuts the distribution that is sampled; log-probabilities are of the full one")
-        for problem in [*self.rollouts.task.known(), *self.held_out]:
+        for problem in self.held_out:
             self.rollouts.encode(problem)
+        self._check_gold()
+
+    def _check_gold(self) -> None:
+        """Refuse to train against a reward that does not know the right answers."""
+        given = self.config.reward
+        problems = self.rollouts.task.draw(0, given.gold_check)
+        for name, failed in self.rollouts.judge.check_gold(problems).items() if problems else ():
+            share = 1 - len(failed) / len(problems)
+            if share < given.gold_threshold:
+                problem, why = failed[0]
+                raise UserError(
+                    f"reward function '{name}' accepts {share:.0%} of {len(problems)} gold answers, under "
+                    f"reward.gold_threshold ({given.gold_threshold:.0%}); problem '{problem.id}': {why}. See all with "
+                    "'stepcredit score --gold', or train all the same with --reward.gold-check 0"
+                )
+            if failed:
+                log.warning(
+                    "reward function '%s' does not accept %d of %d gold answers; first problem '%s': %s",
+                    name,
+                    len(failed),
+                    len(problems),
+                    failed[0][0].id,
+                    failed[0][1],
+                )
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -58,7 +58,8 @@ def test_help_is_short(capsys, words):
     assert examples
     for command, *rest in examples:
         rest = " ".join(rest).split("   ")[0].replace('"', "").split()
-        own = {name: None for name in ("config", "resume", "in", "out", "prompt", "steps", "batch-size")}
+        own: dict[str, str | None] = dict.fromkeys(("config", "resume", "in", "out", "prompt", "steps", "batch-size"))
+        own |= dict.fromkeys(("json", "records", "verifier", "completion-column")) | {"gold": "false"}
         if "--prompt" not in rest:
             resolve(parse(rest, own, command)[0])
 
@@ -135,7 +136,7 @@ def files(folder: Path) -> None:
     lines("full/notes.txt", "mine")
     for name, value in (("nan", "float('nan')"), ("inf", "float('inf')"), ("word", "'1'")):
         module(f"reward_{name}", f"def f(completions, **columns):\n    return [{value}] * len(completions)\n")
-    module("reward_few", "def f(completions, **columns):\n    return [1.0]\n")
+    module("reward_few", "def f(completions, **columns):\n    return []\n")
     module("credit_few", "import torch\ndef f(forest):\n    return torch.zeros(2)\n")
     module("credit_list", "def f(forest):\n    return [0.0] * forest.num_tokens\n")
     module("credit_nan", "import torch\ndef f(forest):\n    return torch.full((forest.num_tokens,), float('nan'))\n")
@@ -150,7 +151,11 @@ BAD = {
     "train --data good.jsonl --task.columns.answer anser": ["good.jsonl", "'anser'", "did you mean 'answer'"],
     "train --data empty.jsonl": ["empty.jsonl", "empty"],
     "train --data noanswer.jsonl": ["noanswer.jsonl", "no row has an answer", "--task.columns.answer"],
-    "train --data long.jsonl --task.max-prompt-tokens 50": ["'p13'", "limit of 50", "--task.max-prompt-tokens"],
+    "train --data long.jsonl --task.max-prompt-tokens 50 --task.long-prompts raise": [
+        "'p13'",
+        "limit of 50",
+        "--task.max-prompt-tokens",
+    ],
     "train --task.max-prompt-tokens 3": ["limit of 3", "--task.max-prompt-tokens"],
     "train --task.system-prompt kind": ["task.system_prompt", "chat template"],
     "train --model nomodel": ["'nomodel'", "no model", "config.json"],
@@ -176,14 +181,14 @@ BAD = {
     "train --resume full": ["--resume", "'full'", "no checkpoint"],
     "train --device gpu": ["train.device", "'gpu'", "auto or cpu"],
     "train --objective.dual-clip 0.5": ["objective.dual_clip", "0.5"],
-    "train --reward.functions reward_nan.f": ["'reward_nan.f'", "NaN", "'held_out-0-0'", "None for unjudged"],
+    "train --reward.functions reward_nan.f": ["'reward_nan.f'", "NaN", "'held_out-0-0'", "or None"],
     "train --reward.functions reward_inf.f": ["'reward_inf.f'", "inf"],
     "train --reward.functions reward_word.f": ["'reward_word.f'", "'1'", "number or None"],
-    "train --reward.functions reward_few.f": ["'reward_few.f'", "1 values for 2 completions"],
+    "train --reward.functions reward_few.f": ["'reward_few.f'", "0 values for 1 completions", "all "],
     "trian": ["'trian'", "did you mean 'train'"],
     "eval --task chain": ["task", "section"],
     "eval --num-problems 0": ["num_problems"],
-    "eval --num-problems 1 --max-new-tokens 2 --out gone/x.json": ["--out", "gone"],
+    "eval --num-problems 1 --max-new-tokens 2 --json gone/x.json": ["--json", "gone"],
     "sample --num-problems 0": ["num_problems"],
     "sample --num-problems 1 --max-new-tokens 2 --out gone/x.jsonl": ["--out", "gone"],
     "warmstart": ["--out", "missing"],
@@ -290,9 +295,10 @@ def test_credit_of_ones_own(capsys):
 
 
 def test_eval_writes_its_numbers(capsys):
-    assert ran("eval", "--num-problems", 3, "--num-samples", 2, "--max-new-tokens", 40, "--out", "x.json") == 0
+    assert ran("eval", "--num-problems", 3, "--num-samples", 2, "--max-new-tokens", 40, "--json", "x.json") == 0
     numbers = json.loads(Path("x.json").read_text())
-    assert {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@2", "eval/length"} == numbers.keys()
+    assert {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@2", "eval/maj@2", "eval/length"} < numbers.keys()
+    assert numbers["data"]["embedded"]["num_problems"] == 3
     assert numbers["eval/accuracy"] <= numbers["eval/pass@2"]
     assert f"{numbers['eval/accuracy']:.1%}" in capsys.readouterr().out
 

@@ -122,7 +122,7 @@ def test_empty_yaml(tmp_path, content):
         *({"algorithm": name} for name in ALGORITHMS),
         {"model": "my-model", "reward": {"functions": "math, exact", "weights": [1, 0.5]}},
         {"optim": {"learning_rate": 1e-7, "betas": [0.9, 0.95]}, "sampler": {"stop_token_ids": "2,3"}},
-        {"task": {"system_prompt": "Zwölf: # no comment\nline", "template_options": {"enable_thinking": False}}},
+        {"task": {"system_prompt": "Zwölf: # no comment\nline", "chat_template_kwargs": {"enable_thinking": False}}},
         {"task": {"system_prompt": "1e5"}, "run_dir": "1e-6", "model": "7e3"},
         {"credit": {"name": "my.module.credit", "rate": 1e-9, "mode": "on"}},
     ],

@@ -248,7 +248,7 @@ CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "tw
         (None, "one two", {}, "one two"),
         (TEMPLATE, "one two", {}, "user one two assistant"),
         (TEMPLATE, "one", {"system_prompt": "be kind"}, "system be kind user one assistant"),
-        (TEMPLATE, "one", {"template_options": {"thinking": True}}, "user one think assistant"),
+        (TEMPLATE, "one", {"chat_template_kwargs": {"thinking": True}}, "user one think assistant"),
         (TEMPLATE, CHAT, {}, "user one assistant two user one assistant"),
         (TEMPLATE, CHAT[:1], {"system_prompt": "be kind"}, "system be kind user one assistant"),
     ],

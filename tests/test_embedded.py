@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from stepcredit.cli.main import main
-from stepcredit.evaluate import _correct
 from stepcredit.growth import flat
 from stepcredit.judging import Judge
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
@@ -24,7 +23,7 @@ def accuracy() -> dict[str, float]:
     def correct(count: int, temperature: float) -> torch.Tensor:
         params = SamplingParams(temperature=temperature, max_new_tokens=128)
         forest = judge(flat(sampler, held_out, encode, count, params, range(len(held_out))))
-        return _correct(forest).reshape(len(held_out), count)
+        return (forest.segment["reward"] == 1).float().reshape(len(held_out), count)
 
     sampled = correct(8, 1.0)
     return {
@@ -55,7 +54,7 @@ def test_warmstart_makes_a_model_that_loads(tmp_path, capsys) -> None:
     """Two steps are enough to see the whole command work; it prints the accuracy."""
     out = tmp_path / "base"
     assert main(["warmstart", "--out", str(out), "--steps", "2", "--batch-size", "2", "--num-problems", "4"]) == 0
-    assert "eval/accuracy_greedy" in capsys.readouterr().out
+    assert "accuracy_greedy" in capsys.readouterr().out
     assert load_policy(str(out), "cpu").path == "forest"
 
 

@@ -99,6 +99,7 @@ def test_every_option_that_a_remedy_names_exists() -> None:
     for alarm in ALARMS.values():
         for option in re.findall(r"--[a-z][a-z.-]+", alarm.say(now, now)):
             value = {"--shapers": "mask_truncated", "--credit.uniform": "drop", "--train.dtype": "float32"}.get(option)
+            value = "zero" if option == "--reward.on-failure" else value
             value = value or ("token_mean" if option == "--objective.aggregate" else "1")
             algorithm = ["--algorithm", "spro"] if option.startswith("--credit") else []
             given, _ = parse([*algorithm, option.rstrip("."), value], {}, "train")

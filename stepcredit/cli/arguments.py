@@ -41,7 +41,7 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
     """Split words into config overrides and the command's own options.
 
     Args:
-        own: options of the command itself with their defaults (None: not given).
+        own: options of the command itself with their defaults (None: not given; "false": a flag that needs no value).
 
     Returns:
         The nested overrides (a YAML file first, flags over it), and the own options that have a value.
@@ -65,9 +65,12 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
         name, equals, value = word[2:].partition("=")
         name = name.replace("_", "-") if "." not in name else name.replace("-", "_")
         if not equals:
-            if not queue or queue[0].startswith("--"):
+            if own.get(name) == "false" and (not queue or queue[0].startswith("--")):
+                value = "true"
+            elif not queue or queue[0].startswith("--"):
                 raise UserError(f"--{name} needs a value, for example '--{name} {_example(name)}'")
-            value = queue.pop(0)
+            else:
+                value = queue.pop(0)
         if name == "config" and name in own:
             config_file = value
             continue

@@ -1,12 +1,10 @@
-"""`stepcredit eval` and `stepcredit sample`: look at what a model does."""
+"""`stepcredit sample`: look at what a model does."""
 
-import json
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import Config, resolve
@@ -15,24 +13,6 @@ from stepcredit.errors import UserError
 if TYPE_CHECKING:
     from stepcredit.build import Rollouts
     from stepcredit.policy.forward import Policy
-
-EVAL_HELP = """\
-usage: stepcredit eval [--model MODEL] [--data DATA] [--option value ...]
-
-Accuracy on held-out problems: sampled, at least once in --num-samples tries, and greedy.
-
-  --model MODEL         embedded | folder (a checkpoint of a run, too) | hub id
-  --data DATA           embedded | file | hub id; no row of a file is set aside for training
-  --num-problems N      200 of a file, 600 of the embedded task when not given
-  --num-samples N       --temperature X     --max-new-tokens N     --seed N
-  --out FILE            also write the numbers as JSON
-
-Any --task., --sampler., --reward. and --eval. option of 'stepcredit train' works too.
-
-Examples
-  stepcredit eval --num-samples 8
-  stepcredit eval --model runs/grpo-1/checkpoints/000120
-  stepcredit eval --model my-model --data math500.jsonl --num-problems 100 --max-new-tokens 2048"""
 
 SAMPLE_HELP = """\
 usage: stepcredit sample [--model MODEL] [--data DATA | --prompt TEXT] [--option value ...]
@@ -52,45 +32,18 @@ Examples
   stepcredit sample --prompt "Ivy = 14 . Mia = Ivy - 1 . Mia ?" """
 
 
-def evaluate_model(words: Sequence[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(EVAL_HELP)
-        return 0
-    given, own = parse(words, {"out": None}, "eval")
-    config, out = _looking(given), output_file(own)
-    from stepcredit.evaluate import evaluate
-
-    console, (_, rollouts) = Console(), _load(config)
-    problems = rollouts.task.held_out(config.eval.num_problems)
-    total = len(problems) * (config.eval.num_samples + config.eval.greedy)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("sampling", total=total)
-        rollouts.sampler.on_progress = lambda count: progress.advance(bar, count)
-        result = evaluate(rollouts, problems, config.eval.num_samples, config.eval.greedy, config.train.seed)
-    samples = config.eval.num_samples
-    console.print(
-        f"{len(problems)} problems of {rollouts.task.name}, {samples} samples each", highlight=False, soft_wrap=True
-    )
-    for name, value in result.metrics.items():
-        shown = f"{value:.1f}" if name == "eval/length" else f"{value:.1%}"
-        console.print(f"  {name:24}{shown}", highlight=False, soft_wrap=True)
-    if out is not None:
-        out.write_text(json.dumps(result.metrics) + "\n", encoding="utf-8")
-    return 0
-
-
 def sample(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(SAMPLE_HELP)
         return 0
     given, own = parse(words, {"prompt": None, "out": None}, "sample")
     given = {"eval": {"num_problems": 3}, "growth": {"group_size": 4}} | given
-    config, out = _looking(given), output_file(own)
+    config, out = looking(given), output_file(own)
     from stepcredit.growth import flat, sampling_seed
     from stepcredit.records import write_trees
     from stepcredit.types import Problem
 
-    console, (policy, rollouts) = Console(), _load(config)
+    console, (policy, rollouts) = Console(), load(config)
     if "prompt" in own:
         problems = [Problem(own["prompt"], id="prompt")]
     else:
@@ -118,10 +71,11 @@ def sample(words: Sequence[str]) -> int:
     return 0
 
 
-def _looking(given: dict) -> Config:
+def looking(given: dict[str, Any]) -> Config:
     """The config of a command that only looks: every row of a data file is held out."""
-    if given.get("task", {}).get("data", "embedded") != "embedded":
-        task = given["task"]
+    given = given | {"task": dict(given.get("task") or {})}
+    task = given["task"]
+    if task.get("data", "embedded") != "embedded":
         task.setdefault("eval_data", task["data"])
         task.setdefault("eval_split", task.get("split", "train"))
     config = resolve(given)
@@ -130,11 +84,13 @@ def _looking(given: dict) -> Config:
     return config
 
 
-def _load(config: Config) -> "tuple[Policy, Rollouts]":
+def load(config: Config, policy: "Policy | None" = None) -> "tuple[Policy, Rollouts]":
+    """The model, unless it is loaded already, and what sampling and judging take."""
     from stepcredit.build import build_parts, build_rollouts
     from stepcredit.policy.loading import load_policy
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parts = build_parts(config)
-    policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
+    if policy is None:
+        policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
     return policy, build_rollouts(config, parts, policy)

@@ -12,6 +12,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit train      train a model on verifiable rewards
   stepcredit eval       accuracy of a model on held-out problems
   stepcredit sample     look at completions and their rewards
+  stepcredit score      check a verifier on gold answers, grade a column or saved rollouts
   stepcredit credit     compute advantages of saved rollouts, without a model
   stepcredit warmstart  build the embedded base model anew
 
@@ -31,15 +32,21 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _eval(words: Sequence[str]) -> int:
-    from stepcredit.cli.look import evaluate_model
+    from stepcredit.cli.evaluate import main
 
-    return evaluate_model(words)
+    return main(words)
 
 
 def _sample(words: Sequence[str]) -> int:
     from stepcredit.cli.look import sample
 
     return sample(words)
+
+
+def _score(words: Sequence[str]) -> int:
+    from stepcredit.cli.score import main
+
+    return main(words)
 
 
 def _credit(words: Sequence[str]) -> int:
@@ -58,6 +65,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "sample": _sample,
+    "score": _score,
     "credit": _credit,
     "warmstart": _warmstart,
 }

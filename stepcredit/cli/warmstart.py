@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
 
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
 
-    from stepcredit.cli.look import evaluate_model
+    from stepcredit.cli.evaluate import main as evaluate_model
     from stepcredit.warmstart import save, warmstart
 
     console = Console()

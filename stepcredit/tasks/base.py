@@ -1,5 +1,7 @@
 """The Task seam: problems to train on, held-out ones, and the reward that fits them."""
 
+from collections.abc import Callable
+
 from stepcredit.types import Problem
 
 
@@ -18,9 +20,8 @@ class Task:
         """Training problems number `start` .. `start + count`, in an order that depends on the seed alone."""
         raise NotImplementedError
 
-    def known(self) -> list[Problem]:
-        """All training problems, when they are finitely many: they are checked before the run starts."""
-        return []
+    def fit(self, encode: Callable[[Problem], list[int]], long_prompts: str = "drop") -> None:
+        """Check the prompts of all problems, where they are finitely many; `long_prompts` is "drop" or "raise"."""
 
     def held_out(self, count: int) -> list[Problem]:
         """At most `count` problems that `draw` never gives."""

@@ -165,6 +165,11 @@ def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[
     return [float(final_answer(text) == right) for text, right in zip(completions, answer, strict=True)]
 
 
+def gold(problem: Problem) -> str | None:
+    """The shortest completion that is right."""
+    return None if problem.answer is None else f"#### {problem.answer}"
+
+
 @dataclass(frozen=True)
 class LineCheck:
     """One line of a solution: its text, whether it is right, and what is wrong otherwise."""

@@ -1,23 +1,108 @@
-"""Reward functions: `f(prompts, completions, **columns) -> list[float | None]`, sync or async.
+"""Reward functions: `f(prompts, completions, **columns) -> list`, sync or async, one entry for each completion.
 
-`columns` holds `answer`, `id`, `completion_ids` and every column of the data, one entry for each completion. None
-means unjudged. Name your own by dotted path: `--reward.functions my_package.my_reward`.
+`columns` holds `answer`, `id`, `completion_ids` and every column of the data. A value is a number, None for unjudged,
+or a dictionary with rewards inside the completion (docs/judging.md). Name your own by dotted path, verl's
+`compute_score` with `verl:` before it: `--reward.functions my_package.my_reward,verl:my_package.compute_score`.
 """
 
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from stepcredit.errors import UserError, did_you_mean
 from stepcredit.imports import by_name
+from stepcredit.types import Problem
 
 RewardFunction = Callable[..., Any]
 
 VERIFIERS = {
     "chain": "stepcredit.tasks.chain.verify",
+    "code": "stepcredit.verifiers.code.verify",
     "exact": "stepcredit.verifiers.exact.verify",
+    "format_boxed": "stepcredit.verifiers.formats.boxed",
+    "format_think": "stepcredit.verifiers.formats.think",
     "math": "stepcredit.verifiers.math.verify",
+    "overlong": "stepcredit.verifiers.formats.overlong",
 }
+QUICK = {"chain", "exact", "format_boxed", "format_think", "overlong"}  # no answer can make them slow
+VERL = "verl:"
 
 
-def reward_function(name: str) -> RewardFunction:
-    """The reward function of this name or dotted path."""
-    return by_name("reward.functions", name, VERIFIERS)
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and what is known about it.
+
+    Attributes:
+        name: as the config has it.
+        function: called with lists.
+        options: further arguments, from `reward.options.NAME`.
+        path: dotted path by which another process finds the function; None calls it in this process.
+        gold: the completion that must get the full reward for a problem; None where that is not known.
+        final_answer: the answer that a completion comes to, for majority votes.
+        own: the user's, not one of `VERIFIERS`.
+    """
+
+    name: str
+    function: RewardFunction
+    options: Mapping[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    gold: Callable[[Problem], str | None] | None = None
+    final_answer: Callable[[str], str | None] | None = None
+    own: bool = True
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.function).parameters
+        for option in self.options:
+            if option not in parameters:
+                known = [name for name in parameters if parameters[name].default is not inspect.Parameter.empty]
+                raise UserError(f"reward.options.{self.name}.{option}: unknown option; {did_you_mean(option, known)}")
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether a row without an answer is of no use to it."""
+        answer = inspect.signature(self.function).parameters.get("answer")
+        return answer is not None and answer.default is answer.empty
+
+    def select(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """The columns that the function takes: all of them when it has `**columns`.
+
+        Raises:
+            UserError: it asks for one that there is not.
+        """
+        parameters = inspect.signature(self.function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return {name: column for name, column in columns.items() if name not in self.options}
+        for parameter in parameters:
+            if parameter.name not in {**columns, **self.options} and parameter.default is parameter.empty:
+                raise UserError(
+                    f"reward function '{self.name}' asks for '{parameter.name}'; there are only "
+                    f"{', '.join(sorted(columns))}"
+                )
+        wanted = {parameter.name for parameter in parameters} - self.options.keys()
+        return {name: column for name, column in columns.items() if name in wanted}
+
+
+def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """The reward function of this name or dotted path.
+
+    Raises:
+        UserError: there is no such function, or it has no such option.
+    """
+    if name.startswith(VERL):
+        from stepcredit.verifiers.verl import ComputeScore
+
+        by_name("reward.functions", name.removeprefix(VERL), {})
+        return Reward(name, ComputeScore(name.removeprefix(VERL)), options or {}, name)
+    function = by_name("reward.functions", name, VERIFIERS)
+    place: Any = sys.modules[function.__module__] if name in VERIFIERS else function
+    return Reward(
+        name,
+        function,
+        options or {},
+        None if name in QUICK else VERIFIERS.get(name, name),
+        getattr(place, "gold", None),
+        getattr(place, "final_answer", None),
+        name not in VERIFIERS,
+    )

@@ -1,0 +1,217 @@
+"""`stepcredit score`: is the verifier right? Grades gold answers, a column of a file, or saved rollouts."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from stepcredit.cli.arguments import output_file, parse
+from stepcredit.config import Config, resolve
+from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from stepcredit.judging import Judge
+    from stepcredit.types import Problem, Tree
+
+HELP = """\
+usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
+       stepcredit score --data FILE --completion-column COLUMN [--verifier NAME] [--json OUT]
+       stepcredit score --in ROLLOUTS [--data FILE] [--verifier NAME] [--out ROLLOUTS] [--json OUT]
+
+Grades answers without a model, to see whether a verifier can be trusted before a run depends on it.
+
+  --data FILE           file (.jsonl .json .csv .parquet) | folder of a saved data set | hub id
+  --gold                grade each row's own answer, which must be accepted
+  --completion-column C grade this column of the data instead
+  --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst) anew; --data gives the
+                        verifier the columns of their problems, found by id
+  --out ROLLOUTS        with --in: write them with the new rewards
+  --verifier NAME       math | code | exact | chain | ... or a dotted path; the data's own when not given
+  --json OUT            write {"accepted", "total", "failed": [{"id", "reason", ...}]}
+
+Any --task. and --reward. option of 'stepcredit train' works too. Accepted is what gets a reward of 1 or more. The
+exit code is 0 when all are accepted and 1 otherwise; with --in it is 0.
+
+Examples
+  stepcredit score --data math500.jsonl --gold
+  stepcredit score --data mbpp.jsonl --gold --verifier code --json gold.json
+  stepcredit score --data answers.csv --completion-column output --verifier math
+  stepcredit score --in runs/grpo-1/rollouts/000010.jsonl.zst --verifier chain"""
+
+SHOWN = 10  # failures on the screen
+OWN = {"gold": "false", "completion-column": None, "in": None, "out": None, "verifier": None, "json": None}
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(HELP)
+        return 0
+    given, own = parse(words, OWN, "score")
+    if "verifier" in own:
+        given = given | {"reward": given.get("reward", {}) | {"functions": [own["verifier"]]}}
+    has_data = "data" in given.get("task", {})
+    if own["gold"] not in ("true", "false"):
+        raise UserError(f"--gold: true or false, not '{own['gold']}'")
+    if (own["gold"] == "true") + ("completion-column" in own) + ("in" in own) != 1:
+        raise UserError("score: give one of --gold, --completion-column COLUMN and --in ROLLOUTS; see --help")
+    if "in" not in own and not has_data:
+        raise UserError("score: name the rows to grade with --data FILE")
+    if "out" in own and "in" not in own:
+        raise UserError("--out: belongs to --in; the numbers go to --json FILE")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config, out = resolve(given), output_file(own, "json")
+    if "in" in own:
+        return _rescore(config, own["in"], has_data, output_file(own), out)
+
+    judge, problems = _prepared(config)
+    try:
+        if own["gold"] == "true":
+            failed, total = _gold(judge, problems), len(problems)
+        else:
+            failed, total = _column(judge, problems, own["completion-column"]), len(problems)
+    finally:
+        judge.close()
+    return _report(config.task.data, failed, total, out)
+
+
+def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
+    from stepcredit.build import build_judge, build_rewards, load_rows
+    from stepcredit.tasks.dataset import DatasetTask
+
+    problems = load_rows(config)
+    rewards, weights = build_rewards(config, DatasetTask(config.task.data, problems, problems, 0))
+    return build_judge(config, rewards, weights, None), problems
+
+
+def _gold(judge: "Judge", problems: "list[Problem]") -> list[dict[str, Any]]:
+    checked = judge.check_gold(problems)
+    if not checked:
+        raise UserError(
+            f"--gold: '{', '.join(judge.rewards)}' does not say what a gold answer looks like; give the function an "
+            "attribute `gold`, a function from a Problem to the completion that is right, or grade a column with "
+            "--completion-column"
+        )
+    return [
+        {"id": problem.id, "verifier": name, "answer": problem.answer, "reason": why}
+        for name, failed in checked.items()
+        for problem, why in failed
+    ]
+
+
+def _column(judge: "Judge", problems: "list[Problem]", column: str) -> list[dict[str, Any]]:
+    from stepcredit.errors import did_you_mean
+    from stepcredit.judging import is_right, outcome_reward
+
+    names = {name for problem in problems for name in problem.columns}
+    if column not in names:
+        raise UserError(f"--completion-column: no column '{column}'; {did_you_mean(column, names)}")
+    texts = [problem.columns.get(column) for problem in problems]
+    for problem, text in zip(problems, texts, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"problem '{problem.id}': column '{column}' must be text, found {text!r:.40}")
+    failed = {}
+    for name, outcomes in judge.judge(problems, [str(text) for text in texts]).items():
+        for problem, outcome in zip(problems, outcomes, strict=True):
+            if not is_right(outcome) and problem.id not in failed:
+                reward = outcome_reward(outcome)
+                reason = outcome.message or f"it gets {'no reward' if reward is None else f'{reward:g}'}"
+                failed[problem.id] = {
+                    "id": problem.id,
+                    "verifier": name,
+                    "answer": problem.answer,
+                    "reward": reward,
+                    "reason": reason,
+                }
+    return list(failed.values())
+
+
+def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | None) -> int:
+    accepted = total - len({row["id"] for row in failed})
+    console = Console()
+    console.print(f"{source}: {accepted} of {total} accepted ({accepted / total:.1%})", highlight=False, soft_wrap=True)
+    for row in failed[:SHOWN]:
+        console.print(f"  {row['id']}: {row['reason']}", markup=False, highlight=False, soft_wrap=True)
+    if len(failed) > SHOWN:
+        console.print(f"  and {len(failed) - SHOWN} more{'' if out else '; see all with --json FILE'}")
+    if out is not None:
+        text = json.dumps({"accepted": accepted, "total": total, "failed": failed}, indent=1, ensure_ascii=False)
+        out.write_text(text + "\n", encoding="utf-8")
+    return 0 if accepted == total else 1
+
+
+# ---------------------------------------------------------------------- saved rollouts
+
+
+def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
+    from stepcredit.build import build_judge, load_rows
+    from stepcredit.forest import Forest
+    from stepcredit.judging import is_right, outcome_reward
+    from stepcredit.records import read_trees, write_trees
+    from stepcredit.verifiers import reward_function
+
+    trees = list(read_trees(source))
+    if not trees:
+        raise UserError(f"{source}: there are no rollouts")
+    if has_data:
+        known = {problem.id: problem for problem in load_rows(config)}
+        for tree in trees:
+            if tree.problem.id not in known:
+                raise UserError(f"{source}: problem '{tree.problem.id}' is not in {config.task.data}")
+            tree.problem = replace(known[tree.problem.id], question=tree.problem.question)
+    names = config.reward.functions or sorted({n for tree in trees for s in tree.segments for n in s.rewards})
+    if not names:
+        raise UserError(f"{source}: the rollouts do not name a reward function; give one with --verifier")
+    rewards = {name: reward_function(name, config.reward.options.get(name)) for name in names}
+    judge = build_judge(config, rewards, config.reward.weights or [1.0] * len(names), None)
+    leaves = [(tree, leaf) for tree in trees for leaf in _leaves(tree)]
+    texts = [_text(tree, leaf, source) for tree, leaf in leaves]
+    try:
+        found = judge.judge([tree.problem for tree, _ in leaves], texts)
+    finally:
+        judge.close()
+    changed, failed, right = [], [], 0
+    for row, (tree, leaf) in enumerate(leaves):
+        segment, outcomes = tree.segments[leaf], {name: column[row] for name, column in found.items()}
+        before = segment.reward
+        verdict = judge.combine(outcomes)
+        segment.reward, segment.rewards = verdict.reward, verdict.parts
+        right += all(map(is_right, outcomes.values()))
+        if before != segment.reward:
+            changed.append({"id": tree.problem.id, "segment": leaf, "before": before, "after": segment.reward})
+        if not all(map(is_right, outcomes.values())):
+            parts = {name: outcome_reward(outcome) for name, outcome in outcomes.items()}
+            reason = next((o.message for o in outcomes.values() if o.message), "")
+            failed.append({"id": tree.problem.id, "segment": leaf, "rewards": parts, "reason": reason})
+    Console().print(
+        f"{source}: {right} of {len(leaves)} completions accepted; {len(changed)} rewards differ from the saved ones",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if rollouts_out is not None:
+        segments = [str(s.extra.pop("text", "")) for tree in trees for s in tree.segments]
+        write_trees(rollouts_out, Forest.from_trees(trees), texts=segments)
+    if out is not None:
+        numbers = {"accepted": right, "total": len(leaves), "failed": failed, "changed": changed}
+        out.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _leaves(tree: "Tree") -> Iterable[int]:
+    parents = {segment.parent for segment in tree.segments}
+    return (index for index in range(len(tree.segments)) if index not in parents)
+
+
+def _text(tree: "Tree", leaf: int, source: str) -> str:
+    """The text of the completion that ends in this leaf."""
+    parts, at = [], leaf
+    while at >= 0:
+        segment = tree.segments[at]
+        if not isinstance(segment.extra.get("text"), str):
+            raise UserError(f"{source}: problem '{tree.problem.id}', segment {at}: no text, so it cannot be graded")
+        parts.append(segment.extra["text"])
+        at = segment.parent
+    return "".join(reversed(parts))

@@ -1,0 +1,353 @@
+"""Calls of reward functions in worker processes that can be killed, each call with a deadline."""
+
+import asyncio
+import inspect
+import logging
+import math
+import multiprocessing
+import numbers
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from pebble import ProcessExpired, ProcessPool
+
+from stepcredit.errors import UserError
+from stepcredit.verifiers import Reward, reward_function
+from stepcredit.verifiers.reaper import sweep
+
+log = logging.getLogger("stepcredit")
+
+Failure = Literal["timeout", "error"]
+Value = float | None | dict[str, Any]
+
+MAX_REWARD = 1e30  # within fp32, sums of a batch included
+SPARE_WORKERS = 14  # calls that hang wait for their deadlines side by side, not one after the other
+MAX_WORKERS = 32
+GRACE_S = 2.0  # a call that keeps the deadline of each of its completions itself gets this much more
+DENSE = {"reward", "token", "step", "ends"}  # what a dictionary of rewards may hold
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one completion: a value, or why there is none."""
+
+    value: Value = None
+    failure: Failure | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a reward function.
+
+    Attributes:
+        arguments: lists with an entry for each of `size` completions.
+        together: the function is async and is called for each completion alone, all of them at the same time.
+    """
+
+    reward: Reward
+    arguments: Mapping[str, list[Any]]
+    size: int
+    together: bool = False
+
+    def split(self, sizes: Sequence[int]) -> "list[Call]":
+        """Calls of so many completions each."""
+        ends = list(accumulate(sizes))
+        return [
+            replace(self, arguments={name: v[end - size : end] for name, v in self.arguments.items()}, size=size)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+
+    def rows(self) -> "list[Call]":
+        """A call for each completion."""
+        return self.split([1] * self.size)
+
+
+class Workers:
+    """Runs calls: in worker processes where the reward function has a path, in this process otherwise.
+
+    Args:
+        timeout_s: deadline of a call from the moment a worker begins with it. Then the worker is killed and replaced.
+        count: worker processes; None: some more than there are cores, because those that hang only wait.
+            0 calls everything in this process, without a deadline.
+        memory_mb: address space of a worker; 0 sets no limit.
+
+    Usable from any thread, and inside asyncio. Processes start with the first call (or `start`) and end with `close` or
+    with this process, however that ends. What a function prints in a worker is dropped.
+    """
+
+    def __init__(self, timeout_s: float = 10.0, count: int | None = None, memory_mb: int = 4096) -> None:
+        self.timeout_s, self.memory_mb = timeout_s, memory_mb
+        self.count = min(MAX_WORKERS, (os.cpu_count() or 1) + SPARE_WORKERS) if count is None else count
+        self._lock = threading.Lock()
+        self._pool: ProcessPool | None = None
+        self._groups = Path()  # has a file for each worker, named by its process group
+        self._end: weakref.finalize | None = None
+
+    def run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+        """The outcomes of each call, in order.
+
+        A function that raises, returns what is no reward, outlives its deadline or ends its process makes outcomes with
+        a `failure`.
+
+        Raises:
+            UserError: a function raised it, or workers cannot be kept running on this machine.
+        """
+        inside = {number for number, call in enumerate(calls) if call.reward.path is None or not self.count}
+        sent = {number: call for number, call in enumerate(calls) if number not in inside}
+        found = dict(zip(sent, self._send(list(sent.values())), strict=True)) if sent else {}
+        for number in inside:
+            found[number] = outcomes(calls[number])
+        return [found[number] for number in range(len(calls))]
+
+    def start(self, rewards: Iterable[Reward]) -> None:
+        """Start the processes now if one of the functions needs them: they import while other things go on."""
+        paths = sorted({reward.path for reward in rewards if reward.path is not None})
+        if self.count and paths:
+            self._running(paths)
+
+    def close(self) -> None:
+        """End all workers and whatever they started."""
+        with self._lock:
+            end, self._pool, self._end = self._end, None, None
+        if end is not None:
+            end()
+
+    def _running(self, paths: Sequence[str]) -> ProcessPool:
+        with self._lock:
+            if self._pool is None or not self._pool.active:
+                if self._end is not None:
+                    self._end()
+                context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+                if sys.platform != "win32":  # imported once, shared by all workers
+                    context.set_forkserver_preload([__name__, *(module_of(path) for path in paths)])
+                self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
+                given = (list(paths), str(self._groups), self.memory_mb)
+                self._pool = ProcessPool(self.count, initializer=_begin, initargs=given, context=context)
+                reaper = subprocess.Popen(
+                    [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), str(self._groups)],
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,
+                )
+                self._end = weakref.finalize(self, _end, self._pool, reaper)
+                _ = self._pool.active  # starts the processes
+            return self._pool
+
+    def _send(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+        done: dict[int, list[Outcome]] = {}
+        paths = sorted({call.reward.path for call in calls if call.reward.path is not None})
+        for _ in range(2):  # once more with new workers, should the pool itself break
+            left = [number for number in range(len(calls)) if number not in done]
+            pool, futures = self._running(paths), []
+            try:
+                for number in left:
+                    seconds = self.timeout_s + (GRACE_S if calls[number].together else 0)
+                    futures.append(pool.schedule(_work, _sent(calls[number], self.timeout_s), timeout=seconds))
+            except RuntimeError as error:  # pebble: the pool is not active
+                log.warning("reward workers are started anew (%s)", error)
+            for number, future in zip(left, futures, strict=False):
+                if (found := self._received(calls[number], future)) is not None:
+                    done[number] = found
+            if any(outcome.failure for number in left for outcome in done.get(number, [])):
+                sweep(self._groups)
+            if len(done) == len(calls):
+                return [done[number] for number in range(len(calls))]
+            pool.stop()
+        raise UserError("the worker processes of reward functions keep breaking; set --reward.workers 0 to do without")
+
+    def _received(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome] | None:
+        """The outcomes that a future brings; None when the pool is broken."""
+        try:
+            return future.result()
+        except TimeoutError:
+            if call.together and call.size > 1:  # one completion held up all: each on its own
+                return [outcome for found in self._send(call.rows()) for outcome in found]
+            return [Outcome(None, "timeout", f"no result after {self.timeout_s:g} s")] * call.size
+        except ProcessExpired as error:
+            return [Outcome(None, "error", f"its process ended with {_exit(error.exitcode)}")] * call.size
+        except (RuntimeError, OSError):  # pebble.BrokenProcessPool is an OSError
+            return None
+
+
+# ---------------------------------------------------------------------- inside a worker
+
+
+def _begin(paths: list[str], groups: str, memory_mb: int) -> None:
+    """Set a new worker up: it leads a process group, prints nothing, and has imported what it needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler waits for the interpreter, which may be stuck
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    if sys.platform != "win32":
+        os.setpgid(0, 0)
+        (Path(groups) / str(os.getpid())).touch()
+    for path in paths:
+        try:
+            _reward(path)
+        except Exception:  # the call will fail with it and say so; here it would start workers without end
+            continue
+    if memory_mb and sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+
+
+def _sent(call: Call, timeout_s: float) -> tuple[Any, ...]:
+    """A call as it goes to a worker, which finds the function by its path."""
+    return call.reward.path, dict(call.reward.options), dict(call.arguments), call.size, call.together, timeout_s
+
+
+def _work(
+    path: str, options: dict[str, Any], arguments: dict[str, Any], size: int, together: bool, timeout_s: float
+) -> list[Outcome]:
+    pid = os.getpid()
+    try:
+        return outcomes(Call(replace(_reward(path), options=options), arguments, size, together), timeout_s)
+    finally:
+        if os.getpid() != pid:  # a child that the function forked and that found its way back here
+            os._exit(0)
+
+
+_reward = cache(reward_function)
+
+
+def module_of(path: str) -> str:
+    return path.rpartition(":")[2].rpartition(".")[0]
+
+
+# ---------------------------------------------------------------------- a call, in whichever process
+
+
+def outcomes(call: Call, timeout_s: float | None = None) -> list[Outcome]:
+    """Call the function and check what it returns.
+
+    Raises:
+        UserError: the function itself raised it.
+    """
+    function = call.reward.function
+    try:
+        if call.together:
+            return _in_loop(_side_by_side(call, timeout_s))
+        result = function(**call.arguments, **call.reward.options)
+        if inspect.isawaitable(result):
+            result = _in_loop(_finished(result))
+        return checked(result, call.size)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit, too: whatever a function does is an outcome
+        return [Outcome(None, "error", describe(error))] * call.size
+
+
+async def _side_by_side(call: Call, timeout_s: float | None) -> list[Outcome]:
+    async def one(row: Call) -> Outcome:
+        try:
+            result = await asyncio.wait_for(row.reward.function(**row.arguments, **row.reward.options), timeout_s)
+            return checked(result, 1)[0]
+        except TimeoutError:
+            return Outcome(None, "timeout", f"no result after {timeout_s:g} s")
+        except UserError:
+            raise
+        except Exception as error:
+            return Outcome(None, "error", describe(error))
+
+    return list(await asyncio.gather(*map(one, call.rows())))
+
+
+async def _finished(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+def _in_loop(work: Any) -> Any:
+    """Run a coroutine to its end, in another thread where this one has a loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def checked(result: Any, size: int) -> list[Outcome]:
+    """Outcomes of a list that a reward function returned.
+
+    Raises:
+        TypeError, ValueError: it is no list, or has another length.
+    """
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping):
+        raise TypeError(f"returned {result!r:.40}; expected a list of numbers")
+    values = list(result)
+    if len(values) != size:
+        raise ValueError(f"returned {len(values)} values for {size} completions")
+    return [_outcome(value) for value in values]
+
+
+def _outcome(value: Any) -> Outcome:
+    if value is None:
+        return Outcome()
+    try:
+        if isinstance(value, Mapping):
+            return Outcome(_dense(value))
+        return Outcome(_number(value))
+    except (TypeError, ValueError) as error:
+        return Outcome(None, "error", str(error))
+
+
+def _number(value: Any) -> float:
+    value = value.item() if hasattr(value, "item") else value  # numpy, torch
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"returned {value!r:.40}; expected a number or None")
+    number = float(value)
+    if not abs(number) <= MAX_REWARD:
+        raise ValueError(f"returned {'NaN' if math.isnan(number) else value}; expected a finite number, or None")
+    return number
+
+
+def _dense(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"token": [...]}` or `{"step": [...], "ends": [...]}`, each with an optional "reward" for the outcome."""
+    unknown = set(value) - DENSE
+    if unknown or ("token" in value) == ("step" in value) or ("step" in value) != ("ends" in value):
+        raise ValueError(
+            f'returned a dictionary with {", ".join(map(str, value)) or "nothing"}; expected "token", or "step" and '
+            '"ends", and perhaps "reward"'
+        )
+    found: dict[str, Any] = {"reward": None if value.get("reward") is None else _number(value["reward"])}
+    for name in ("token", "step", "ends"):
+        if name in value:
+            found[name] = [_number(number) for number in value[name]]
+    return found
+
+
+def describe(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "MemoryError: raise --reward.memory-mb if that is the function's fault and not the completion's"
+    return f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")[:300]
+
+
+# ---------------------------------------------------------------------- the ends of workers
+
+
+def _exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"signal {signal.Signals(-code).name}{hint}"
+
+
+def _end(pool: ProcessPool, reaper: "subprocess.Popen[bytes]") -> None:
+    pool.stop()
+    pool.join()
+    if reaper.stdin is not None:
+        reaper.stdin.close()  # what it waits for
+    reaper.wait()
