@@ -328,7 +328,8 @@ class Trainer:
     def _check_gold(self) -> None:
         """Refuse to train against a reward that does not know the right answers."""
         given = self.config.reward
-        problems = self.rollouts.task.draw(0, given.gold_check)
+        drawn = {problem.id: problem for problem in self.rollouts.task.draw(0, given.gold_check)}
+        problems = list(drawn.values())  # of few rows the draw would have some twice
         for name, failed in self.rollouts.judge.check_gold(problems).items() if problems else ():
             share = 1 - len(failed) / len(problems)
             if share < given.gold_threshold:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stepcredit.errors import UserError
 from stepcredit.tasks.dataset import DatasetTask, load_problems, split_held_out
-from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.tasks.prompts import PromptFormat, PromptTooLong
 from stepcredit.types import Problem
 from stepcredit.verifiers.math import verify
 
@@ -284,3 +284,148 @@ def test_real_rows_score_their_gold_answer(name):
     assert [answer for answer, score in zip(answers, right, strict=True) if score != 1] == []
     wrong = verify(prompts, ["So it is \\boxed{-98765.4321}."] * len(answers), answers)
     assert wrong == [0.0] * len(answers)
+
+
+# ---------------------------------------------------------------------- other sources
+
+
+def test_verl_parquet_is_read_directly(tmp_path):
+    """Its five columns: the prompt is chat messages, the answer stands inside reward_model."""
+    rows = [
+        {
+            "data_source": "d",
+            "prompt": [{"role": "user", "content": f"{n} + 1 ?"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(n + 1)},
+            "extra_info": {"index": n, "split": "train"},
+        }
+        for n in range(3)
+    ]
+    problems = load_problems(write(tmp_path / "d.parquet", rows))
+    assert [(p.question[0]["content"], p.answer) for p in problems] == [(f"{n} + 1 ?", str(n + 1)) for n in range(3)]
+    assert problems[2].columns["extra_info"] == {"index": 2, "split": "train"}
+    assert problems[2].columns["data_source"] == "d"
+
+
+def test_saved_data_set(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    both = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS[:n]) for name, n in (("train", 4), ("test", 2))})
+    both.save_to_disk(str(tmp_path / "two"))
+    assert len(load_problems(str(tmp_path / "one"))) == 6
+    assert len(load_problems(str(tmp_path / "two"), "test")) == 2
+    refused(lambda: load_problems(str(tmp_path / "two"), "dev"), "cannot be read", "dev")
+
+
+def test_messages_end_before_the_solution(tmp_path):
+    """An assistant's last message is the solution, not part of the prompt."""
+    chat = [{"role": "user", "content": "1 + 1 ?"}, {"role": "assistant", "content": "2"}]
+    (problem,) = load_problems(write(tmp_path / "d.jsonl", [{"messages": chat, "answer": "2"}]))
+    assert problem.question == chat[:1]
+    refused(lambda: load_problems(write(tmp_path / "e.jsonl", [{"messages": chat[1:], "answer": "2"}])), "line 1")
+
+
+def test_rows_with_tests_need_no_answer(tmp_path):
+    """They are programs, judged by running their tests; other rows are mathematics."""
+    row = {"task_id": 7, "prompt": "Double it.", "code": "...", "test_list": ["assert f(1) == 2"]}
+    (problem,) = load_problems(write(tmp_path / "d.jsonl", [row]))
+    assert (problem.id, problem.answer, problem.columns["test_list"]) == ("7", None, row["test_list"])
+    assert DatasetTask("d", [problem], [problem], 0).reward_functions == ("code",)
+    assert task().reward_functions == ("math",)
+    refused(lambda: load_problems(write(tmp_path / "e.jsonl", [row]), needs_answer=True), "no answer column")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [({"inputs": [1], "outputs": [2]}, '{"inputs": [1], "outputs": [2]}'), (["a"], '["a"]'), (2.5, "2.5")],
+)
+def test_answers_of_other_types(tmp_path, answer, text):
+    (problem,) = load_problems(write(tmp_path / "d.jsonl", [{"question": "q", "answer": answer}]))
+    assert problem.answer == text
+
+
+def test_ids_that_stand_twice(tmp_path, caplog):
+    """Places take over, and it is said; ids from a column that was named are an error."""
+    rows = [row | {"id": "a" if number in (1, 3) else str(number)} for number, row in enumerate(ROWS)]
+    path = write(tmp_path / "d.jsonl", rows)
+    with caplog.at_level(logging.WARNING, "stepcredit"):
+        assert ids(load_problems(path)) == [f"line {number}" for number in range(1, 7)]
+    assert "id 'a' of line 4 stands in line 2 already" in caplog.text
+    refused(lambda: load_problems(path, columns={"id": "id"}), "'a'", "line 4", "line 2", "--task.columns.id")
+
+
+# ---------------------------------------------------------------------- hostile files
+
+
+def test_a_line_of_ten_megabytes(tmp_path):
+    """It is read; its prompt is too long, which is found out without encoding it."""
+    rows = [{"question": "one " * 2_500_000, "answer": "1"}, {"question": "one two", "answer": "2"}]
+    problems = load_problems(write(tmp_path / "d.jsonl", rows))
+    encode = PromptFormat(tokenizer(None), max_tokens=4)
+    with pytest.raises(PromptTooLong, match="10000000 characters"):
+        encode(problems[0])
+    one = DatasetTask("d", problems, problems[1:], 0)
+    one.fit(encode)
+    assert ids(one.draw(0, 2)) == ["line 2", "line 2"]
+
+
+def test_long_prompts_are_left_out_and_counted(caplog):
+    problems = [Problem("one " * (1 + n % 3), "1", str(n)) for n in range(9)]
+    encode = PromptFormat(tokenizer(None), max_tokens=2)
+    one = DatasetTask("d", problems[:6], problems[6:], 0)
+    with caplog.at_level(logging.WARNING, "stepcredit"):
+        one.fit(encode)
+    assert sorted(ids(one.draw(0, 4))) == ["0", "1", "3", "4"] and ids(one.held_out(9)) == ["6", "7"]
+    assert "2 of 6 rows left out" in caplog.text and "1 of 3 rows left out" in caplog.text
+    assert "'2': the prompt has 3 tokens" in caplog.text
+    refused(lambda: DatasetTask("d", problems, problems, 0).fit(encode, "raise"), "'2'", "--task.max-prompt-tokens")
+    refused(lambda: DatasetTask("d", problems[2:3], problems[2:3], 0).fit(encode), "every prompt is too long")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("d.jsonl", b"[" * 200_000 + b"\n", ["d.jsonl, line 1"]),
+        ("d.jsonl", b'{"question": "a", "answer": ' + b"9" * 5000 + b"}\n", ["d.jsonl, line 1", "cannot be read"]),
+        ("d.jsonl", b'{"question": "\\ud800", "answer": "1"}\n', ["d.jsonl, line 1", "surrogate"]),
+        ("d.csv", b"question,answer\na,1,2\n", ["d.csv, line 2", "more values"]),
+        ("d.csv", b'question,answer\n"a\xff",1\n', ["d.csv", "UTF-8"]),
+        ("d.jsonl", b'{"question": "a", "answer": NaN}\n', ["no row has an answer"]),
+    ],
+)  # fmt: skip
+def test_hostile_file(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: load_problems(str(tmp_path / name)), *words)
+
+
+def test_a_large_csv_field(tmp_path):
+    (tmp_path / "d.csv").write_text('question,answer\n"' + "a" * 1_000_000 + '",1\n')
+    (problem,) = load_problems(str(tmp_path / "d.csv"))
+    assert len(problem.question) == 1_000_000
+
+
+# ---------------------------------------------------------------------- prompt templates
+
+
+def test_prompt_template():
+    """Columns are filled in, lists line by line."""
+    encode = PromptFormat(tokenizer(None), template="be {level} {question} {tests}")
+    made = encode(Problem("one", "1", "p", {"level": "kind", "tests": ["two", "user"]}))
+    assert tokenizer(None).convert_ids_to_tokens(made) == ["be", "kind", "one", "two", "user"]
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("be kind", ["task.prompt_template", "{question}"]),
+        ("{question} {", ["task.prompt_template", "braces"]),
+        ("{question} {colour}", ["task.prompt_template", "'colour'", "question"]),
+        ("{question} \\boxed{}", ["task.prompt_template"]),
+    ],
+)
+def test_bad_prompt_template(template, words):
+    refused(lambda: PromptFormat(tokenizer(None), template=template)(Problem("one", "1", "p")), *words)
+
+
+def test_prompt_template_is_for_plain_questions():
+    encode = PromptFormat(tokenizer(TEMPLATE), template="be {question}")
+    refused(lambda: encode(Problem(CHAT, id="p3")), "'p3'", "task.prompt_template")

@@ -175,7 +175,7 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(
             f"{source} is a folder, and none that `datasets` saved; name a file ({', '.join(FILE_KINDS)}) or a hub id"
         )
-    if not path.is_file() and (path.suffix in FILE_KINDS or source.startswith((".", "/", "~"))):
+    if not saved and not path.is_file() and (path.suffix in FILE_KINDS or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file")
     if path.is_file() and path.suffix not in FILE_KINDS:
         raise UserError(f"{source}: unknown kind of file '{path.suffix}'; use {', '.join(FILE_KINDS)}")
