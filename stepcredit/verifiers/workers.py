@@ -132,7 +132,7 @@ class Workers:
                     self._end()
                 context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
                 if sys.platform != "win32":  # imported once, shared by all workers
-                    context.set_forkserver_preload([__name__, *(module_of(path) for path in paths)])
+                    context.set_forkserver_preload(["__main__", __name__, *(module_of(path) for path in paths)])
                 self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
                 given = (list(paths), str(self._groups), self.memory_mb)
                 self._pool = ProcessPool(self.count, initializer=_begin, initargs=given, context=context)
@@ -165,7 +165,10 @@ class Workers:
             if len(done) == len(calls):
                 return [done[number] for number in range(len(calls))]
             pool.stop()
-        raise UserError("the worker processes of reward functions keep breaking; set --reward.workers 0 to do without")
+        raise UserError(
+            "the worker processes of reward functions keep breaking; set --reward.workers 0 to do without (a script of "
+            "your own needs `if __name__ == '__main__':` around what it runs)"
+        )
 
     def _received(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome] | None:
         """The outcomes that a future brings; None when the pool is broken."""

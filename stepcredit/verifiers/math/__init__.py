@@ -1,0 +1,46 @@
+"""Mathematical answers: the final answer of a completion against the gold one, LaTeX or plain.
+
+Nothing is evaluated as code and nothing is computed that is large, so a hostile answer is wrong, quickly. No signals:
+any thread may call.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stepcredit.types import Problem
+from stepcredit.verifiers.math.equal import constant, equal
+from stepcredit.verifiers.math.extract import extract
+from stepcredit.verifiers.math.text import clean, key
+
+MARKS = ("\\boxed", "\\fbox", "####")  # what a whole solution has before its answer
+
+
+def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the completion's final answer says the same as the gold one, else 0.
+
+    The answer may be a bare expression (`\\frac{1}{2}`) or a whole solution that ends in `\\boxed{...}` or `#### x`.
+    """
+    return [_score(text, str(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def final_answer(completion: str) -> str | None:
+    """What the completion comes to, for majority votes: `\\frac12` and 0.5 are one; None when there is none."""
+    found = extract(completion)
+    if found is None or not (text := clean(found)):
+        return None
+    value = constant(text)
+    return str(value) if value is not None else key(text)
+
+
+def gold(problem: Problem) -> str | None:
+    """The completion that must be accepted; None without an answer."""
+    answer = problem.answer
+    if answer is None or any(mark in answer for mark in MARKS):
+        return answer
+    return f"\\boxed{{{answer}}}"
+
+
+def _score(completion: str, answer: str) -> float:
+    right = extract(answer) if any(mark in answer for mark in MARKS) else answer
+    found = extract(completion)
+    return float(right is not None and found is not None and equal(right, found))
