@@ -91,7 +91,7 @@ def main() -> None:
     workers.close()
     for name, value in results.items():
         print(f"{name:16}{value:10,.0f}", flush=True)
-    found = results["hang"] = hang(1000, 5.0)
+    found = results["hang"] = hang(1000, 10.0)
     print(
         f"10 of 1000 completions hang: {found['hang']:.2f} s instead of {found['fine']:.2f} s, deadline "
         f"{found['deadline']:.0f} s"

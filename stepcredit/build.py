@@ -4,25 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import PreTrainedTokenizerBase
-
 from stepcredit.auxiliary import AuxModel, OldPolicy, Reference
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
-from stepcredit.errors import UserError, did_you_mean
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.imports import by_name
 from stepcredit.judging import Judge
 from stepcredit.objective import Objective, Unit
 from stepcredit.policy.forward import Policy
+from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.shaping import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
-from stepcredit.types import Problem
-from stepcredit.verifiers import Reward, reward_function
-from stepcredit.verifiers.workers import Workers
+from stepcredit.verifiers import Reward
 
 
 @dataclass(frozen=True)
@@ -76,32 +73,6 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy) -> Rollouts:
     return Rollouts(parts.task, encode, TransformersSampler(policy, config.sampler.max_rows), parts.params, judge)
 
 
-def build_rewards(config: Config, task: Task) -> tuple[dict[str, Reward], list[float]]:
-    """The reward functions, those of the task where none are named, and their weights."""
-    given = config.reward
-    names = given.functions or list(task.reward_functions)
-    if len(set(names)) < len(names):
-        raise UserError(f"reward.functions: one of {', '.join(names)} is named twice")
-    weights = given.weights or [1.0] * len(names)
-    if len(weights) != len(names):
-        raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
-    if unknown := given.options.keys() - set(names):
-        raise UserError(f"reward.options.{min(unknown)}: no such reward function; {did_you_mean(min(unknown), names)}")
-    longest = config.sampler.max_new_tokens
-    defaults = {"overlong": {"max_tokens": longest, "buffer": max(1, longest // 5)}}
-    return {
-        name: reward_function(name, defaults.get(name, {}) | given.options.get(name, {})) for name in names
-    }, weights
-
-
-def build_judge(
-    config: Config, rewards: dict[str, Reward], weights: list[float], tokenizer: PreTrainedTokenizerBase | None
-) -> Judge:
-    given = config.reward
-    workers = Workers(given.timeout_s, given.workers, given.memory_mb)
-    return Judge(rewards, weights, tokenizer, workers, given.on_failure, given.call_with)
-
-
 def build_task(config: Config) -> Task:
     """The embedded task, or a data set with a held-out part."""
     given, seed = config.task, config.train.seed
@@ -115,24 +86,10 @@ def build_task(config: Config) -> Task:
 
     train = load_rows(config)
     if given.eval_data:
-        held_out = load_problems(given.eval_data, given.eval_split, given.columns, _needs_answer(config))
+        held_out = load_problems(given.eval_data, given.eval_split, given.columns, needs_answer(config))
     else:
         train, held_out = split_held_out(train, given.held_out, seed=0)
     return DatasetTask(given.data, train, held_out, seed)
-
-
-def load_rows(config: Config) -> list[Problem]:
-    """The problems of `task.data`, a data set."""
-    from stepcredit.tasks.dataset import load_problems
-
-    given = config.task
-    return load_problems(given.data, given.split, given.columns, _needs_answer(config))
-
-
-def _needs_answer(config: Config) -> bool | None:
-    """Whether a reward function that is named needs answers; None when none is named."""
-    named = [reward_function(name) for name in config.reward.functions]
-    return any(reward.needs_answer for reward in named) if named else None
 
 
 def build_params(config: Config) -> SamplingParams:

@@ -5,17 +5,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.types import Problem
 from stepcredit.verifiers import Reward, RewardFunction
 from stepcredit.verifiers.workers import Call, Failure, Outcome, Workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("stepcredit")
 
@@ -49,7 +51,7 @@ class Judge:
         self,
         rewards: Mapping[str, Reward | RewardFunction],
         weights: Sequence[float],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: "PreTrainedTokenizerBase | None",
         workers: Workers | None = None,
         on_failure: OnFailure = "drop",
         call_with: CallWith = "row",

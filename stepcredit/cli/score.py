@@ -79,7 +79,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
-    from stepcredit.build import build_judge, build_rewards, load_rows
+    from stepcredit.rewards import build_judge, build_rewards, load_rows
     from stepcredit.tasks.dataset import DatasetTask
 
     problems = load_rows(config)
@@ -147,10 +147,10 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
 
 
 def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
-    from stepcredit.build import build_judge, load_rows
     from stepcredit.forest import Forest
     from stepcredit.judging import is_right, outcome_reward
     from stepcredit.records import read_trees, write_trees
+    from stepcredit.rewards import build_judge, load_rows
     from stepcredit.verifiers import reward_function
 
     trees = list(read_trees(source))

@@ -1,12 +1,13 @@
 """From a problem to prompt token ids: the tokenizer's chat template where it has one, plain text otherwise."""
 
 import string
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from stepcredit.errors import UserError
 from stepcredit.types import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_TOKEN_CHARS = 64  # a text of more characters a token than this is too long without being encoded
 
@@ -28,7 +29,7 @@ class PromptFormat:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         system_prompt: str | None = None,
         max_tokens: int = 1024,
         chat_template_kwargs: dict[str, Any] | None = None,

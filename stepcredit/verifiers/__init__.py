@@ -42,6 +42,7 @@ class Reward:
         gold: the completion that must get the full reward for a problem; None where that is not known.
         final_answer: the answer that a completion comes to, for majority votes.
         own: the user's, not one of `VERIFIERS`.
+        keeps_s: seconds that the function itself makes sure to end within, where that may be more than the deadline.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Reward:
     gold: Callable[[Problem], str | None] | None = None
     final_answer: Callable[[str], str | None] | None = None
     own: bool = True
+    keeps_s: float = 0.0
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.function).parameters
@@ -97,6 +99,7 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
         return Reward(name, ComputeScore(name.removeprefix(VERL)), options or {}, name)
     function = by_name("reward.functions", name, VERIFIERS)
     place: Any = sys.modules[function.__module__] if name in VERIFIERS else function
+    ends_within = getattr(place, "ends_within", None)
     return Reward(
         name,
         function,
@@ -105,4 +108,5 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
         getattr(place, "gold", None),
         getattr(place, "final_answer", None),
         name not in VERIFIERS,
+        ends_within(options or {}) if ends_within else 0.0,
     )

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from stepcredit.errors import UserError
 from stepcredit.types import Problem
-from stepcredit.verifiers.sandbox import Limits, run_each, run_tests
+from stepcredit.verifiers.sandbox import STARVED, Limits, run_each, run_tests
 
 FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 FENCED = {"", "python", "python3", "py"}
@@ -94,6 +94,11 @@ def gold(problem: Problem) -> str | None:
             program = problem.columns["prompt"] + found if body else extract(found)
             return f"```python\n{program}\n```"
     return None
+
+
+def ends_within(options: Mapping[str, Any]) -> float:
+    """Seconds in which `verify` is sure to end, sandboxes made and removed."""
+    return 5.0 + STARVED * float(options.get("seconds", Limits.seconds))
 
 
 # ---------------------------------------------------------------------- the program

@@ -40,6 +40,8 @@ MAX_SERIAL = 1 << 28
 NOBODY = 65534
 MAX_FILES = 4096  # in the temp folder
 POLL_S = 0.02
+STARVED = 3.0  # times the seconds that a program gets which is kept from running by others ...
+HAD_ITS_SHARE = 0.7  # ... because it had less than this share of a processor
 HELP = "; install bubblewrap, or run programs unprotected with --reward.options.code.allow_unsafe true"
 
 
@@ -48,7 +50,8 @@ class Limits:
     """What a sandbox may use.
 
     Attributes:
-        seconds: wall time of everything.
+        seconds: wall time of everything, and processor time of a process. A program that would run and does not get
+            the processor, on a busy machine, has up to three times the wall time.
         memory_mb: address space of a process, and resident memory of all of them.
         processes: processes and threads.
         file_mb: the largest file, and all files.
@@ -281,11 +284,13 @@ class Box:
 
     def _passed(self) -> Status | None:
         """The limit that is passed now."""
-        if time.monotonic() > self.deadline:
+        late = time.monotonic() - self.deadline
+        if late > (0 if self.inner is None else (STARVED - 1) * self.limits.seconds):
             return "timeout"
         if self.inner is None:
             return None
-        memory = count = 0
+        memory = count = running = 0
+        used_s = 0.0
         root = f"/proc/{self.inner}/root"
         try:
             if os.path.samefile(root, "/"):  # it is still being made
@@ -297,7 +302,13 @@ class Box:
         for number in numbers:
             with suppress(OSError, IndexError):  # this one has ended
                 memory += int(Path(f"{root}/proc/{number}/statm").read_text().split()[1]) * _PAGE
+                stat = Path(f"{root}/proc/{number}/stat").read_text().rpartition(")")[2].split()
+                running += stat[0] == "R"
+                used_s += (int(stat[11]) + int(stat[12])) / _TICKS
                 count += 1
+        seconds = self.limits.seconds
+        if late > 0 and (not running or used_s > min(seconds, HAD_ITS_SHARE * (seconds + late))):
+            return "timeout"
         if memory > self.limits.memory_mb << 20:
             return "memory"
         if count > self.limits.processes + 3:  # bubblewrap's, the keeper's, the program's
@@ -305,7 +316,7 @@ class Box:
         return "files" if temp.f_files - temp.f_ffree > MAX_FILES else None
 
 
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_PAGE, _TICKS = (os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")) if hasattr(os, "sysconf") else (4096, 100)
 
 
 # ---------------------------------------------------------------------- bubblewrap

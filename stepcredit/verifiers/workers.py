@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -35,6 +37,11 @@ Value = float | None | dict[str, Any]
 MAX_REWARD = 1e30  # within fp32, sums of a batch included
 SPARE_WORKERS = 14  # calls that hang wait for their deadlines side by side, not one after the other
 MAX_WORKERS = 32
+ABREAST = (
+    os.cpu_count() or 1
+) + 1  # calls at once, without those that take long: PATIENCE_S, or more where they limit themselves
+PATIENCE_S, PATIENCE_WITH_LIMITS_S = 0.1, 1.0
+KILLED_AT = 0.9  # of the deadline: the rest is for noticing, killing and starting another
 GRACE_S = 2.0  # a call that keeps the deadline of each of its completions itself gets this much more
 DENSE = {"reward", "token", "step", "ends"}  # what a dictionary of rewards may hold
 
@@ -149,29 +156,49 @@ class Workers:
         done: dict[int, list[Outcome]] = {}
         paths = sorted({call.reward.path for call in calls if call.reward.path is not None})
         for _ in range(2):  # once more with new workers, should the pool itself break
-            left = [number for number in range(len(calls)) if number not in done]
-            pool, futures = self._running(paths), []
+            pool = self._running(paths)
             try:
-                for number in left:
-                    seconds = self.timeout_s + (GRACE_S if calls[number].together else 0)
-                    futures.append(pool.schedule(_work, _sent(calls[number], self.timeout_s), timeout=seconds))
-            except RuntimeError as error:  # pebble: the pool is not active
-                log.warning("reward workers are started anew (%s)", error)
-            for number, future in zip(left, futures, strict=False):
-                if (found := self._received(calls[number], future)) is not None:
-                    done[number] = found
-            if any(outcome.failure for number in left for outcome in done.get(number, [])):
-                sweep(self._groups)
-            if len(done) == len(calls):
+                self._through(pool, calls, done)
                 return [done[number] for number in range(len(calls))]
-            pool.stop()
+            except (RuntimeError, OSError) as error:  # of the pool; those of the functions are outcomes
+                log.warning("reward workers are started anew (%s)", describe(error))
+                pool.stop()
+            finally:
+                if any(outcome.failure for found in done.values() for outcome in found):
+                    sweep(self._groups)
         raise UserError(
             "the worker processes of reward functions keep breaking; set --reward.workers 0 to do without (a script of "
             "your own needs `if __name__ == '__main__':` around what it runs)"
         )
 
-    def _received(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome] | None:
-        """The outcomes that a future brings; None when the pool is broken."""
+    def _through(self, pool: ProcessPool, calls: Sequence[Call], done: dict[int, list[Outcome]]) -> None:
+        """Put the calls that are not done through the pool.
+
+        About as many run at once as there are cores, so that none loses its deadline to the others; calls that take
+        long do not count, so that those that hang wait for their deadlines side by side.
+        """
+        left = deque(number for number in range(len(calls)) if number not in done)
+        flying: dict[Future[list[Outcome]], tuple[int, float]] = {}
+        while left or flying:
+            now = time.monotonic()
+            fresh = sum(now < patience_ends for _, patience_ends in flying.values())
+            while left and fresh < ABREAST and len(flying) < self.count:
+                call = calls[left[0]]
+                deadline = max(KILLED_AT * self.timeout_s, call.reward.keeps_s) + (GRACE_S if call.together else 0)
+                future = pool.schedule(_work, _sent(call, self.timeout_s), timeout=deadline)
+                patience = PATIENCE_WITH_LIMITS_S if call.reward.keeps_s else PATIENCE_S
+                flying[future] = (left.popleft(), now + patience)
+                fresh += 1
+            for finished in wait(flying, PATIENCE_S, return_when=FIRST_COMPLETED).done:
+                number, _ = flying.pop(finished)
+                done[number] = self._received(calls[number], finished)
+
+    def _received(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome]:
+        """The outcomes that a future brings.
+
+        Raises:
+            RuntimeError, OSError: the pool is broken.
+        """
         try:
             return future.result()
         except TimeoutError:
@@ -180,8 +207,6 @@ class Workers:
             return [Outcome(None, "timeout", f"no result after {self.timeout_s:g} s")] * call.size
         except ProcessExpired as error:
             return [Outcome(None, "error", f"its process ended with {_exit(error.exitcode)}")] * call.size
-        except (RuntimeError, OSError):  # pebble.BrokenProcessPool is an OSError
-            return None
 
 
 # ---------------------------------------------------------------------- inside a worker
