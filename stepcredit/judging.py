@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stepcredit")
 
+CHUNK = 16  # completions in a call of a function of ours, which hardly ever fails
+
 OnFailure = Literal["drop", "zero", "raise"]
 CallWith = Literal["row", "group", "batch"]
 
@@ -170,8 +172,11 @@ class Judge:
             sizes = [len(list(group)) for _, group in groupby(problems, key=id)]
             return whole.split(sizes)
         if inspect.iscoroutinefunction(reward.function):
-            return [replace(whole, together=True)]
-        return whole.rows()
+            return [replace(whole, together=True, separable=True)]
+        if reward.own or reward.keeps_s:
+            return whole.rows()
+        sizes = [CHUNK] * (whole.size // CHUNK) + [whole.size % CHUNK] * bool(whole.size % CHUNK)
+        return replace(whole, separable=True).split(sizes)
 
     def _say(self, name: str, outcomes: Sequence[Outcome], problems: Sequence[Problem]) -> None:
         """Log the first failure of each kind; stop where failures are not to be lived with."""

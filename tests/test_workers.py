@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_worker_killed_from_outside_is_replaced(workers) -> None:
 def test_async_functions_wait_together(workers) -> None:
     """40 calls of 0.3 s take far less than 12 s; one that hangs times out alone."""
     reward = reward_function("tests.user_rewards.waits")
-    call = Call(reward, {"completions": ["good"] * 39 + ["bad"]}, 40, together=True)
+    call = Call(reward, {"completions": ["good"] * 39 + ["bad"]}, 40, together=True, separable=True)
     started = time.monotonic()
     (found,) = workers.run([call])
     assert time.monotonic() - started < 8
@@ -171,8 +172,19 @@ def test_async_functions_wait_together(workers) -> None:
 
 def test_an_async_function_that_blocks_holds_up_no_other(workers) -> None:
     reward = reward_function("tests.user_rewards.blocks")
-    (found,) = workers.run([Call(reward, {"completions": ["good", "bad", "good"]}, 3, together=True)])
+    (found,) = workers.run([Call(reward, {"completions": ["good", "bad", "good"]}, 3, together=True, separable=True)])
     assert [outcome.failure for outcome in found] == [None, "timeout", None]
+
+
+@pytest.mark.parametrize(("name", "failure"), [("raises", "error"), ("leaves", "error"), ("sleeps", "timeout")])
+def test_one_completion_does_not_spoil_its_chunk(workers, name: str, failure: str) -> None:
+    """A call of several that goes wrong is repeated one by one; where it may not be, all have failed."""
+    whole = Call(
+        reward_function(f"tests.user_rewards.{name}"), {"prompts": ["p"] * 3, "completions": ["a", "bad", "b"]}, 3
+    )
+    (apart,), (one,) = workers.run([replace(whole, separable=True)]), workers.run([whole])
+    assert [outcome.failure for outcome in apart] == [None, failure, None]
+    assert [outcome.failure for outcome in one] == [failure] * 3
 
 
 def test_from_another_thread_and_inside_asyncio(workers) -> None:

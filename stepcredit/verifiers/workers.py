@@ -62,12 +62,14 @@ class Call:
     Attributes:
         arguments: lists with an entry for each of `size` completions.
         together: the function is async and is called for each completion alone, all of them at the same time.
+        separable: what goes wrong is tried again with each completion alone, so that the others are not lost.
     """
 
     reward: Reward
     arguments: Mapping[str, list[Any]]
     size: int
     together: bool = False
+    separable: bool = False
 
     def split(self, sizes: Sequence[int]) -> "list[Call]":
         """Calls of so many completions each."""
@@ -202,11 +204,16 @@ class Workers:
         try:
             return future.result()
         except TimeoutError:
-            if call.together and call.size > 1:  # one completion held up all: each on its own
-                return [outcome for found in self._send(call.rows()) for outcome in found]
+            if call.separable and call.size > 1:
+                return self._one_by_one(call)
             return [Outcome(None, "timeout", f"no result after {self.timeout_s:g} s")] * call.size
         except ProcessExpired as error:
+            if call.separable and call.size > 1:
+                return self._one_by_one(call)
             return [Outcome(None, "error", f"its process ended with {_exit(error.exitcode)}")] * call.size
+
+    def _one_by_one(self, call: Call) -> list[Outcome]:
+        return [outcome for found in self._send(call.rows()) for outcome in found]
 
 
 # ---------------------------------------------------------------------- inside a worker
@@ -234,15 +241,16 @@ def _begin(paths: list[str], groups: str, memory_mb: int) -> None:
 
 def _sent(call: Call, timeout_s: float) -> tuple[Any, ...]:
     """A call as it goes to a worker, which finds the function by its path."""
-    return call.reward.path, dict(call.reward.options), dict(call.arguments), call.size, call.together, timeout_s
+    rest = call.size, call.together, call.separable
+    return call.reward.path, dict(call.reward.options), dict(call.arguments), rest, timeout_s
 
 
 def _work(
-    path: str, options: dict[str, Any], arguments: dict[str, Any], size: int, together: bool, timeout_s: float
+    path: str, options: dict[str, Any], arguments: dict[str, Any], rest: tuple[int, bool, bool], timeout_s: float
 ) -> list[Outcome]:
     pid = os.getpid()
     try:
-        return outcomes(Call(replace(_reward(path), options=options), arguments, size, together), timeout_s)
+        return outcomes(Call(replace(_reward(path), options=options), arguments, *rest), timeout_s)
     finally:
         if os.getpid() != pid:  # a child that the function forked and that found its way back here
             os._exit(0)
@@ -275,6 +283,8 @@ def outcomes(call: Call, timeout_s: float | None = None) -> list[Outcome]:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit, too: whatever a function does is an outcome
+        if call.separable and call.size > 1:
+            return [outcome for row in call.rows() for outcome in outcomes(row)]
         return [Outcome(None, "error", describe(error))] * call.size
 
 
