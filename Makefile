@@ -48,6 +48,7 @@ bench: install
 	$(BIN)/python benchmarks/forest.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/judging.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Real input, end to end: chat template, byte-level BPE, math-verify, on a random model that the example makes."""
+"""Real input, end to end: chat template, byte-level BPE, recipes, on a random model that the example makes."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from stepcredit.cli.main import main
 from stepcredit.verifiers.math import verify
+from stepcredit.verifiers.sandbox import refusal
 
 ROOT = Path(__file__).parents[1]
 MATH500 = ROOT.parent / "shared" / "data" / "math500.jsonl"
@@ -40,6 +41,29 @@ def test_training_on_real_problems(model, rows, tmp_path) -> None:
     assert main([*words, "--max-new-tokens", "8"]) == 1
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [0, 1, 2]
+
+
+def test_recipe_for_mathematics(model, rows, tmp_path) -> None:
+    """Its three rewards are logged one by one; the worker processes judge."""
+    words = ["train", str(ROOT / "recipes" / "math.yaml"), "--model", str(model), "--data", str(rows)]
+    words += ["--run-dir", str(tmp_path / "run"), "--iterations", "1", "--train.problems-per-iteration", "2"]
+    assert main([*words, "--num-problems", "2", "--max-new-tokens", "8"]) in (0, 1)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward/math", "reward/format_boxed", "reward/overlong", "reward/timeout"} <= last.keys()
+    assert last["reward/overlong"] < 0 and last["reward/error"] == 0
+
+
+@pytest.mark.skipif(refusal() is not None, reason=f"no sandbox for programs: {refusal()}")
+def test_recipe_for_code(model, tmp_path) -> None:
+    """Rows with asserts; the tests stand in the prompt; programs are run."""
+    row = {"prompt": "Double x.", "code": "def f(x):\n    return 2 * x", "test_list": ["assert f(2) == 4"]}
+    data = tmp_path / "code.jsonl"
+    data.write_text("".join(json.dumps(row | {"task_id": n}) + "\n" for n in range(8)))
+    words = ["train", str(ROOT / "recipes" / "code.yaml"), "--model", str(model), "--data", str(data)]
+    words += ["--run-dir", str(tmp_path / "run"), "--iterations", "1", "--train.problems-per-iteration", "2"]
+    assert main([*words, "--group-size", "2", "--num-problems", "1", "--max-new-tokens", "8"]) == 1
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["reward/mean"] == 0 and last["reward/judged"] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from math_pairs import PAIRS
 
+from stepcredit.judging import Judge
 from stepcredit.types import Problem
+from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.math import final_answer, gold, verify
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -216,6 +218,27 @@ def test_hostile_answers_are_wrong(right):
         assert judge(right, f"\\boxed{{{answer}}}") == 0.0, answer[:50]
         assert judge(right, f"The answer is {answer}") == 0.0 or answer[:3] in ("\u202e5", "1.5"), answer[:50]
         assert time.perf_counter() - begin < 3.0, answer[:50]
+
+
+def test_a_thousand_hostile_answers_through_the_workers():
+    """None hangs, none is right, none breaks a worker."""
+    gold = ["5", "\\frac{1}{2}", "x+1", "(1,2)"]
+    pairs = [
+        (right, form.format(answer)) for answer in HOSTILE for form in ("\\boxed{{{}}}", "#### {}") for right in gold
+    ]
+    pairs += [(right, f"\\boxed{{{answer} + {number}}}") for number, answer in enumerate(HOSTILE) for right in gold[:4]]
+    problems = [Problem("q", right, str(number)) for number, (right, _) in enumerate(pairs)]
+    assert len(pairs) >= 1000
+    judge = Judge({"math": reward_function("math")}, [1.0], None)
+    started = time.monotonic()
+    try:
+        found = judge.judge(problems, [text for _, text in pairs])["math"]
+    finally:
+        judge.close()
+    assert time.monotonic() - started < 120
+    assert [pair for pair, outcome in zip(pairs, found, strict=True) if outcome.failure] == []
+    right = [text for (_, text), outcome in zip(pairs, found, strict=True) if outcome.value != 0]
+    assert right == []
 
 
 def test_hostile_gold_is_equal_to_itself():
