@@ -265,7 +265,7 @@ class Box:
         given, said = self.process.stdin.fileno(), self.process.stdout.fileno()
         most = 16 * (self.limits.output_kb << 10)  # JSON may write a byte as six
         while b"\n" not in self._read:
-            self._over = self._over or self._passed() or self.beside._passed()
+            self._over = self._over or self._passed()
             if self._over or len(self._read) > most:
                 raise Ended(self._over or "output")
             readable, writable, _ = select.select([said], [given] if self._unsent else [], [], POLL_S)
@@ -283,22 +283,33 @@ class Box:
         return json.loads(line)
 
     def _passed(self) -> Status | None:
-        """The limit that is passed now."""
-        late = time.monotonic() - self.deadline
-        if late > (0 if self.inner is None else (STARVED - 1) * self.limits.seconds):
-            return "timeout"
-        if self.inner is None:
+        """The limit that is passed now, by this sandbox or the one beside it."""
+        boxes = dict.fromkeys((self, self.beside))
+        found = [box._use() for box in boxes]
+        for use in found:
+            if use.over:
+                return use.over
+        seconds, late = self.limits.seconds, time.monotonic() - self.deadline
+        if late <= 0:
             return None
+        running, used_s = any(use.running for use in found), sum(use.seconds for use in found)
+        starved = running and used_s < min(seconds, HAD_ITS_SHARE * (seconds + late))
+        return None if starved and late < (STARVED - 1) * seconds else "timeout"
+
+    def _use(self) -> "Use":
+        """What all processes of this sandbox use together."""
+        if self.inner is None:
+            return Use()
         memory = count = running = 0
         used_s = 0.0
         root = f"/proc/{self.inner}/root"
         try:
             if os.path.samefile(root, "/"):  # it is still being made
-                return None
+                return Use(running=True)
             numbers = [name for name in os.listdir(f"{root}/proc") if name.isdigit()]
             temp = os.statvfs(f"{root}/tmp")
         except OSError:  # it has ended
-            return None
+            return Use()
         for number in numbers:
             with suppress(OSError, IndexError):  # this one has ended
                 memory += int(Path(f"{root}/proc/{number}/statm").read_text().split()[1]) * _PAGE
@@ -306,14 +317,23 @@ class Box:
                 running += stat[0] == "R"
                 used_s += (int(stat[11]) + int(stat[12])) / _TICKS
                 count += 1
-        seconds = self.limits.seconds
-        if late > 0 and (not running or used_s > min(seconds, HAD_ITS_SHARE * (seconds + late))):
-            return "timeout"
+        over: Status | None = None
         if memory > self.limits.memory_mb << 20:
-            return "memory"
-        if count > self.limits.processes + 3:  # bubblewrap's, the keeper's, the program's
-            return "processes"
-        return "files" if temp.f_files - temp.f_ffree > MAX_FILES else None
+            over = "memory"
+        elif count > self.limits.processes + 3:  # bubblewrap's, the keeper's, the program's
+            over = "processes"
+        elif temp.f_files - temp.f_ffree > MAX_FILES:
+            over = "files"
+        return Use(over, running > 0, used_s)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a sandbox uses now: the limit that it is over, whether a process runs, and processor time."""
+
+    over: Status | None = None
+    running: bool = False
+    seconds: float = 0.0
 
 
 _PAGE, _TICKS = (os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")) if hasattr(os, "sysconf") else (4096, 100)
