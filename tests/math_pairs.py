@@ -200,6 +200,12 @@ GROUPS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
          ("15", "1,5"), ("2013", "20:13"), ("True", "False"), ("[1,2]", "[2,1]"), ("1-i", "1+i"), ("x+y", "x-y"),
          ("-\\infty", "\\infty"), ("5 \\text{ cm}", "5\\text{ cm}^2"), ("f(x)=2x", "g(x)=3x")],
     ),
+    "words around an answer": (
+        [("7", "The answer is 7"), ("7", "\\text{The answer is } 7"), ("x+1", "Answer: x + 1"), ("5:2", "5 to 2"),
+         ("1000000", "1 million"), ("2500000", "2.5 \\text{ million}"), ("\\overline{AB}", "AB"), ("\\angle ABC", "ABC")],
+        [("7", "The answer is 8"), ("5:2", "2 to 5"), ("1000000", "1 billion"), ("\\overline{AB}", "AC"), ("5", "5 to 2"),
+         ("7", "The answer is not 7")],
+    ),
     "code and malformed answers": (
         [("x \\foo y", "x\\foo y")],
         [("5", "return 5"), ("5", "def f(): return 5"), ("5", "print(5)"), ("x", "__import__(\"os\").system(\"x\")"), ("5", "[5"), ("0", "0/0"),

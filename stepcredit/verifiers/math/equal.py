@@ -21,6 +21,10 @@ CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?([A-Ja-j])\s?\)\s?|([A-J
 ORDINAL = re.compile(r"(\d+)\s?(?:\^\s?\{?)?\s?(?:st|nd|rd|th)\}?")
 LONE_UNIT = re.compile(r"([-\d.,/ ]*\d|\\frac\{\d+\}\{\d+\})\s?([mgshLVWNJK](?:/[a-z]+)?)(\s?\^\s?\{?-?\d\}?)?")
 COMPUTED = re.compile(r"\\(?:sum|prod|int|lim)(?![a-z])")  # what our reader leaves to the library
+LEAD = re.compile(r"(?:\\text\s*\{\s*)?(?:the |my )?(?:final )?answer(?: is|:)\s*:?\s*\}?\s*(?=\S)", re.IGNORECASE)
+RATIO = re.compile(r"(\d+)\s+to\s+(\d+)")
+POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+LARGE = re.compile(rf"(-?\d[\d,]*(?:\.\d+)?)\s*({'|'.join(POWERS)})")
 WORD = re.compile(r"[A-Za-z][A-Za-z' ,-]*[A-Za-z]")
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty"""
@@ -66,12 +70,17 @@ def constant(text: str) -> Fraction | None:
 
 
 def _phrase(text: str) -> str:
-    """Words that stand for mathematics, `no solution` and `two`, as such; `3^{rd}` is 3."""
+    """Words that stand for mathematics, `no solution`, `two`, `5 to 2`, `1.5 million`, as such; `3^{rd}` is 3."""
+    text = LEAD.sub("", text)
     words = re.sub(r"\s+", " ", TEXT.sub(r"\1", text).replace("$", "")).strip(" .").lower()
     if words in PHRASES:
         return PHRASES[words]
     if ordinal := ORDINAL.fullmatch(words):
         return ordinal[1]
+    if ratio := RATIO.fullmatch(words):
+        return f"{ratio[1]}:{ratio[2]}"
+    if large := LARGE.fullmatch(words):
+        return rf"{large[1]} \times 10^{{{POWERS[large[2]]}}}"
     return text
 
 

@@ -49,6 +49,8 @@ REWRITES = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?"), lambda m: ""),
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf)(?![a-zA-Z])"), lambda m: " "),
     (re.compile(r"\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"), lambda m: " "),
+    (re.compile(r"\\(?:overline|overrightarrow|widehat)\s*\{\s*([A-Z]{2,3})\s*\}"), lambda m: m[1]),  # \overline{AB}
+    (re.compile(r"\\angle(?![a-zA-Z])"), lambda m: ""),
     (re.compile(r"\{,\}"), lambda m: ","),
     (re.compile(r"(?<=\d)\\[!,;](?=\d{3})"), lambda m: ""),
     (re.compile(r"(?<=,)\\!\s*(?=\d{3})"), lambda m: ""),
