@@ -37,10 +37,8 @@ Value = float | None | dict[str, Any]
 MAX_REWARD = 1e30  # within fp32, sums of a batch included
 SPARE_WORKERS = 14  # calls that hang wait for their deadlines side by side, not one after the other
 MAX_WORKERS = 32
-ABREAST = (
-    os.cpu_count() or 1
-) + 1  # calls at once, without those that take long: PATIENCE_S, or more where they limit themselves
-PATIENCE_S, PATIENCE_WITH_LIMITS_S = 0.1, 1.0
+ABREAST = (os.cpu_count() or 1) + 1  # calls at once, those that take long not counted
+PATIENCE_S, PATIENCE_WITH_LIMITS_S = 0.1, 1.0  # what is long; the second for calls that limit themselves
 KILLED_AT = 0.9  # of the deadline: the rest is for noticing, killing and starting another
 GRACE_S = 2.0  # a call that keeps the deadline of each of its completions itself gets this much more
 DENSE = {"reward", "token", "step", "ends"}  # what a dictionary of rewards may hold
@@ -88,7 +86,8 @@ class Workers:
     """Runs calls: in worker processes where the reward function has a path, in this process otherwise.
 
     Args:
-        timeout_s: deadline of a call from the moment a worker begins with it. Then the worker is killed and replaced.
+        timeout_s: deadline of a call. Its worker is killed after nine tenths of it and replaced, so that a call that
+            hangs costs no more than the whole.
         count: worker processes; None: some more than there are cores, because those that hang only wait.
             0 calls everything in this process, without a deadline.
         memory_mb: address space of a worker; 0 sets no limit.
@@ -206,7 +205,7 @@ class Workers:
         except TimeoutError:
             if call.separable and call.size > 1:
                 return self._one_by_one(call)
-            return [Outcome(None, "timeout", f"no result after {self.timeout_s:g} s")] * call.size
+            return [Outcome(None, "timeout", f"no result within {self.timeout_s:g} s")] * call.size
         except ProcessExpired as error:
             if call.separable and call.size > 1:
                 return self._one_by_one(call)
@@ -294,7 +293,7 @@ async def _side_by_side(call: Call, timeout_s: float | None) -> list[Outcome]:
             result = await asyncio.wait_for(row.reward.function(**row.arguments, **row.reward.options), timeout_s)
             return checked(result, 1)[0]
         except TimeoutError:
-            return Outcome(None, "timeout", f"no result after {timeout_s:g} s")
+            return Outcome(None, "timeout", f"no result within {timeout_s:g} s")
         except UserError:
             raise
         except Exception as error:
