@@ -215,6 +215,22 @@ def test_options_columns_and_verl(workers) -> None:
     assert verl.needs_answer
 
 
+def test_columns_do_not_pass_for_options() -> None:
+    """Data with columns `buffer` and `seconds` set no option of ours; a user's argument with a default is a column."""
+    columns = {
+        "prompts": [""],
+        "completions": [""],
+        "completion_ids": [[1]],
+        "buffer": [9],
+        "seconds": [1],
+        "factor": [2],
+    }
+    assert reward_function("overlong").select(columns).keys() >= {"completion_ids", "seconds"}
+    assert "buffer" not in reward_function("overlong").select(columns)
+    assert "seconds" not in reward_function("code").select(columns)
+    assert reward_function("tests.user_rewards.with_option").select(columns)["factor"] == [2]
+
+
 def test_user_errors_come_through(workers) -> None:
     """A function that says that the input is wrong stops the run; it is no outcome."""
     reward = reward_function("overlong", {"max_tokens": 4, "buffer": 9})

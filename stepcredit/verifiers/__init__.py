@@ -68,21 +68,24 @@ class Reward:
         return answer is not None and answer.default is answer.empty
 
     def select(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns that the function takes: all of them when it has `**columns`.
+        """The columns that the function takes: all of them when it has `**columns`, but for those named as its options.
 
         Raises:
             UserError: it asks for one that there is not.
         """
         parameters = inspect.signature(self.function).parameters.values()
+        options = set(self.options)
+        if not self.own:  # an argument with a default is an option of ours, unless the default stands for "no column"
+            options |= {each.name for each in parameters if each.default not in (each.empty, None)}
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return {name: column for name, column in columns.items() if name not in self.options}
+            return {name: column for name, column in columns.items() if name not in options}
         for parameter in parameters:
             if parameter.name not in {**columns, **self.options} and parameter.default is parameter.empty:
                 raise UserError(
                     f"reward function '{self.name}' asks for '{parameter.name}'; there are only "
                     f"{', '.join(sorted(columns))}"
                 )
-        wanted = {parameter.name for parameter in parameters} - self.options.keys()
+        wanted = {parameter.name for parameter in parameters} - options
         return {name: column for name, column in columns.items() if name in wanted}
 
 
