@@ -33,13 +33,14 @@ def test_gold_answers(capsys) -> None:
     code, found = scored("--data", "rows.jsonl", "--gold", "--verifier", "chain")
     assert code == 1 and (found["accepted"], found["total"]) == (2, 3)
     assert [row["id"] for row in found["failed"]] == ["c"] and "13 apples" in found["failed"][0]["reason"]
+    assert scored("--data", "rows.jsonl", "--gold", "--verifier", "chain", "--reward.gold-threshold", "0.6")[0] == 0
     shown = capsys.readouterr().out
     assert "rows.jsonl: 2 of 3 accepted (66.7%)" in shown and "  c: " in shown
 
 
 def test_a_column_of_completions() -> None:
     code, found = scored("--data", "rows.jsonl", "--completion-column", "output", "--verifier", "chain")
-    assert code == 1 and (found["accepted"], found["total"]) == (1, 3)
+    assert code == 0 and (found["accepted"], found["total"]) == (1, 3)
     assert [(row["id"], row["reward"]) for row in found["failed"]] == [("b", 0.0), ("c", 0.0)]
 
 

@@ -33,8 +33,8 @@ Grades answers without a model, to see whether a verifier can be trusted before 
   --verifier NAME       math | code | exact | chain | ... or a dotted path; the data's own when not given
   --json OUT            write {"accepted", "total", "failed": [{"id", "reason", ...}]}
 
-Any --task. and --reward. option of 'stepcredit train' works too. Accepted is what gets a reward of 1 or more. The
-exit code is 0 when all are accepted and 1 otherwise; with --in it is 0.
+Any --task. and --reward. option of 'stepcredit train' works too. Accepted is what gets a reward of 1 or more. With
+--gold the exit code is 1 when a run would refuse to start: under --reward.gold-threshold, 0.9.
 
 Examples
   stepcredit score --data math500.jsonl --gold
@@ -75,7 +75,8 @@ def main(words: Sequence[str]) -> int:
             failed, total = _column(judge, problems, own["completion-column"]), len(problems)
     finally:
         judge.close()
-    return _report(config.task.data, failed, total, out)
+    share = _report(config.task.data, failed, total, out)
+    return 1 if own["gold"] == "true" and share < config.reward.gold_threshold else 0
 
 
 def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
@@ -129,7 +130,8 @@ def _column(judge: "Judge", problems: "list[Problem]", column: str) -> list[dict
     return list(failed.values())
 
 
-def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | None) -> int:
+def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | None) -> float:
+    """Print and write what was found; the share that was accepted."""
     accepted = total - len({row["id"] for row in failed})
     console = Console()
     console.print(f"{source}: {accepted} of {total} accepted ({accepted / total:.1%})", highlight=False, soft_wrap=True)
@@ -140,7 +142,7 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
     if out is not None:
         text = json.dumps({"accepted": accepted, "total": total, "failed": failed}, indent=1, ensure_ascii=False)
         out.write_text(text + "\n", encoding="utf-8")
-    return 0 if accepted == total else 1
+    return accepted / total
 
 
 # ---------------------------------------------------------------------- saved rollouts
