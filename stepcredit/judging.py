@@ -36,6 +36,15 @@ class Verdict:
     failures: dict[str, Failure]
 
 
+@dataclass(frozen=True)
+class GoldCheck:
+    """Of so many gold answers those that were not accepted, each with the reason; and problems that have none."""
+
+    total: int
+    failed: list[tuple[Problem, str]]
+    missing: list[Problem]
+
+
 class Judge:
     """Calls reward functions on completions and adds their weighted values.
 
@@ -120,26 +129,26 @@ class Judge:
         """
         return self._judged(self.rewards, problems, completions, ids)
 
-    def check_gold(self, problems: Sequence[Problem]) -> dict[str, list[tuple[Problem, str]]]:
-        """Per function that knows gold completions: the problems whose gold does not get 1 or more, and why.
+    def check_gold(self, problems: Sequence[Problem]) -> "dict[str, GoldCheck]":
+        """Per function that knows gold completions: the problems whose gold does not get 1 or more.
 
         Raises:
             UserError: a function went wrong on all.
         """
-        failed: dict[str, list[tuple[Problem, str]]] = {}
+        checks: dict[str, GoldCheck] = {}
         for name, reward in self.rewards.items():
             if reward.gold is None:
                 continue
             gold = [(problem, reward.gold(problem)) for problem in problems]
             known = [(problem, text) for problem, text in gold if text is not None]
             found = self._judged({name: reward}, [problem for problem, _ in known], [text for _, text in known])
-            failed[name] = [(problem, "there is no gold answer") for problem, text in gold if text is None]
-            failed[name] += [
+            failed = [
                 (problem, outcome.message or f"the gold answer gets {outcome_reward(outcome)}: {text!r:.80}")
                 for (problem, text), outcome in zip(known, found[name], strict=True)
                 if not is_right(outcome)
             ]
-        return failed
+            checks[name] = GoldCheck(len(known), failed, [problem for problem, text in gold if text is None])
+        return checks
 
     def _judged(
         self,

@@ -330,24 +330,18 @@ class Trainer:
         given = self.config.reward
         drawn = {problem.id: problem for problem in self.rollouts.task.draw(0, given.gold_check)}
         problems = list(drawn.values())  # of few rows the draw would have some twice
-        for name, failed in self.rollouts.judge.check_gold(problems).items() if problems else ():
-            share = 1 - len(failed) / len(problems)
+        for name, check in self.rollouts.judge.check_gold(problems).items() if problems else ():
+            if not check.failed:
+                continue
+            share = 1 - len(check.failed) / check.total
+            problem, why = check.failed[0]
+            text = f"reward function '{name}' accepts {share:.0%} of {check.total} gold answers; '{problem.id}': {why}"
             if share < given.gold_threshold:
-                problem, why = failed[0]
                 raise UserError(
-                    f"reward function '{name}' accepts {share:.0%} of {len(problems)} gold answers, under "
-                    f"reward.gold_threshold ({given.gold_threshold:.0%}); problem '{problem.id}': {why}. See all with "
+                    f"{text}. That is under reward.gold_threshold ({given.gold_threshold:.0%}); see all with "
                     "'stepcredit score --gold', or train all the same with --reward.gold-check 0"
                 )
-            if failed:
-                log.warning(
-                    "reward function '%s' does not accept %d of %d gold answers; first problem '%s': %s",
-                    name,
-                    len(failed),
-                    len(problems),
-                    failed[0][0].id,
-                    failed[0][1],
-                )
+            log.warning("%s", text)
 
 
 def out_of_memory(error: Exception) -> bool:

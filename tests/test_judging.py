@@ -174,9 +174,7 @@ def test_gold_answers_are_checked_where_the_function_knows_them() -> None:
     fussy.gold = lambda problem: problem.answer
     problems = [Problem("q", answer, f"p{number}") for number, answer in enumerate(["1", "2", None])]
     rewards = {"fussy": Reward("fussy", fussy, gold=fussy.gold), "other": lambda completions: [0.0]}
-    (name, failed), *rest = Judge(rewards, [1, 1], None).check_gold(problems).items()
-    assert name == "fussy" and not rest
-    assert [(problem.id, why) for problem, why in failed] == [
-        ("p2", "there is no gold answer"),
-        ("p1", "the gold answer gets 0.0: '2'"),
-    ]
+    (name, check), *rest = Judge(rewards, [1, 1], None).check_gold(problems).items()
+    assert name == "fussy" and not rest and check.total == 2
+    assert [(problem.id, why) for problem, why in check.failed] == [("p1", "the gold answer gets 0.0: '2'")]
+    assert [problem.id for problem in check.missing] == ["p2"]

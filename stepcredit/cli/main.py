@@ -72,7 +72,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; exit codes: 0 done, 1 nothing was learnt or too few gold answers accepted, 2 the input is wrong, 130 interrupted."""
+    """Run a command.
+
+    Exit codes: 0 done, 1 nothing was learnt or too few gold answers accepted, 2 the input is wrong, 130 interrupted.
+    """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)

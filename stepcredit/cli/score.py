@@ -98,8 +98,8 @@ def _gold(judge: "Judge", problems: "list[Problem]") -> list[dict[str, Any]]:
         )
     return [
         {"id": problem.id, "verifier": name, "answer": problem.answer, "reason": why}
-        for name, failed in checked.items()
-        for problem, why in failed
+        for name, check in checked.items()
+        for problem, why in [*((problem, "there is no gold answer") for problem in check.missing), *check.failed]
     ]
 
 
