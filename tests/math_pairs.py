@@ -200,6 +200,11 @@ GROUPS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
          ("15", "1,5"), ("2013", "20:13"), ("True", "False"), ("[1,2]", "[2,1]"), ("1-i", "1+i"), ("x+y", "x-y"),
          ("-\\infty", "\\infty"), ("5 \\text{ cm}", "5\\text{ cm}^2"), ("f(x)=2x", "g(x)=3x")],
     ),
+    "forms that models write": (
+        [("1080", "1 080"), ("5", "\\boxed{5}"), ("5", "= 5"), ("[-1,0)\\cup(0,1]", "[-1, 0) U (0, 1]"),
+         ("blue", "\\text{The answer is blue}"), ("(A) and (B)", "(A), (B)")],
+        [("1,000", "1,0000"), ("25", "5 5"), ("0", "0x5"), ("0", "x0"), ("(A)", "(A),(B)"), ("C", "C or D"), ("1080", "108 0")],
+    ),
     "words around an answer": (
         [("7", "The answer is 7"), ("7", "\\text{The answer is } 7"), ("x+1", "Answer: x + 1"), ("5:2", "5 to 2"),
          ("1000000", "1 million"), ("2500000", "2.5 \\text{ million}"), ("\\overline{AB}", "AB"), ("\\angle ABC", "ABC")],

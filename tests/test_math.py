@@ -51,6 +51,7 @@ def test_pairs_are_many_of_both_kinds():
         ("We get \\[x = 3\\]", "3"),
         ("So \\(\\frac{3}{4}\\)", "0.75"),
         ("Therefore we get 12.", "12"),
+        ("So the cost is $\\$1,250$.", "1250"),
         ("The sum equals 12 apples.", "12"),
     ],
 )

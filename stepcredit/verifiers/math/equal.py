@@ -18,10 +18,11 @@ PLAIN_NUMBER = re.compile(r"([-+]?)\s?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)
 PLAIN_FRACTION = re.compile(r"([-+]?)\s?(?:\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|\\frac(\d)(\d)|(\d+)\s?/\s?(\d+))")
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s?m\.??)?", re.IGNORECASE)
 CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?([A-Ja-j])\s?\)\s?|([A-J])\s?[.):]\s?|([A-J])$)\s*(.*)")
+ANOTHER = re.compile(r"\s*(?:[,;&/]|(?:and|or)\b)")
 ORDINAL = re.compile(r"(\d+)\s?(?:\^\s?\{?)?\s?(?:st|nd|rd|th)\}?")
 LONE_UNIT = re.compile(r"([-\d.,/ ]*\d|\\frac\{\d+\}\{\d+\})\s?([mgshLVWNJK](?:/[a-z]+)?)(\s?\^\s?\{?-?\d\}?)?")
 COMPUTED = re.compile(r"\\(?:sum|prod|int|lim)(?![a-z])")  # what our reader leaves to the library
-LEAD = re.compile(r"(?:\\text\s*\{\s*)?(?:the |my )?(?:final )?answer(?: is|:)\s*:?\s*\}?\s*(?=\S)", re.IGNORECASE)
+LEAD = re.compile(r"(\\text\s*\{)?\s*(?:the |my )?(?:final )?answer(?: is|:)\s*:?\s*(\}?)\s*(?=\S)", re.IGNORECASE)
 RATIO = re.compile(r"(\d+)\s+to\s+(\d+)")
 POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 LARGE = re.compile(rf"(-?\d[\d,]*(?:\.\d+)?)\s*({'|'.join(POWERS)})")
@@ -71,7 +72,8 @@ def constant(text: str) -> Fraction | None:
 
 def _phrase(text: str) -> str:
     """Words that stand for mathematics, `no solution`, `two`, `5 to 2`, `1.5 million`, as such; `3^{rd}` is 3."""
-    text = LEAD.sub("", text)
+    if lead := LEAD.match(text):
+        text = ("\\text{" if lead[1] and not lead[2] else "") + text[lead.end() :]
     words = re.sub(r"\s+", " ", TEXT.sub(r"\1", text).replace("$", "")).strip(" .").lower()
     if words in PHRASES:
         return PHRASES[words]
@@ -113,6 +115,8 @@ def _choices(gold: str, answer: str) -> bool | None:
     left, right = (CHOICE.fullmatch(re.sub(r"\\ ", " ", TEXT.sub(r"\1", text)).strip()) for text in (gold, answer))
     if not left:
         return None
+    if right and ANOTHER.match(right[4]) and not ANOTHER.match(left[4]):
+        return False
     letter = (left[1] or left[2] or left[3]).upper()
     if right:
         return letter == (right[1] or right[2] or right[3]).upper()
@@ -157,7 +161,8 @@ def _trees(gold: str, answer: str) -> bool:
         trees = _parsed(left), _parsed(right)
         if trees[0] and trees[1] and _decide(trees[0], trees[1]):
             return True
-    if re.search(r"\d,\d{3}", gold) and (tree := _parsed(gold, False)) and (other := _parsed(answer)):
+    apart = re.search(r"\d,\d{3}", gold) and re.search(r",\s", answer)
+    if apart and (tree := _parsed(gold, False)) and (other := _parsed(answer)):
         return tree.kind == other.kind == "list" and _decide(tree, other)
     return _parsed(gold) is None and bool(COMPUTED.search(gold)) and library.equal(gold, answer)
 

@@ -167,6 +167,8 @@ class _Reader:
             elif self.peek().text == ":" and self.accept(":"):
                 node = Node("ratio", (node, self.signed()))
             elif self.starts_factor():
+                if self.peek().kind in ("number", "grouped", "repeat"):
+                    raise Unreadable("a number behind a factor, without a sign")
                 node = Node("mul", (node, self.factor()))
             else:
                 return node

@@ -51,6 +51,10 @@ REWRITES = [
     (re.compile(r"\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"), lambda m: " "),
     (re.compile(r"\\(?:overline|overrightarrow|widehat)\s*\{\s*([A-Z]{2,3})\s*\}"), lambda m: m[1]),  # \overline{AB}
     (re.compile(r"\\angle(?![a-zA-Z])"), lambda m: ""),
+    (re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}"), lambda m: m[1]),  # inside of another
+    (re.compile(r"^\s*=(?!=)"), lambda m: ""),
+    (re.compile(r"^(\d{1,3}(?: \d{3})+)$"), lambda m: m[1].replace(" ", "")),
+    (re.compile(r"(?<=[\])])\s*U\s*(?=[\[(])"), lambda m: r"\cup "),
     (re.compile(r"\{,\}"), lambda m: ","),
     (re.compile(r"(?<=\d)\\[!,;](?=\d{3})"), lambda m: ""),
     (re.compile(r"(?<=,)\\!\s*(?=\d{3})"), lambda m: ""),
