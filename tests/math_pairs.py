@@ -202,8 +202,9 @@ GROUPS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     "forms that models write": (
         [("1080", "1 080"), ("5", "\\boxed{5}"), ("5", "= 5"), ("[-1,0)\\cup(0,1]", "[-1, 0) U (0, 1]"),
-         ("blue", "\\text{The answer is blue}"), ("(A) and (B)", "(A), (B)")],
-        [("1,000", "1,0000"), ("25", "5 5"), ("0", "0x5"), ("0", "x0"), ("(A)", "(A),(B)"), ("C", "C or D"), ("1080", "108 0")],
+         ("blue", "\\text{The answer is blue}"), ("B", "(B) I. only"), ("C", "(C) 12 apples"), ("(A) and (B)", "(A), (B)")],
+        [("1,000", "1,0000"), ("25", "5 5"), ("0", "0x5"), ("0", "x0"), ("(A)", "(A),(B)"), ("C", "C or D"), ("C", "(C) or (D)"),
+         ("C", "C. 12 D. 13"), ("(A)", "(A)(B)(C)(D)"), ("B", "(B) 3 or (C) 4"), ("1080", "108 0")],
     ),
     "words around an answer": (
         [("7", "The answer is 7"), ("7", "\\text{The answer is } 7"), ("x+1", "Answer: x + 1"), ("5:2", "5 to 2"),

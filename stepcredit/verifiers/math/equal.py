@@ -18,7 +18,9 @@ PLAIN_NUMBER = re.compile(r"([-+]?)\s?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)
 PLAIN_FRACTION = re.compile(r"([-+]?)\s?(?:\\frac\s?\{(-?\d+)\}\s?\{(\d+)\}|\\frac(\d)(\d)|(\d+)\s?/\s?(\d+))")
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s?m\.??)?", re.IGNORECASE)
 CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(\s?([A-Ja-j])\s?\)\s?|([A-J])\s?[.):]\s?|([A-J])$)\s*(.*)")
-ANOTHER = re.compile(r"\s*(?:[,;&/]|(?:and|or)\b)")
+ANOTHER = re.compile(
+    r"\s*(?:[,;&/]|(?:and|or)\b)|\s*\(?[A-HJ]\s?(?:[.):]|$)|.*\s[A-HJ]\s?[.):]|.*\([A-HJ]\)", re.DOTALL
+)
 ORDINAL = re.compile(r"(\d+)\s?(?:\^\s?\{?)?\s?(?:st|nd|rd|th)\}?")
 LONE_UNIT = re.compile(r"([-\d.,/ ]*\d|\\frac\{\d+\}\{\d+\})\s?([mgshLVWNJK](?:/[a-z]+)?)(\s?\^\s?\{?-?\d\}?)?")
 COMPUTED = re.compile(r"\\(?:sum|prod|int|lim)(?![a-z])")  # what our reader leaves to the library
