@@ -164,6 +164,7 @@ def test_what_was_cut_off_is_done_again_and_nothing_else(monkeypatch) -> None:
     )
     assert evaluated(*words) == whole
     assert sampled == [4, 4, 4, 4]  # two batches, sampled and greedy
+    assert evaluated(*words) == whole and len(sampled) == 4  # what stands twice now is still known
 
 
 def test_records_of_other_settings_are_refused(capsys) -> None:

@@ -98,7 +98,8 @@ def _nothing(samples: "list[Sample]") -> None:
 class Book:
     """The completions of evaluations in a file, one a line, behind a line with the settings of each data set.
 
-    A line that was cut short by a kill is dropped.
+    A line that was cut short by a kill is dropped; of completions that stand twice, because their batch was done again,
+    the later counts.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,8 +107,8 @@ class Book:
 
         self.path = path
         self.settings: dict[str, Any] = {}
-        self.samples: dict[str, list[Sample]] = {}
-        whole = []
+        self.samples: dict[str, dict[tuple[str, int], Sample]] = {}
+        whole, dropped = [], 0
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
             try:
                 row = json.loads(line)
@@ -115,12 +116,16 @@ class Book:
                 if "settings" in row:
                     self.settings[name] = row["settings"]
                 else:
-                    self.samples.setdefault(name, []).append(Sample(**row))
+                    sample = Sample(**row)
+                    self.samples.setdefault(name, {})[sample.id, sample.number] = sample
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                dropped += bool(line.strip())
                 continue
             whole.append(line + "\n")
         if path.is_file() and not self.settings and path.stat().st_size:
             raise UserError(f"--records: {path} is not a file of an evaluation; name another")
+        if dropped:
+            log.warning("%s: %d lines cannot be read; what they held is done again", path, dropped)
         beside = path.with_name(f".part-{path.name}")
         beside.write_text("".join(whole), encoding="utf-8")
         beside.replace(path)
@@ -141,7 +146,7 @@ class Book:
                 f"{self.path} has completions of '{name}' with another {first} ({before.get(first)!r:.60}, now "
                 f"{settings.get(first)!r:.60}); remove it or name another with --records"
             )
-        found = self.samples.get(name, [])
+        found = list(self.samples.get(name, {}).values())
         if found:
             log.warning("going on with %d completions of %s in %s", len(found), name, self.path)
         return found
