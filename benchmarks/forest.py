@@ -109,9 +109,8 @@ def parts_of(forest: Forest, path: Path) -> list[Forest]:
     """Micro-batches of about as many token positions for every form."""
     if path != "plain":
         return cut(forest, ROW_BUDGET)
-    length = forest.tree["prompt_length"][forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
     parts = []
-    for rows in forest.ends.nonzero().squeeze(1).split(max(1, ROW_BUDGET // int(length.max()))):
+    for rows in forest.ends.nonzero().squeeze(1).split(max(1, ROW_BUDGET // int(forest.path_length.max()))):
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
         keep[rows] = True
         parts.append(forest.select(keep))

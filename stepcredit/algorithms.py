@@ -17,7 +17,8 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, objective: defaults that differ from those of the credit function and of the config's schema.
+        credit_options, objective, growth: defaults that differ from those of the credit function and of the config's
+            schema.
     """
 
     credit: str
@@ -25,7 +26,10 @@ class Algorithm:
     summary: str
     credit_options: Mapping[str, Any] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
+    growth: Mapping[str, Any] = field(default_factory=dict)
 
+
+TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
 
 ALGORITHMS = {
     "grpo": Algorithm(
@@ -56,6 +60,20 @@ ALGORITHMS = {
         "group z-score plus masked step advantage of the policy's own log-ratio",
         credit_options={"beta": 0.05},
         objective={"aggregate": "seq_mean_token_mean"},
+    ),
+    "treerpo": Algorithm(
+        "treerpo",
+        "2506.05183",
+        "value of a step against its siblings' in a tree of samples",
+        objective={"aggregate": "seq_mean_token_mean", "kl": {"estimator": "k3", "coef": 0.001}},
+        growth=TREES,
+    ),
+    "spo_tree": Algorithm(
+        "spo_tree",
+        "2505.23564",
+        "value of a step less its parent's in a tree of samples",
+        objective={"aggregate": "seq_mean_token_mean"},
+        growth=TREES,
     ),
 }
 

@@ -9,11 +9,14 @@ from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.growth import Growth, TreeShape, flat, tree
+from stepcredit.growth.steps import step_rule
 from stepcredit.imports import by_name
 from stepcredit.judging import Judge
 from stepcredit.objective import Objective, Unit
 from stepcredit.policy.forward import Policy
 from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
+from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.shaping import SHAPERS, Shaper
@@ -42,7 +45,8 @@ class Rollouts:
 
     task: Task
     encode: PromptFormat
-    sampler: TransformersSampler
+    sampler: Sampler
+    grow: Growth
     params: SamplingParams
     judge: Judge
 
@@ -51,6 +55,7 @@ def build_parts(config: Config) -> Parts:
     """Everything but the model."""
     shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
     credit, assign_credit = build_credit(config.credit)
+    _check_growth(config, credit)
     objective = build_objective(config, "completion" if needs_of(credit).forests == "flat" else "segment")
     task = build_task(config)
     rewards, weights = build_rewards(config, task)
@@ -70,7 +75,20 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy) -> Rollouts:
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer)
     judge.start()  # while the prompts are checked
     parts.task.fit(encode, given.long_prompts)
-    return Rollouts(parts.task, encode, TransformersSampler(policy, config.sampler.max_rows), parts.params, judge)
+    sampler = TransformersSampler(policy, config.sampler.max_rows, keep_mb=config.sampler.keep_mb)
+    grow = build_growth(config, parts.task, policy)
+    return Rollouts(parts.task, encode, sampler, grow, parts.params, judge)
+
+
+def build_growth(config: Config, task: Task, policy: Policy) -> Growth:
+    """How training forests are grown."""
+    given = config.growth
+    if given.name == "flat":
+        return partial(flat, group_size=given.group_size)
+    rule = step_rule(given.step.tokens, given.step.delimiters, policy.tokenizer, task.step_delimiters)
+    shape = TreeShape(given.num_branches, given.depth, rule, given.mode, given.max_segments, given.max_tokens)
+    shape.check(config.sampler.max_new_tokens)
+    return partial(tree, shape=shape)
 
 
 def build_task(config: Config) -> Task:
@@ -90,6 +108,29 @@ def build_task(config: Config) -> Task:
     else:
         train, held_out = split_held_out(train, given.held_out, seed=0)
     return DatasetTask(given.data, train, held_out, seed)
+
+
+def _check_growth(config: Config, credit: CreditFunction) -> None:
+    """Refuse what does not go together."""
+    given, default = config.growth, type(config.growth)()
+    trees = given.name == "tree"
+    if trees and needs_of(credit).forests == "flat":
+        fitting = ", ".join(name for name, function in CREDIT.items() if needs_of(function).forests == "tree")
+        raise UserError(
+            f"credit '{config.credit.name}' takes flat forests, growth.name is tree; take --growth.name flat, or a "
+            f"credit for trees ({fitting})"
+        )
+    if trees and given.group_size != default.group_size:
+        raise UserError("growth.group_size is of flat growth; trees have --growth.num-branches and --growth.depth")
+    if not trees:
+        for name in ("num_branches", "depth", "step", "mode", "max_segments", "max_tokens"):
+            if getattr(given, name) != getattr(default, name):
+                raise UserError(f"growth.{name} is of trees; set --growth.name tree, or an algorithm such as treerpo")
+    if trees and config.objective.depth_weights and len(config.objective.depth_weights) != given.depth:
+        raise UserError(
+            f"objective.depth_weights: {len(config.objective.depth_weights)} numbers for {given.depth} depths; give "
+            "one for each, from the prompt down"
+        )
 
 
 def build_params(config: Config) -> SamplingParams:
@@ -121,6 +162,7 @@ def build_objective(config: Config, unit: Unit | None = None) -> Objective:
         entropy_coef=given.entropy_coef,
         constant=float(config.sampler.max_new_tokens),
         unit=unit,
+        depth_weights=tuple(given.depth_weights),
     )
 
 

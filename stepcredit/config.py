@@ -53,11 +53,23 @@ class SamplerConfig(Section):
     max_new_tokens: int = Field(1024, ge=1)
     stop_token_ids: Ids = None  # None: the model's own
     max_rows: int = Field(256, ge=1)
+    keep_mb: int = Field(4096, ge=0)  # keys and values that growing trees go on from
+
+
+class StepConfig(Section):
+    tokens: int | None = Field(None, ge=1)  # a step ends after so many tokens
+    delimiters: Names = []  # ... or after a token that holds one: newline, sentence, task (the task's own) or a text
 
 
 class GrowthConfig(Section):
-    name: Literal["flat"] = "flat"
-    group_size: int = Field(8, ge=1)
+    name: Literal["flat", "tree"] = "flat"
+    group_size: int = Field(8, ge=1)  # flat
+    num_branches: int = Field(8, ge=2)  # tree, as all that follows
+    depth: int = Field(3, ge=1)
+    step: StepConfig = StepConfig()
+    mode: Literal["complete", "stepwise"] = "complete"  # whole completions that are cut, or step by step
+    max_segments: int = Field(0, ge=0)  # of a tree; 0: no limit
+    max_tokens: int = Field(0, ge=0)  # of a tree; 0: no limit
 
 
 class RewardConfig(Section):
@@ -97,6 +109,7 @@ class ObjectiveConfig(Section):
     aggregate: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum_over_constant"] = "token_mean"
     kl: KLConfig = KLConfig()
     entropy_coef: float = 0.0
+    depth_weights: Annotated[list[float], BeforeValidator(_split)] = []  # of segments by depth; empty: all alike
 
 
 class OptimConfig(Section):
@@ -170,6 +183,10 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "train": {"iterations": 120},
     "eval": {"num_problems": 600},
 }
+EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 groups of 8
+    "growth": {"num_branches": 4, "step": {"tokens": None, "delimiters": ["task"]}},
+    "train": {"problems_per_iteration": 4},
+}
 EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ratios of a tiny model are large
 
 
@@ -181,14 +198,14 @@ def resolve(given: Mapping[str, Any]) -> Config:
     """
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
-        {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective)},
+        {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
     ]
     credit = given.get("credit")
     same_credit = not isinstance(credit, Mapping) or credit.get("name", chosen.credit) == chosen.credit
     if same_credit:  # another credit function has other options
         layers.append({"credit": dict(chosen.credit_options)})
     if given.get("model", "embedded") == "embedded":
-        layers.append(EMBEDDED_RECIPE)
+        layers += [EMBEDDED_RECIPE, EMBEDDED_TREES if chosen.growth else {}]
         if same_credit:
             layers.append({"credit": EMBEDDED_CREDIT.get(chosen.credit, {})})
     merged: dict[str, Any] = {}

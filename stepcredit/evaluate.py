@@ -91,7 +91,7 @@ def _samples(
     rollouts: Rollouts, problems: Sequence[Problem], seeds: Sequence[int], count: int, greedy: bool
 ) -> list[Sample]:
     params = replace(rollouts.params, temperature=0.0) if greedy else rollouts.params
-    forest = rollouts.judge(flat(rollouts.sampler, problems, rollouts.encode, count, params, seeds))
+    forest = rollouts.judge(flat(rollouts.sampler, problems, rollouts.encode, params, seeds, count))
     return read_samples(forest, rollouts, [-1] if greedy else list(range(count)))
 
 
@@ -99,7 +99,7 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
     """The completions of a judged forest, `numbers` of each problem."""
     leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
     ids = [completion_ids(forest, leaf) for leaf in leaves]
-    tokenizer = rollouts.sampler.policy.tokenizer
+    tokenizer = rollouts.encode.tokenizer
     texts = [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     first = next(iter(rollouts.judge.rewards.values()))
     found = []

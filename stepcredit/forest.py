@@ -1,7 +1,8 @@
 """`Forest`: a batch of trees as three tables of columns, with no padding anywhere.
 
     tree     [num_trees]      prompt_start, prompt_length
-    segment  [num_segments]   tree, parent, depth, start, length, is_leaf, sampled, finish, reward, has_reward, mask
+    segment  [num_segments]   tree, parent, depth, start, length, is_leaf, sampled, finish, reward, has_reward, mask,
+                              and what a credit function of trees adds: value, kept
     token    [num_tokens]     token_ids, segment, position, and whatever is added: old_logprobs, advantages, weights ...
 
 Rows of a table stand in the order of the trees. `segment["parent"]` is a row of the segment table (-1 = the prompt).
@@ -142,6 +143,9 @@ class Forest:
         token_ids = self.token["token_ids"].tolist()
         prompt_ids = self.prompt_ids.tolist()
         columns = {name: self.token[name].tolist() for name in self.token if name not in _OWN_TOKEN_COLUMNS}
+        judged = self.judged.tolist()
+        values = self.segment["value"].tolist() if "value" in self.segment else None
+        kept = self.segment["kept"].tolist() if "kept" in self.segment else None
         trees = [
             Tree(problem, prompt_ids[start:end], [], extra)
             for problem, start, end, extra in zip(
@@ -162,7 +166,9 @@ class Forest:
                     reward=reward if has_reward else None,
                     rewards=self.details[index]["rewards"],
                     masked=not mask,
-                    columns={name: values[span] for name, values in columns.items()},
+                    value=values[index] if values and judged[index] else None,
+                    pruned=kept is not None and not kept[index],
+                    columns={name: column[span] for name, column in columns.items()},
                     extra=self.details[index]["extra"],
                 )
             )
@@ -298,7 +304,12 @@ class Forest:
     @cached_property
     def path_offset(self) -> Tensor:
         """[num_segments] tokens (sampled or not) between the prompt and the segment's first token."""
-        return self._sum_over_ancestors(self.segment["length"])
+        return self.sum_over_ancestors(self.segment["length"])
+
+    @cached_property
+    def path_length(self) -> Tensor:
+        """[num_segments] tokens from the first of the prompt to the last of the segment."""
+        return self.tree["prompt_length"][self.segment["tree"]] + self.path_offset + self.segment["length"]
 
     @cached_property
     def previous_token(self) -> Tensor:
@@ -323,23 +334,30 @@ class Forest:
         """[num_segments] the leaf that each segment leads to. Flat forests only."""
         self.require_flat("leaf")
         leaf = torch.arange(self.num_segments)
-        for level in self._levels_deepest_first():
+        for level in self.levels_deepest_first():
             leaf[self.segment["parent"][level]] = leaf[level]
         return leaf
+
+    @cached_property
+    def siblings(self) -> Tensor:
+        """[num_segments] a number for each group of segments that follow the same one, or the same prompt."""
+        return torch.where(self.segment["parent"] < 0, -1 - self.segment["tree"], self.segment["parent"])
 
     @cached_property
     def judged(self) -> Tensor:
         """[num_segments] True where a completion through the segment has a reward."""
         judged = self.segment["has_reward"] & self.segment["is_leaf"]
-        for level in self._levels_deepest_first():
+        for level in self.levels_deepest_first():
             rows = level[judged[level]]
             judged[self.segment["parent"][rows]] = True
         return judged
 
     @cached_property
     def active(self) -> Tensor:
-        """[num_tokens] True for tokens that are trained on: sampled, judged and not masked by a shaper."""
+        """[num_tokens] True for tokens that are trained on: sampled, judged, not masked by a shaper, kept by credit."""
         segment = self.judged & self.segment["mask"] & self.segment["sampled"]
+        if "kept" in self.segment:
+            segment = segment & self.segment["kept"]
         return segment[self.token["segment"]]
 
     def require_flat(self, what: str) -> None:
@@ -363,15 +381,13 @@ class Forest:
             path.append(up)
         return path[::-1]
 
-    # ------------------------------------------------------------------ internals
-
-    def _levels_deepest_first(self) -> Iterator[Tensor]:
+    def levels_deepest_first(self) -> Iterator[Tensor]:
         """Rows of each level below the first, deepest level first."""
         depth = self.segment["depth"]
         for level in range(int(depth.max()) if self.num_segments else 0, 0, -1):
             yield (depth == level).nonzero().squeeze(1)
 
-    def _sum_over_ancestors(self, values: Tensor) -> Tensor:
+    def sum_over_ancestors(self, values: Tensor) -> Tensor:
         """[num_segments] sum of `values` over the proper ancestors of each segment."""
         total = torch.zeros_like(values)
         parent, depth = self.segment["parent"], self.segment["depth"]
@@ -381,16 +397,18 @@ class Forest:
             total[rows] = total[up] + values[up]
         return total
 
+    # ------------------------------------------------------------------ internals
+
     def _with_ancestors(self, keep: Tensor) -> Tensor:
         keep = keep.clone()
-        for level in self._levels_deepest_first():
+        for level in self.levels_deepest_first():
             rows = level[keep[level]]
             keep[self.segment["parent"][rows]] = True
         return keep
 
     def _positions(self) -> Tensor:
         counted = self.segment["length"] * self.segment["sampled"]
-        before = self._sum_over_ancestors(counted)
+        before = self.sum_over_ancestors(counted)
         within = torch.arange(self.num_tokens) - self.segment["start"][self.token["segment"]]
         return before[self.token["segment"]] + within * self.token_sampled
 

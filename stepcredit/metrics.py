@@ -3,7 +3,7 @@
 import torch
 
 from stepcredit.forest import FINISH_CODE, Forest
-from stepcredit.ops import segment_sum, spread_by
+from stepcredit.ops import mean_by, segment_sum, spread_by
 
 
 def forest_metrics(forest: Forest) -> dict[str, float]:
@@ -17,14 +17,14 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
     sampled = forest.token_sampled
     metrics = {
         "reward/mean": _mean(reward),
-        "reward/std": float(reward.std()) if len(reward) > 1 else 0.0,
+        "reward/std": _std(reward),
         "reward/judged": float(judged.sum() / leaf.sum().clamp(min=1)),
         **_reward_parts(forest),
         **_failures(forest, leaf),
         **_groups(forest, judged),
         "completion/masked": _mean((~forest.segment["mask"][judged]).float()),
         "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
-        "completion/length": float(sampled.sum() / leaf.sum().clamp(min=1)),
+        "completion/length": _mean(_lengths(forest)[leaf]),
         "tokens/sampled": float(sampled.sum()),
     }
     if "entropy" in forest.token:
@@ -34,8 +34,10 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
     if "old_logprobs" in forest.token and "rollout_logprobs" in forest.token:
         difference = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[sampled].abs()
         metrics["sampler/logprob_diff"] = float(difference.max()) if len(difference) else 0.0
+    if "kept" in forest.segment:
+        metrics |= _siblings(forest)
     advantages = forest.token["advantages"][forest.active]
-    metrics["credit/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
+    metrics["credit/std"] = _std(advantages)
     process = forest.token["process"][forest.active] if "process" in forest.token else torch.zeros_like(advantages)
     outcome = advantages - process
     size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
@@ -59,6 +61,39 @@ def _groups(forest: Forest, judged: torch.Tensor) -> dict[str, float]:
     }
 
 
+def _siblings(forest: Forest) -> dict[str, float]:
+    """Sizes of the trees; over all depths and for each the share of sibling groups kept, and spreads."""
+    judged, depth, kept = forest.judged, forest.segment["depth"], forest.segment["kept"]
+    _, size = mean_by(judged.float(), forest.siblings, where=judged)
+    first = torch.zeros_like(judged)  # one segment of each group of at least two judged ones
+    rows = (judged & (size > 1)).nonzero().squeeze(1)
+    groups, number = forest.siblings[rows].unique(return_inverse=True)
+    first[torch.zeros_like(groups).scatter_reduce(0, number, rows, "amin", include_self=False)] = True
+    kept_groups = mean_by(kept.float(), forest.siblings, where=judged)[0] > 0
+    sampled, token_segment = forest.token_sampled.float(), forest.token["segment"]
+    tokens = segment_sum(sampled, token_segment, forest.num_segments).clamp(min=1)
+    advantage = segment_sum(forest.token["advantages"] * sampled, token_segment, forest.num_segments) / tokens
+    found = {
+        "tree/segments": forest.num_segments / max(1, forest.num_trees),
+        "tree/leaves": float(forest.segment["is_leaf"].sum()) / max(1, forest.num_trees),
+        "group/siblings": float(first.sum()),
+        "group/kept": _mean(kept_groups[first].float()),
+    }
+    for level in range(int(depth.max()) + 1 if len(depth) else 0):
+        here = depth == level
+        found[f"group/siblings_{level + 1}"] = float((first & here).sum())
+        found[f"group/kept_{level + 1}"] = _mean(kept_groups[first & here].float())
+        found[f"value/std_{level + 1}"] = _std(forest.segment["value"][judged & here])
+        found[f"credit/std_{level + 1}"] = _std(advantage[kept & here])
+    return found
+
+
+def _lengths(forest: Forest) -> torch.Tensor:
+    """[num_segments] sampled tokens from the prompt to the end of each segment."""
+    length = forest.segment["length"] * forest.segment["sampled"]
+    return (forest.sum_over_ancestors(length) + length).float()
+
+
 def _reward_parts(forest: Forest) -> dict[str, float]:
     parts: dict[str, list[float]] = {}
     for detail in forest.details:
@@ -73,6 +108,10 @@ def _failures(forest: Forest, leaf: torch.Tensor) -> dict[str, float]:
     failed = [set(detail["extra"].get("failures", {}).values()) for detail in forest.details]
     total = max(1, int(leaf.sum()))
     return {f"reward/{kind}": sum(kind in kinds for kinds in failed) / total for kind in ("timeout", "error")}
+
+
+def _std(values: torch.Tensor) -> float:
+    return float(values.std()) if len(values) > 1 else 0.0
 
 
 def _mean(values: torch.Tensor) -> float:

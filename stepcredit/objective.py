@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.ops import KL_ESTIMATORS, MAX_LOG_RATIO, TokenScores, segment_sum
 
@@ -62,6 +63,19 @@ AGGREGATORS = {
 }
 
 
+def _by_depth(forest: Forest, weights: Tensor, depth_weights: tuple[float, ...]) -> Tensor:
+    """Weights times those of their depth, scaled to the sum that they had."""
+    depth = forest.segment["depth"]
+    if len(depth) and int(depth.max()) >= len(depth_weights):
+        raise UserError(
+            f"objective.depth_weights has {len(depth_weights)} numbers; there are segments of {int(depth.max()) + 1} "
+            "depths, give one for each"
+        )
+    changed = weights * torch.tensor(depth_weights)[depth][forest.token["segment"]]
+    total = changed.sum()
+    return changed * (weights.sum() / total) if float(total) > 0 else changed
+
+
 # ---------------------------------------------------------------------- surrogates: loss per token
 
 
@@ -78,6 +92,8 @@ class Objective:
         kl_coef, entropy_coef: 0 is off.
         constant: divisor of sum_over_constant.
         unit: what counts as one sequence in the weights; None takes completions in flat forests, segments in others.
+        depth_weights: of the segments of each depth, from the prompt down; their sum over the forest stays what it was.
+            Empty: all alike.
     """
 
     surrogate: Literal["clip", "reinforce"] = "clip"
@@ -90,6 +106,7 @@ class Objective:
     entropy_coef: float = 0.0
     constant: float = 1.0
     unit: Unit | None = None
+    depth_weights: tuple[float, ...] = ()
 
     @property
     def kl_in_loss(self) -> bool:
@@ -106,7 +123,8 @@ class Objective:
     def weights(self, forest: Forest) -> Tensor:
         """The weight column of one optimiser step, [num_tokens]."""
         unit = self.unit or ("completion" if forest.is_flat else "segment")
-        return AGGREGATORS[self.aggregate](forest, unit, self.constant)
+        weights = AGGREGATORS[self.aggregate](forest, unit, self.constant)
+        return _by_depth(forest, weights, self.depth_weights) if self.depth_weights else weights
 
     def has_gradient(self, forest: Forest) -> Tensor:
         """[num_tokens] tokens whose loss can have a gradient: of non-zero weight, and advantage unless regularised."""

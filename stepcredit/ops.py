@@ -63,7 +63,7 @@ def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tenso
     """
     group, num_groups = _group_ids((key,))
     rows = torch.ones_like(key, dtype=torch.bool) if where is None else where
-    empty = torch.full((num_groups,), -torch.inf)
+    empty = torch.full((num_groups,), -torch.inf, dtype=values.dtype)
     high = empty.scatter_reduce(0, group[rows], values[rows], "amax")
     low = -empty.scatter_reduce(0, group[rows], -values[rows], "amax")
     return (high - low).clamp(min=0)[group]

@@ -23,6 +23,7 @@ TOKEN_COLUMNS = (
     "token_rewards",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
+CREDIT_FIELDS = ("value", "pruned", *CREDIT_COLUMNS)
 SEGMENT_FIELDS = ("parent", "token_ids", "finish", "sampled", "masked", "reward", "rewards", "logprobs", *TOKEN_COLUMNS)
 TREE_FIELDS = ("version", "id", "iteration", "prompt", "prompt_ids", "segments")
 
@@ -80,8 +81,12 @@ def _segment_record(segment: Segment, text: str | None) -> dict[str, Any]:
         record["sampled"] = False
     if segment.masked:
         record["masked"] = True
+    if segment.pruned:
+        record["pruned"] = True
+    if segment.value is not None:
+        record["value"] = _short(segment.value)
     for name, values in segment.columns.items():
-        if name in TOKEN_COLUMNS or name in CREDIT_COLUMNS:
+        if name in TOKEN_COLUMNS or (name in CREDIT_COLUMNS and not segment.pruned):
             record[name] = [_short(value) for value in values]
     if segment.reward is not None:
         record["reward"] = segment.reward
@@ -145,7 +150,7 @@ def _segment(record: Any, where: str) -> Segment:
             if column in columns:
                 raise UserError(f"{where}: both '{column}' and its alias '{name}' are given; keep one")
             columns[column] = _column(record[name], f"{where}: {name}", len(record["token_ids"]))
-    extra = {key: value for key, value in record.items() if key not in SEGMENT_FIELDS and key not in CREDIT_COLUMNS}
+    extra = {key: value for key, value in record.items() if key not in SEGMENT_FIELDS and key not in CREDIT_FIELDS}
     return Segment(
         token_ids=record["token_ids"],
         parent=parent,

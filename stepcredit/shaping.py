@@ -11,9 +11,14 @@ Shaper = Callable[[Forest], Forest]
 
 
 def mask_truncated(forest: Forest) -> Forest:
-    """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering)."""
-    truncated = forest.segment["is_leaf"] & (forest.segment["finish"] == FINISH_CODE["length"])
-    return forest.with_segment(mask=forest.segment["mask"] & ~truncated[forest.leaf])
+    """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering).
+
+    Of a segment that completions share it is enough that one of them is not truncated.
+    """
+    ended = forest.segment["is_leaf"] & (forest.segment["finish"] != FINISH_CODE["length"])
+    for level in forest.levels_deepest_first():
+        ended[forest.segment["parent"][level[ended[level]]]] = True
+    return forest.with_segment(mask=forest.segment["mask"] & ended)
 
 
 def drop_uniform(forest: Forest) -> Forest:

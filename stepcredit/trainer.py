@@ -19,11 +19,12 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.evaluate import evaluate
 from stepcredit.forest import Forest
-from stepcredit.growth import flat, sampling_seed
+from stepcredit.growth import sampling_seed
 from stepcredit.interrupt import Interrupted, StopRequest
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
 from stepcredit.ops import kl_k1
+from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
 from stepcredit.state import random_state, set_random_state
 from stepcredit.tracking import Tracker
@@ -168,8 +169,7 @@ class Trainer:
         problems = self.rollouts.task.draw(start, count)
         seeds = [sampling_seed(self.config.train.seed, TRAINING, start + number) for number in range(count)]
         rollouts = self.rollouts
-        size = self.config.growth.group_size
-        return flat(rollouts.sampler, problems, rollouts.encode, size, rollouts.params, seeds), start + count
+        return rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds), start + count
 
     def penalised(self, forest: Forest) -> Forest:
         """Token rewards less the k1 penalty, when the KL term acts in the reward."""
@@ -217,7 +217,9 @@ class Trainer:
         segments[step.token["segment"][self.objective.has_gradient(step)]] = True
         if not bool(segments.any()):
             return {"optim/skipped": 1.0}
-        step = step.select(segments)
+        whole, step = step, step.select(segments)
+        by_node = self.objective.unit == "segment"
+        unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
         while True:
             parts = self.policy.parts(step, self.max_tokens)
             try:
@@ -243,7 +245,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
-        return sum_parts(rows, counted) | flags
+        return sum_parts(rows, counted) | flags | {"tokens/unshared": float(unshared)}
 
     def accumulate(self, parts: list[Forest]) -> tuple[list[dict[str, float]], int]:
         """Add up the gradient of an optimiser step; the metrics of its parts and the number of weighted tokens."""
@@ -372,4 +374,6 @@ def average(rows: list[dict[str, float]]) -> dict[str, float]:
         merged[name] = (
             total if name.startswith("tokens/") else max(values) if name.endswith("_max") else total / len(values)
         )
+    if "tokens/computed" in merged:
+        merged["tokens/sharing"] = merged["tokens/unshared"] / merged["tokens/computed"]
     return merged

@@ -51,6 +51,8 @@ class Segment:
         reward: outcome of the completion that ends here (leaves only); None means unjudged.
         rewards: the named parts of `reward`.
         masked: True when a shaper took it out of the loss.
+        value: what the credit function took the segment to be worth; never read.
+        pruned: True when the credit function left it out of the loss; never read.
         columns: per-token columns by name ("rollout_logprobs", "old_logprobs", "token_rewards" ...).
         extra: anything else that a record carried; kept, never read.
     """
@@ -62,6 +64,8 @@ class Segment:
     reward: float | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     masked: bool = False
+    value: float | None = None
+    pruned: bool = False
     columns: dict[str, Sequence[float]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -19,6 +19,7 @@ VARIANTS = [
     ("reward_to_go", {"baseline": "none"}),
     *(("spro", option) for option in ({"beta": 2.0}, {"uniform": "drop"}, {"normalize": "batch"}, {"sign": -1.0})),
     ("spro", {"cumsum": False, "uniform": "drop", "normalize": "batch"}),
+    *(("treerpo", {"scale": scale, "tau": 0.0}) for scale in ("variance", "sqrt", "std", "none")),
 ]
 variants = pytest.mark.parametrize("name, options", VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
 Rewards = Sequence[Sequence[float | None]]
@@ -58,6 +59,17 @@ def random_trees(
 
 def random_forest(seed: int, kind: str = "flat", **options) -> Forest:
     return Forest.from_trees(random_trees(seed, kind, **options))
+
+
+def squeezed(trees: list[Tree]) -> list[Tree]:
+    """The same trees with values in [0, 1], token rewards included: up to 54 tokens of 1/128 and a reward of 1/2."""
+    for tree in trees:
+        for segment in tree.segments:
+            if "token_rewards" in segment.columns:
+                segment.columns["token_rewards"] = [abs(x) / 128 for x in segment.columns["token_rewards"]]
+            if segment.reward is not None:
+                segment.reward /= 2
+    return trees
 
 
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:

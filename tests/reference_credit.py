@@ -1,12 +1,15 @@
 """The credit functions once more, slowly: plain Python over completions, written from the papers' formulas.
 
-`advantages(name, trees, **options)` gives one number per token, in the order of the trees, segments and tokens.
+`advantages(name, trees, **options)` gives one number per token, in the order of the trees, segments and tokens;
+`steps(name, tree, **options)` what a credit of trees says of each segment.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum
+from fractions import Fraction
+from math import fsum, sqrt
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from stepcredit.types import Tree
 
@@ -173,6 +176,64 @@ def reinforce_pp_baseline(groups: list[Group]) -> list[Rows]:
     return whitened([dr_grpo(group) if group else [] for group in groups])
 
 
+# ---------------------------------------------------------------------- trees, in exact fractions
+
+
+class Step(NamedTuple):
+    """A segment; its value is None where it is unjudged."""
+
+    value: Fraction | None
+    advantage: float
+    kept: bool
+
+
+def value(tree: Tree, index: int) -> Fraction | None:
+    """Its own token rewards, and the leaf's reward or the mean value of the judged children."""
+    segment = tree.segments[index]
+    children = [child for child, other in enumerate(tree.segments) if other.parent == index]
+    judged = [found for child in children if (found := value(tree, child)) is not None]
+    if not judged and (children or segment.reward is None):
+        return None
+    own = segment.columns.get("token_rewards", []) if segment.sampled else []
+    return sum(map(Fraction, own), mean(judged) if judged else Fraction(segment.reward))
+
+
+def treerpo(
+    own: Fraction, group: list[Fraction], scale: str = "variance", tau: float = 0.1, at_tau: str = "drop"
+) -> tuple[float, bool]:
+    """Eq. 4 of TreeRPO with its divisor and others, and whether the range of the group is above tau."""
+    spread, limit, centre = max(group) - min(group), Fraction(str(tau)), mean(group)
+    kept = spread > limit or (at_tau == "keep" and spread == limit)
+    if spread == 0:
+        return 0.0, kept
+    divisor = {
+        "variance": lambda: centre * (1 - centre) + EPS,
+        "sqrt": lambda: sqrt(centre * (1 - centre)) + EPS,
+        "std": lambda: stdev(group) + EPS,
+        "none": lambda: 1.0,
+    }[scale]()
+    return float(own - centre) / float(divisor), kept
+
+
+def spo_tree(own: Fraction, group: list[Fraction]) -> tuple[float, bool]:
+    advantage = own - mean(group)
+    return float(advantage), advantage != 0
+
+
+BY_SIBLINGS = {"treerpo": treerpo, "spo_tree": spo_tree}
+
+
+def steps(name: str, tree: Tree, **options) -> list[Step]:
+    """Every segment compared with the judged ones that follow the same segment, or the prompt."""
+    values = [value(tree, index) for index in range(len(tree.segments))]
+    found = []
+    for own, segment in zip(values, tree.segments, strict=True):
+        beside = [x for x, other in zip(values, tree.segments, strict=True) if other.parent == segment.parent]
+        group = [x for x in beside if x is not None]
+        found.append(Step(None, 0.0, False) if own is None else Step(own, *BY_SIBLINGS[name](own, group, **options)))
+    return found
+
+
 BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go}
 BY_BATCH = {
     "spro": spro,
@@ -184,6 +245,13 @@ BY_BATCH = {
 
 def advantages(name: str, trees: Sequence[Tree], **options) -> list[float]:
     """One number per token of the trees; 0 for unsampled tokens and unjudged completions."""
+    if name in BY_SIBLINGS:
+        return [
+            step.advantage * segment.sampled
+            for tree in trees
+            for step, segment in zip(steps(name, tree, **options), tree.segments, strict=True)
+            for _ in segment.token_ids
+        ]
     groups = [judged_completions(tree) for tree in trees]
     if name in BY_BATCH:
         values = BY_BATCH[name](groups, **options)

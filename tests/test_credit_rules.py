@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from builders import LOGPROBS, VARIANTS, flat_forest, is_near, random_forest, random_trees, run, variants
+from builders import LOGPROBS, VARIANTS, flat_forest, is_near, random_forest, random_trees, run, squeezed, variants
 from torch import Tensor
 
 from stepcredit.credit import CREDIT
@@ -138,7 +138,7 @@ def test_msa_of_uniform_groups_is_kept_or_dropped():
 
 def test_tool_tokens_and_what_they_carry_have_no_effect():
     """(g) undefined log-probabilities and rewards of tokens that were not sampled change nothing; they get 0."""
-    trees = random_trees(7, "chain", unsampled=0.4, columns=(*LOGPROBS, "token_rewards"))
+    trees = squeezed(random_trees(7, "chain", unsampled=0.4, columns=(*LOGPROBS, "token_rewards")))
     forest = Forest.from_trees(trees)
     tool = ~forest.token_sampled
     assert tool.any()

@@ -22,7 +22,7 @@ def accuracy() -> dict[str, float]:
 
     def correct(count: int, temperature: float) -> torch.Tensor:
         params = SamplingParams(temperature=temperature, max_new_tokens=128)
-        forest = judge(flat(sampler, held_out, encode, count, params, range(len(held_out))))
+        forest = judge(flat(sampler, held_out, encode, params, range(len(held_out)), count))
         return (forest.segment["reward"] == 1).float().reshape(len(held_out), count)
 
     sampled = correct(8, 1.0)

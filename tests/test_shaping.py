@@ -3,7 +3,6 @@
 import pytest
 from builders import flat_forest, random_forest, run
 
-from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.objective import Objective
 from stepcredit.shaping import SHAPERS, drop_uniform, mask_truncated, shuffle_rewards
@@ -31,10 +30,34 @@ def test_rewards_of_truncated_completions_stay_in_the_baseline():
     assert run(masked, "rloo").equal(run(forest, "rloo"))
 
 
-def test_masking_truncated_completions_takes_flat_forests():
-    """In a branching tree a truncated leaf does not own its ancestors."""
-    with pytest.raises(UserError, match="flat forests"):
-        mask_truncated(random_forest(0, "deep"))
+def test_truncated_leaves_of_a_branching_tree():
+    """A truncated leaf is masked, its siblings are not; an inner segment is where all its leaves are truncated."""
+    leaf = {"reward": 0.0, "finish": "length"}
+    segments = [
+        Segment([1], finish="cut"),
+        Segment([2], 0, **leaf),
+        Segment([3], 0, finish="cut"),
+        Segment([4], 2, reward=1.0),
+        Segment([5], 2, **leaf),
+        Segment([6], finish="cut"),
+        Segment([7], 5, finish="cut"),
+        Segment([8], 6, **leaf),
+        Segment([9], 5, **leaf),
+        Segment([10], reward=1.0),
+    ]
+    forest = mask_truncated(Forest.from_trees([Tree(Problem(), [1], segments)]))
+    kept = [0, 2, 3, 9]
+    assert forest.segment["mask"].nonzero().squeeze(1).tolist() == kept
+    weights = [1 / len(kept) if index in kept else 0 for index in range(len(segments))]
+    assert Objective().weights(forest).tolist() == weights
+
+
+def test_masked_truncated_leaves_stay_in_the_values():
+    """Masking changes no credit of trees either."""
+    forest = random_forest(0, "deep")
+    masked = mask_truncated(forest)
+    assert not masked.segment["mask"].all() and masked.segment["mask"].any()
+    assert run(masked, "spo_tree").equal(run(forest, "spo_tree"))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def sample(words: Sequence[str]) -> int:
     given, own = parse(words, {"prompt": None, "out": None}, "sample")
     given = {"eval": {"num_problems": 3}, "growth": {"group_size": 4}} | given
     config, out = looking(given), output_file(own)
-    from stepcredit.growth import flat, sampling_seed
+    from stepcredit.growth import sampling_seed
     from stepcredit.records import write_trees
     from stepcredit.types import Problem
 
@@ -49,7 +49,7 @@ def sample(words: Sequence[str]) -> int:
     else:
         problems = rollouts.task.held_out(config.eval.num_problems)
     seeds = [sampling_seed(config.train.seed, 1, number) for number in range(len(problems))]
-    forest = flat(rollouts.sampler, problems, rollouts.encode, config.growth.group_size, rollouts.params, seeds)
+    forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
     if "prompt" not in own:
         forest = rollouts.judge(forest)
     trees = forest.to_trees()

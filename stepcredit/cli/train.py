@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
     beside.replace(run_dir / "config.yaml")
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
-        f"{config.train.problems_per_iteration} problems x {config.growth.group_size} completions, in {run_dir}",
+        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}",
         highlight=False,
         soft_wrap=True,
     )
@@ -101,6 +101,13 @@ def main(words: Sequence[str]) -> int:
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise
+
+
+def _size(config: Config) -> str:
+    growth = config.growth
+    if growth.name == "flat":
+        return f"{growth.group_size} completions"
+    return f"trees of {growth.num_branches} branches, {growth.depth} deep"
 
 
 def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:

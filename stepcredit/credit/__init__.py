@@ -8,7 +8,9 @@ from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_op
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
+from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
+from stepcredit.credit.treerpo import treerpo
 
 CREDIT: dict[str, CreditFunction] = {
     "grpo": grpo,
@@ -19,6 +21,8 @@ CREDIT: dict[str, CreditFunction] = {
     "reward_to_go": reward_to_go,
     "opo": opo,
     "spro": spro,
+    "treerpo": treerpo,
+    "spo_tree": spo_tree,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

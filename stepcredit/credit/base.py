@@ -1,7 +1,7 @@
 """What every credit function is built from, and how one is called safely.
 
 A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradient, finite everywhere. It may return
-`CreditParts` instead, when it adds a process part to an outcome part. `@credit` declares what it needs.
+`CreditParts` instead, when there is more to say. `@credit` declares what it needs.
 """
 
 import inspect
@@ -21,10 +21,18 @@ STD_EPS = 1e-6
 
 
 class CreditParts(NamedTuple):
-    """Advantages as a sum: `outcome` + `process`, each [num_tokens]."""
+    """Advantages as a sum, and what a function of trees knows of segments.
+
+    Attributes:
+        outcome, process: [num_tokens] each; the advantage is their sum.
+        value: [num_segments] what each segment is worth; unjudged ones are not looked at.
+        kept: [num_segments] False for segments that leave the loss and its denominators.
+    """
 
     outcome: Tensor
-    process: Tensor
+    process: Tensor | None = None
+    value: Tensor | None = None
+    kept: Tensor | None = None
 
 
 CreditFunction = Callable[..., Tensor | CreditParts]
@@ -77,7 +85,9 @@ def check_options(name: str, function: CreditFunction, options: Mapping[str, Any
 
 
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
-    """Run a credit function: the forest with the token columns `advantages` and, where there is one, `process`.
+    """Run a credit function: the forest with the token column `advantages` and what else it gives.
+
+    That is the token column `process` and the segment columns `value` and `kept`.
 
     Raises:
         UserError: a column or a flat forest is missing, or the function returns the wrong length or a value that is
@@ -93,21 +103,31 @@ def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping
         result = function(forest, **options)
     if not isinstance(result, (Tensor, CreditParts)):
         raise UserError(f"credit '{name}' returned a {type(result).__name__}; expected a tensor [num_tokens]")
-    columns = {"advantages": result} if isinstance(result, Tensor) else _add(result)
-    for column, values in columns.items():
-        if values.shape != (forest.num_tokens,):
-            raise UserError(
-                f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for "
-                f"each of the {forest.num_tokens} tokens"
-            )
-        if not bool(values.isfinite().all()):
-            segment = int(forest.token["segment"][(~values.isfinite()).nonzero()[0]])
-            raise UserError(f"credit '{name}': {column} is not finite in {forest.describe_segment(segment)}")
-    return forest.with_token(**{column: values.float() for column, values in columns.items()})
+    parts = CreditParts(result) if isinstance(result, Tensor) else result
+    tokens = {"advantages": parts.outcome if parts.process is None else parts.outcome + parts.process}
+    if parts.process is not None:
+        tokens["process"] = parts.process
+    for column, values in tokens.items():
+        _check(forest, name, column, values, forest.token["segment"], "tokens")
+    rows = torch.arange(forest.num_segments)
+    segments = {} if parts.value is None else {"value": parts.value.float()}
+    segments |= {} if parts.kept is None else {"kept": parts.kept}
+    for column, values in segments.items():
+        _check(forest, name, column, values, rows, "segments")
+    forest = forest.with_segment(**segments)
+    return forest.with_token(**{column: values.float() for column, values in tokens.items()})
 
 
-def _add(parts: CreditParts) -> dict[str, Tensor]:
-    return {"advantages": parts.outcome + parts.process, "process": parts.process}
+def _check(forest: Forest, name: str, column: str, values: Tensor, segment_of: Tensor, rows: str) -> None:
+    """Raise `UserError` unless `values` has a finite number for each row; `segment_of` names the segment of each."""
+    if values.shape != segment_of.shape:
+        raise UserError(
+            f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for "
+            f"each of the {len(segment_of)} {rows}"
+        )
+    if not bool(values.isfinite().all()):
+        segment = int(segment_of[(~values.isfinite()).nonzero()[0]])
+        raise UserError(f"credit '{name}': {column} is not finite in {forest.describe_segment(segment)}")
 
 
 # ---------------------------------------------------------------------- completions of flat forests

@@ -122,6 +122,11 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True) -> list[Forest]:
     return result
 
 
+def unshared_positions(forest: Forest, segments: Tensor | None = None) -> int:
+    """Token positions that one row for each of these segments (bool) would compute, by default for each completion."""
+    return int(forest.path_length[forest.ends if segments is None else segments].sum())
+
+
 def _leaves_by_subtree(forest: Forest) -> list[int]:
     """The ends of the forest, those of a subtree together, trees with short prompts first."""
     children: dict[int, list[int]] = defaultdict(list)  # of a segment, or of a tree as -1 - tree

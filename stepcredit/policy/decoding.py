@@ -57,6 +57,29 @@ class Prefix:
             run = run.above
         return [run, *reversed(runs)]
 
+    def split(self, length: int) -> "Prefix":
+        """Cut it behind so many of its tokens: the first part, which this one, now the rest, goes on from."""
+        first = self._part(slice(length))
+        self.keys, self.values = ([one[:, length:] for one in pair] for pair in (self.keys, self.values))
+        self.above, self.start = first, first.end
+        return first
+
+    def without_last(self) -> "Prefix":
+        """The same without its last token; it must not be the first of the prompt."""
+        if self.keys[0].shape[1] == 1:
+            assert self.above is not None
+            return self.above
+        return self._part(slice(-1))
+
+    def _part(self, tokens: slice) -> "Prefix":
+        keys, values = ([one[:, tokens] for one in pair] for pair in (self.keys, self.values))
+        return Prefix(keys, values, self.above)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its keys and values."""
+        return sum(one.nbytes for pair in (self.keys, self.values) for one in pair)
+
     def next_logits(self) -> Tensor:
         assert self.logits is not None, "the last token of this prefix was not encoded"
         return self.logits
@@ -190,6 +213,13 @@ class ForestRows:
             else:
                 longer.append(Prefix(keys, values, prefix, logits[number]))
         return longer
+
+    def read_last(self, prefixes: Sequence[Prefix], tokens: Sequence[int]) -> None:
+        """Give prefixes their logits, in one call; `tokens` are their last ones."""
+        rows = ForestRows(self.policy, len(prefixes), 1)
+        rows.begin([prefix.without_last() for prefix in prefixes])
+        for prefix, logits in zip(prefixes, rows.step(torch.tensor(tokens, device=self.device)), strict=True):
+            prefix.logits = logits
 
     def begin(self, prefixes: Sequence[Prefix]) -> None:
         """Add rows, each going on from a prefix."""

@@ -96,8 +96,7 @@ class Policy(nn.Module):
         empty = (prompt_length == 0).nonzero()
         if len(empty):
             raise UserError(f"tree '{forest.problems[int(empty[0])].id}' has no prompt tokens to go on from")
-        path_length = prompt_length[forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
-        self.check_length(int(path_length.max()))
+        self.check_length(int(forest.path_length.max()))
         wanted = forest.token_sampled
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
@@ -129,8 +128,7 @@ class Policy(nn.Module):
         """Token positions that the forward of a forest computes."""
         if self.path != "plain":
             return forest.num_tokens + len(forest.prompt_ids)
-        length = forest.tree["prompt_length"][forest.segment["tree"]] + forest.path_offset + forest.segment["length"]
-        return int(forest.ends.sum()) * int(length.max())
+        return int(forest.ends.sum()) * int(forest.path_length.max())
 
     def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""

@@ -18,6 +18,7 @@ from stepcredit.errors import UserError
 from stepcredit.policy.decoding import CachedRows, ForestRows, Prefix
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.head import LEAST
+from stepcredit.samplers.kept import Kept
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.types import Segment
 
@@ -34,13 +35,25 @@ class TransformersSampler:
         policy: the model; always current, so `sync` only lets go of what was kept.
         max_rows: completions decoded at once.
         on_progress: called with the number of completions that finished since the last call.
+        keep_mb: memory for keys and values that are held from one call to the next.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = 512, on_progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        max_rows: int = 512,
+        on_progress: Callable[[int], None] | None = None,
+        keep_mb: float = 4096,
+    ) -> None:
         self.policy = policy
         self.max_rows = max_rows
         self.on_progress = on_progress or (lambda _: None)
-        self.kept: dict[tuple[int, ...], Prefix] = {}
+        self.kept = Kept(keep_mb * 2**20)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The model's own."""
+        return tuple(self.policy.stop_token_ids)
 
     def sync(self, policy: Policy) -> None:
         """Take over new weights; they are shared here, but what was kept came from the old ones."""
@@ -53,23 +66,28 @@ class TransformersSampler:
         n: int,
         params: SamplingParams,
         seeds: Sequence[int],
-        keep: bool = False,
+        limits: Sequence[int] | None = None,
+        keep: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]:
         """Draw `n` completions of each prompt.
 
         Args:
             prompts: token ids, none empty.
             seeds: one for each prompt; the same seed, prompt and weights give the same completions.
-            keep: hold keys and values until `sync`, for a later call whose prompts are these completions behind their
-                prompts: nothing of them is encoded again. Only on the forest path; elsewhere it changes nothing.
+            limits: most new tokens of each prompt's completions, in place of `params.max_new_tokens`.
+            keep: from the token ids of a completion, how many of them, from its first on, later prompts may have behind
+                this one's prompt. Their keys and values are held until `sync`, so that such a prompt is not encoded
+                again. Only on the forest path; elsewhere it changes nothing.
 
         Returns:
             For each prompt `n` segments with the stop token included, and the columns `rollout_logprobs` (of the full
             distribution at the temperature, before top-p/top-k; at temperature 0 of temperature 1) and `entropy`.
         """
-        kept = self.kept if keep and self.policy.path == "forest" else None
+        limits = [params.max_new_tokens] * len(prompts) if limits is None else limits
+        kept, keep = (self.kept, keep) if self.policy.path == "forest" else (Kept(), None)
         with self.policy.autocast_context():
-            return _Decoding(self.policy, prompts, n, params, seeds, self.max_rows, self.on_progress, kept).run()
+            decoding = _Decoding(self.policy, prompts, n, params, seeds, limits, self.max_rows, self.on_progress)
+            return decoding.run(kept, keep)
 
 
 class _Decoding:
@@ -82,24 +100,23 @@ class _Decoding:
         n: int,
         params: SamplingParams,
         seeds: Sequence[int],
+        limits: Sequence[int],
         max_rows: int,
         on_progress: Callable[[int], None],
-        kept: dict[tuple[int, ...], Prefix] | None,
     ) -> None:
-        policy.check_length(max(map(len, prompts), default=0) + params.max_new_tokens)
+        policy.check_length(max((len(prompt) + most for prompt, most in zip(prompts, limits, strict=True)), default=0))
         self.prompts, self.n, self.params, self.seeds = prompts, n, params, seeds
-        self.max_rows, self.on_progress, self.kept = max_rows, on_progress, kept
-        self.device = policy.device
+        self.max_rows, self.on_progress = max_rows, on_progress
+        self.device, self.longest = policy.device, max(limits, default=0)
         stop = policy.stop_token_ids if params.stop_token_ids is None else list(params.stop_token_ids)
         self.stop = torch.tensor(stop, dtype=torch.long, device=self.device)
         total = len(prompts) * n
         self.begun: dict[tuple[int, ...], Prefix] = {}  # the last prompt: the rest of its group may be waiting
         self.batch: ForestRows | CachedRows = (
-            ForestRows(policy, min(max_rows, total), params.max_new_tokens)
-            if policy.path == "forest"
-            else CachedRows(policy)
+            ForestRows(policy, min(max_rows, total), self.longest) if policy.path == "forest" else CachedRows(policy)
         )
-        shape = (total, params.max_new_tokens)
+        self.last = torch.tensor(limits, dtype=torch.long, device=self.device).repeat_interleave(n) - 1
+        shape = (total, self.longest)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logprobs = torch.zeros(shape, device=self.device)
         self.entropy = torch.zeros(shape, device=self.device)
@@ -113,19 +130,23 @@ class _Decoding:
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)
         self.logits: Tensor | None = None  # [rows, vocabulary] of the next token
 
-    def run(self) -> list[list[Segment]]:
+    def run(self, kept: Kept, keep: Callable[[list[int]], int] | None) -> list[list[Segment]]:
+        self.kept, self.keep = kept, keep
+        for prompt in self.prompts:  # now: what rows go on from must not be split
+            if kept.cut(prompt) is None:
+                kept.cut(prompt[:-1])
         every = CHECK_EVERY.get(self.device.type, CHECK_EVERY_ELSEWHERE)
         for step in count(1):
             if not len(self.row) and not self.waiting:
                 break
             self._join()
             token = self._draw()
-            keep = self._ended() if step % every == 0 else None
-            if keep is not None:
-                token = token[self._drop(keep)]
+            alive = self._ended() if step % every == 0 else None
+            if alive is not None:
+                token = token[self._drop(alive)]
             if len(self.row):
                 self.logits = self.batch.step(token)
-        for prefix in () if self.kept is None else self.kept.values():
+        for prefix in kept:
             prefix.detach()
         return self._segments()
 
@@ -143,7 +164,7 @@ class _Decoding:
         prompts = sorted({row // self.n for row in rows})
         for prompt in prompts:
             generator = torch.Generator().manual_seed(self.seeds[prompt])
-            noise = torch.rand(self.params.max_new_tokens, self.n, generator=generator)
+            noise = torch.rand(self.longest, self.n, generator=generator)
             self.uniform[prompt * self.n : (prompt + 1) * self.n] = noise.T.to(self.device)
         place = {prompt: number for number, prompt in enumerate(prompts)}
         copies = [place[row // self.n] for row in rows]
@@ -156,26 +177,32 @@ class _Decoding:
         """Encode what is not kept, and let rows go on from it; `copies` numbers the prompt of each row."""
         if isinstance(self.batch, CachedRows):
             return self.batch.begin(prompts, copies)
-        known = self.begun if self.kept is None else self.kept
-        prefixes = {prompt: known[prompt] for prompt in prompts if prompt in known and known[prompt].logits is not None}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in prefixes]
-        longer = [prompt for prompt in missing if prompt[:-1] in known]
-        fresh = [prompt for prompt in missing if prompt[:-1] not in known]
-        if longer:
-            ends = [known[prompt[:-1]] for prompt in longer]
-            extended = self.batch.extend(ends, [prompt[-1] for prompt in longer])
-            prefixes |= zip(longer, extended, strict=True)
-            for end, whole in zip(ends, extended, strict=True):
+        distinct = list(dict.fromkeys(prompts))
+        known = {prompt: self._known(prompt) for prompt in distinct}
+        prefixes = {prompt: one for prompt, one in known.items() if one and (one.logits is not None or len(prompt) > 1)}
+        unread = [prompt for prompt in prefixes if prefixes[prompt].logits is None]
+        if unread:
+            self.batch.read_last([prefixes[prompt] for prompt in unread], [prompt[-1] for prompt in unread])
+        missing = [prompt for prompt in distinct if prompt not in prefixes]
+        shorter = {prompt: end for prompt in missing if (end := self._known(prompt[:-1])) is not None}
+        if shorter:
+            extended = self.batch.extend(list(shorter.values()), [prompt[-1] for prompt in shorter])
+            prefixes |= zip(shorter, extended, strict=True)
+            for end, whole in zip(shorter.values(), extended, strict=True):
                 if end.logits is None:  # no second copy of what the longer one has
                     end.keys, end.values = ([one[:, :-1] for one in pair] for pair in (whole.keys, whole.values))
-        if fresh:
+        if fresh := [prompt for prompt in missing if prompt not in shorter]:
             prefixes |= zip(fresh, self.batch.encode(fresh), strict=True)
-        if self.kept is not None:
-            self.kept |= prefixes
+        if self.keep is not None:
+            for prompt, prefix in prefixes.items():
+                self.kept.add(prompt, prefix)
         self.begun = {prompts[-1]: prefixes[prompts[-1]]}
         chosen = [prefixes[prompts[copy]] for copy in copies]
         self.batch.begin(chosen)
         return torch.stack([prefix.next_logits() for prefix in chosen])
+
+    def _known(self, prompt: tuple[int, ...]) -> Prefix | None:
+        return self.begun.get(prompt) or self.kept.get(prompt)
 
     def _next_rows(self, free: int, must: bool) -> list[int]:
         """Completions to start now: whole groups, so that a prompt is encoded once, unless one alone is too large."""
@@ -200,8 +227,8 @@ class _Decoding:
         """Draw one token for every row and record it for the live ones."""
         assert self.logits is not None
         row, live = self.row, self.alive
-        last = self.params.max_new_tokens - 1
-        step = self.count[row].clamp(max=last)
+        last = self.last[row]
+        step = torch.minimum(self.count[row], last)
         token, logprobs, entropy = draw(self.logits, self.uniform[row, step], self.params)
         for record, drawn in ((self.tokens, token), (self.logprobs, logprobs), (self.entropy, entropy)):
             record[row, step] = torch.where(live, drawn, record[row, step])
@@ -222,7 +249,7 @@ class _Decoding:
 
     def _drop(self, keep: np.ndarray) -> Tensor:
         """Let go of ended rows; the numbers that the others had."""
-        if self.kept is not None and isinstance(self.batch, ForestRows):
+        if self.keep is not None:
             self._keep((~keep).nonzero()[0])
         order = torch.from_numpy(self.batch.drop(keep)).to(self.device)
         self.row, self.alive = self.row[order], self.alive[order]
@@ -230,14 +257,16 @@ class _Decoding:
 
     def _keep(self, ended: np.ndarray) -> None:
         """Hold the keys and values of ended rows. Those of a row's last token are not computed yet."""
-        assert isinstance(self.batch, ForestRows) and self.kept is not None
-        rows = self.row.tolist()
+        assert isinstance(self.batch, ForestRows) and self.keep is not None
+        rows, count = self.row.tolist(), self.count.tolist()
         for place in ended.tolist():
-            encoded = int(self.count[rows[place]]) - 1
+            row = rows[place]
+            tokens = self.tokens[row, : count[row]].tolist()
+            encoded = min(self.keep(tokens), len(tokens) - 1)
             if encoded > 0:
-                path = (*self.prompts[rows[place] // self.n], *self.tokens[rows[place], :encoded].tolist())
+                path = (*self.prompts[row // self.n], *tokens[:encoded])
                 if path not in self.kept:
-                    self.kept[path] = self.batch.take(place, encoded)
+                    self.kept.add(path, self.batch.take(place, encoded))
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()

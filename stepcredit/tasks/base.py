@@ -11,10 +11,12 @@ class Task:
     Attributes:
         name: shown in logs.
         reward_functions: names or dotted paths used when the config names none.
+        step_delimiters: what ends a step of a completion, as `growth.step.delimiters` has it.
     """
 
     name = "task"
     reward_functions: tuple[str, ...] = ()
+    step_delimiters: tuple[str, ...] = ("newline",)
 
     def draw(self, start: int, count: int) -> list[Problem]:
         """Training problems number `start` .. `start + count`, in an order that depends on the seed alone."""

@@ -10,6 +10,7 @@ class EmbeddedTask(Task):
 
     name = "embedded chain task"
     reward_functions = ("chain",)
+    step_delimiters = (".",)  # a line ends with it
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -1,20 +1,20 @@
-"""Growing trees with a sampler: problems in, a forest out."""
+"""Groups: independent completions of each problem."""
 
 from collections.abc import Callable, Sequence
 
 from stepcredit.forest import Forest
+from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.types import Problem, Tree
 
 
 def flat(
-    sampler: TransformersSampler,
+    sampler: Sampler,
     problems: Sequence[Problem],
     encode: Callable[[Problem], list[int]],
-    group_size: int,
     params: SamplingParams,
     seeds: Sequence[int],
+    group_size: int,
 ) -> Forest:
     """`group_size` independent completions of each problem: trees of depth 1."""
     prompts = [encode(problem) for problem in problems]

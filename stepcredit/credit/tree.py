@@ -1,0 +1,48 @@
+"""What credit on trees is made of: values backed up from the leaves, and groups of siblings.
+
+The siblings of a segment are the segments that follow the same one, or the same prompt. Unjudged segments (without a
+judged completion through them) are in no mean and no group.
+"""
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+from stepcredit.ops import mean_by, segment_sum, spread_by
+
+SAME = 1e-6  # smaller differences are rounding: of rewards such as 0.1, or of means over unlike branches
+
+
+def values(forest: Forest) -> Tensor:
+    """[num_segments] fp64, the mean outcome below each segment; 0 where unjudged.
+
+    A leaf has its reward, any other segment the mean of its judged children, not of the leaves below it: the two differ
+    where some children end early. Token rewards, if there are any, are added up from each segment's first token on.
+    """
+    judged, parent = forest.judged, forest.segment["parent"]
+    own = torch.zeros(forest.num_segments, dtype=torch.float64)
+    if "token_rewards" in forest.token:
+        rewards = forest.token["token_rewards"].double() * forest.token_sampled
+        own = segment_sum(rewards, forest.token["segment"], forest.num_segments)
+    value = own + torch.where(forest.segment["is_leaf"], forest.segment["reward"], 0.0)
+    for level in forest.levels_deepest_first():
+        rows = level[judged[level]]
+        mean, _ = mean_by(value[rows], parent[rows])
+        value[parent[rows]] = own[parent[rows]] + mean
+    return torch.where(judged, value, 0.0)
+
+
+def sibling_mean(forest: Forest, value: Tensor) -> Tensor:
+    """[num_segments] mean value of the judged siblings, oneself included: the value of the parent."""
+    return mean_by(value, forest.siblings, where=forest.judged)[0]
+
+
+def sibling_range(forest: Forest, value: Tensor) -> Tensor:
+    """[num_segments] largest less smallest value among the judged siblings; just 0 where all are alike, or alone."""
+    spread = spread_by(value, forest.siblings, where=forest.judged)
+    return torch.where(spread > SAME, spread, 0.0)
+
+
+def to_tokens(forest: Forest, by_segment: Tensor) -> Tensor:
+    """[num_tokens] every sampled token gets its segment's number."""
+    return by_segment.float()[forest.token["segment"]] * forest.token_sampled

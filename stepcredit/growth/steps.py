@@ -1,0 +1,88 @@
+"""Where a step of a completion ends: after so many tokens, or after a token that holds a delimiter.
+
+Whether a step ends with a token depends on nothing that comes after it. Otherwise what follows a cut would not be drawn
+from the policy: a full stop before a space, say, would have children that all begin with a space.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SENTENCE_MARKS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")  # and the full-width ones
+CLOSING = " \t\"')]}*_\u201d\u2019"  # may stand behind the mark in the same token
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """
+    Attributes:
+        tokens: a step ends after so many tokens; None: however long it is.
+        delimiters: token ids that end the step that they stand in.
+
+    >>> StepRule(tokens=3).ends([5, 6, 7, 8, 9, 5, 6], most=9)
+    [3, 6]
+    >>> StepRule(delimiters=frozenset([9])).ends([5, 9, 9, 8, 9], most=9)
+    [2, 3]
+    """
+
+    tokens: int | None = None
+    delimiters: frozenset[int] = frozenset()
+
+    def ends(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """The number of tokens up to the end of each step, at most so many; the end of the whole is not one of them."""
+        found: list[int] = []
+        start = 0
+        for end, token in enumerate(token_ids[:-1], 1):
+            if len(found) >= most:
+                break
+            if token in self.delimiters or end - start == self.tokens:
+                found.append(end)
+                start = end
+        return found
+
+
+def step_rule(
+    tokens: int | None,
+    delimiters: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    of_task: Sequence[str] = ("newline",),
+) -> StepRule:
+    """The rule of a config.
+
+    Args:
+        delimiters: "newline", "sentence", "task" (what the task says, `of_task`), or any text; a token that holds one
+            ends a step.
+
+    Raises:
+        UserError: neither is given, or no token of the tokenizer holds a delimiter.
+    """
+    if tokens is None and not delimiters:
+        raise UserError("growth.step: give tokens (a number), delimiters (such as newline), or both")
+    names = [name for given in delimiters for name in (of_task if given == "task" else (given,))]
+    if not names:
+        return StepRule(tokens)
+    ids = list(range(len(tokenizer)))
+    texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=False)
+    ending: set[int] = set()
+    for name in names:
+        found = {token for token, text in zip(ids, texts, strict=True) if _ends_step(str(text), name)}
+        if not found:
+            raise UserError(
+                f"growth.step.delimiters: no token of this tokenizer holds {name!r} as a whole; take newline, "
+                "sentence, a shorter text, or growth.step.tokens"
+            )
+        ending |= found
+    return StepRule(tokens, frozenset(ending))
+
+
+def _ends_step(text: str, delimiter: str) -> bool:
+    if delimiter == "newline":
+        return "\n" in text
+    if delimiter == "sentence":
+        return "\n" in text or text.rstrip(CLOSING).endswith(SENTENCE_MARKS)
+    return delimiter in text
