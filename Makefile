@@ -46,6 +46,7 @@ soak: install
 bench: install
 	$(BIN)/python benchmarks/sampler.py $(ARGS)
 	$(BIN)/python benchmarks/forest.py $(ARGS)
+	$(BIN)/python benchmarks/treerpo.py $(ARGS)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py

@@ -13,7 +13,7 @@ from stepcredit.growth import Growth, TreeShape, flat, tree
 from stepcredit.growth.steps import step_rule
 from stepcredit.imports import by_name
 from stepcredit.judging import Judge
-from stepcredit.objective import Objective, Unit
+from stepcredit.objective import Objective
 from stepcredit.policy.forward import Policy
 from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
 from stepcredit.samplers.base import Sampler
@@ -56,7 +56,7 @@ def build_parts(config: Config) -> Parts:
     shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
     credit, assign_credit = build_credit(config.credit)
     _check_growth(config, credit)
-    objective = build_objective(config, "completion" if needs_of(credit).forests == "flat" else "segment")
+    objective = build_objective(config, credit)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)
     return Parts(task, rewards, weights, build_params(config), shapers, credit, assign_credit, objective)
@@ -146,8 +146,8 @@ def build_credit(config: CreditConfig) -> tuple[CreditFunction, Callable[[Forest
     return function, partial(assign, name=config.name, function=function, options=config.options)
 
 
-def build_objective(config: Config, unit: Unit | None = None) -> Objective:
-    """The objective; `unit` is what its weights count as one sequence."""
+def build_objective(config: Config, credit: CreditFunction) -> Objective:
+    """The objective; a credit for trees is weighed by segments, any other by completions."""
     given = config.objective
     if given.dual_clip and given.dual_clip <= 1:
         raise UserError(f"objective.dual_clip must be above 1 (or 0 for none), got {given.dual_clip}")
@@ -161,7 +161,7 @@ def build_objective(config: Config, unit: Unit | None = None) -> Objective:
         kl_coef=given.kl.coef,
         entropy_coef=given.entropy_coef,
         constant=float(config.sampler.max_new_tokens),
-        unit=unit,
+        unit="completion" if needs_of(credit).forests == "flat" else "segment",
         depth_weights=tuple(given.depth_weights),
     )
 

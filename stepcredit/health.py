@@ -54,6 +54,14 @@ ALARMS: dict[str, Alarm] = {
             "nothing is being learnt. Take easier or harder problems, or check the reward function"
         ),
     ),
+    "no siblings differ": Alarm(
+        lambda now, first: now.get("group/kept", 1.0) == 0.0,
+        lambda now, first: (
+            "no group of siblings had values further apart than the credit asks for, so the update was skipped "
+            "(optim/skipped counts them). Take more branches, easier or harder problems, or a smaller --credit.tau"
+        ),
+        after=1,
+    ),
     "rewards fail": Alarm(
         lambda now, first: _value(now, "reward/timeout") + _value(now, "reward/error") > 0.05,
         lambda now, first: (

@@ -29,11 +29,12 @@ from stepcredit.checkpoint import checkpoints
 from stepcredit.cli.main import main as stepcredit
 from stepcredit.policy.loading import load_policy
 
-COMMON = "--train.problems-per-iteration 4 --group-size 4 --eval.num-problems 4 --sampler.max-new-tokens 40"
+COMMON = "--train.problems-per-iteration 4 --eval.num-problems 4 --sampler.max-new-tokens 40"
 COMMON += " --iterations 5 --save-every 1 --eval-every 2 --rollouts.every 1"
 RUNS = {
-    "grpo": "--algorithm grpo --optim.num-epochs 2 --optim.num-minibatches 2",
-    "spro": "--algorithm spro",
+    "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2",
+    "spro": "--algorithm spro --group-size 4",
+    "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
 }
 UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share
 

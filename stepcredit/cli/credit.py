@@ -12,10 +12,12 @@ HELP = """\
 usage: stepcredit credit --in ROLLOUTS --out SCORED --credit.name NAME [--credit.option value ...]
 
 Reads rollouts (.jsonl or .jsonl.zst, one tree a line), computes advantages over the whole file and writes the same
-records with "advantages", "weights" and, where there is one, "process" in each segment. Needs no model.
+records with "advantages", "weights" and, where there are any, "process", "value" and "pruned" in each segment. Needs
+no model.
 
   --credit.name NAME           a name below, or the dotted path of your own function
   --credit.OPTION value        the function's own options (beta, leave_one_out, gamma, ...)
+  --objective.depth-weights X,Y   of segments by depth, from the prompt down
   --objective.aggregate NAME   how "weights" are made; the algorithm's own when not given
   --sampler.max-new-tokens N   the constant that dr_grpo's weights divide by
 
@@ -53,14 +55,14 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"{own['in']}: holds no rollouts")
     check_columns(own["in"], trees, needs_of(function).columns)
     forest = assign(Forest.from_trees(trees))
-    forest = forest.with_token(weights=build_objective(config).weights(forest))
+    forest = forest.with_token(weights=build_objective(config, function).weights(forest))
     beside = out.with_name(f".part-{out.name}")
     write_trees(beside, forest)
     beside.replace(out)
     metrics = forest_metrics(forest)
     sizes = f"{forest.num_trees} trees, {forest.num_segments} segments, {forest.num_tokens} tokens"
     print(f"{config.credit.name}: {sizes} -> {out}")
-    for key in ("credit/std", "credit/process_ratio", "group/uniform", "group/singleton", "group/unjudged"):
-        if key in metrics:
-            print(f"  {key:22}{metrics[key]:.4g}")
+    for key, value in metrics.items():
+        if key.startswith(("tree/", "group/", "value/", "credit/")):
+            print(f"  {key:22}{value:.4g}")
     return 0

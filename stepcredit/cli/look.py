@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from stepcredit.algorithms import algorithm
 from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import Config, resolve
 from stepcredit.errors import UserError
@@ -29,6 +30,7 @@ Prints completions with their rewards.
 Examples
   stepcredit sample --num-problems 1 --group-size 8
   stepcredit sample --model runs/grpo-1/checkpoints/000120 --temperature 0 --group-size 1
+  stepcredit sample --algorithm treerpo --growth.num-branches 2 --num-problems 1
   stepcredit sample --prompt "Ivy = 14 . Mia = Ivy - 1 . Mia ?" """
 
 
@@ -37,7 +39,8 @@ def sample(words: Sequence[str]) -> int:
         print(SAMPLE_HELP)
         return 0
     given, own = parse(words, {"prompt": None, "out": None}, "sample")
-    given = {"eval": {"num_problems": 3}, "growth": {"group_size": 4}} | given
+    branching = algorithm(str(given.get("algorithm", "grpo"))).growth
+    given = {"eval": {"num_problems": 3}, "growth": {} if branching else {"group_size": 4}} | given
     config, out = looking(given), output_file(own)
     from stepcredit.growth import sampling_seed
     from stepcredit.records import write_trees
@@ -61,10 +64,12 @@ def sample(words: Sequence[str]) -> int:
         console.print(str(tree.problem.question), markup=False, highlight=False, soft_wrap=True, style="bold")
         if tree.problem.answer is not None:
             console.print(f"answer: {tree.problem.answer}", markup=False, highlight=False, soft_wrap=True)
+        depth: list[int] = []
         for segment in tree.segments:
-            text = next(shown)
+            depth.append(0 if segment.parent < 0 else depth[segment.parent] + 1)
             mark = "     " if segment.reward is None else f"{segment.reward:4.2f} "
             end = " [truncated]" if segment.finish == "length" else ""
+            text = "    " * depth[-1] + next(shown)
             console.print(f"{mark}{text}{end}", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         write_trees(out, forest, texts=texts)

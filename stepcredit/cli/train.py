@@ -38,6 +38,7 @@ has what was used); the same names make up a YAML file, with --section.option on
 Examples
   stepcredit train --algorithm opo --seed 1
   stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
+  stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
   stepcredit train --resume runs/spro
   stepcredit train --track.sinks tensorboard,wandb"""
