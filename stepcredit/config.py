@@ -184,8 +184,8 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "eval": {"num_problems": 600},
 }
 EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 groups of 8
-    "growth": {"num_branches": 4, "step": {"tokens": None, "delimiters": ["task"]}},
-    "train": {"problems_per_iteration": 4},
+    "growth": {"num_branches": 3, "depth": 2, "step": {"tokens": None, "delimiters": ["task"]}},
+    "train": {"problems_per_iteration": 17},
 }
 EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ratios of a tiny model are large
 
