@@ -35,6 +35,8 @@ class StepRule:
 
     def ends(self, token_ids: Sequence[int], most: int) -> list[int]:
         """The number of tokens up to the end of each step, at most so many; the end of the whole is not one of them."""
+        if not self.delimiters and self.tokens is not None:
+            return list(range(self.tokens, len(token_ids), self.tokens))[:most]
         found: list[int] = []
         start = 0
         for end, token in enumerate(token_ids[:-1], 1):
