@@ -17,8 +17,8 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, objective, growth: defaults that differ from those of the credit function and of the config's
-            schema.
+        credit_options, objective, growth, filter: defaults that differ from those of the credit function and of the
+            config's schema.
     """
 
     credit: str
@@ -27,6 +27,7 @@ class Algorithm:
     credit_options: Mapping[str, Any] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
+    filter: Mapping[str, Any] = field(default_factory=dict)
 
 
 TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
@@ -74,6 +75,13 @@ ALGORITHMS = {
         "value of a step less its parent's in a tree of samples",
         objective={"aggregate": "seq_mean_token_mean"},
         growth=TREES,
+    ),
+    "prime": Algorithm(
+        "prime",
+        "2502.01456",
+        "leave-one-out mean plus returns of an implicit process reward model learnt online",
+        credit_options={"beta": 0.05},
+        filter={"enabled": True},
     ),
 }
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from stepcredit.auxiliary import AuxModel, OldPolicy, Reference
+from stepcredit.auxiliary import AuxModel, ImplicitPRM, OldPolicy, PRMOptions, Reference, SameAsOld
+from stepcredit.collecting import Window
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
 from stepcredit.errors import UserError
@@ -15,6 +16,7 @@ from stepcredit.imports import by_name
 from stepcredit.judging import Judge
 from stepcredit.objective import Objective
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.loading import load_policy
 from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
@@ -174,11 +176,67 @@ def build_models(config: Config, parts: Parts, policy: Policy) -> dict[str, AuxM
         needed.add("ref_logprobs")
     if objective.kl_in_reward or optim.num_epochs * optim.num_minibatches > 1:
         needed.add("old_logprobs")
-    makers: dict[str, Callable[[Policy, float, int], AuxModel]] = {"old_logprobs": OldPolicy, "ref_logprobs": Reference}
-    if unknown := needed - makers.keys() - {"rollout_logprobs", "entropy", "token_rewards"}:
+    provided = {"old_logprobs", "ref_logprobs", "prm_logprobs", "rollout_logprobs", "entropy", "token_rewards"}
+    if unknown := needed - provided:
         raise UserError(
             f"credit '{config.credit.name}' needs {', '.join(sorted(unknown))}, which nothing here provides"
         )
-    budget = optim.max_tokens_per_micro_batch
-    chosen = {column: maker for column, maker in makers.items() if column in needed}
-    return {column: maker(policy, config.sampler.temperature, budget) for column, maker in chosen.items()}
+    temperature, budget = config.sampler.temperature, optim.max_tokens_per_micro_batch
+    with_prm = "prm_logprobs" in needed
+    if with_prm:
+        _check_prm(config, objective)
+        needed.add("ref_logprobs")
+    own = with_prm and config.prm.reference == "policy"
+    models: dict[str, AuxModel] = {}
+    if "old_logprobs" in needed or own:
+        models["old_logprobs"] = OldPolicy(policy, temperature, budget)
+    start = policy
+    if with_prm and config.prm.model is not None:
+        start = load_policy(config.prm.model, config.train.device, config.train.dtype, config.trust_remote_code)
+        if start.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise UserError(f"prm.model: '{config.prm.model}' has another vocabulary than the policy")
+    if own:
+        models["ref_logprobs"] = SameAsOld()
+    elif "ref_logprobs" in needed:
+        models["ref_logprobs"] = Reference(start, 1.0 if with_prm else temperature, budget)
+    if with_prm:
+        models["prm_logprobs"] = ImplicitPRM(start, build_prm_options(config))
+    return models
+
+
+def build_prm_options(config: Config) -> PRMOptions:
+    """`beta` is that of the credit function, so that rewards and loss have one scale."""
+    given = config.prm
+    return PRMOptions(
+        beta=float(config.credit.options.get("beta", PRMOptions.beta)),
+        update=given.update,
+        num_minibatches=given.num_minibatches,
+        learning_rate=given.learning_rate,
+        weight_decay=given.weight_decay,
+        betas=given.betas,
+        grad_clip=given.grad_clip,
+        max_tokens=config.optim.max_tokens_per_micro_batch,
+        seed=config.train.seed,
+    )
+
+
+def _check_prm(config: Config, objective: Objective) -> None:
+    """Refuse what would give `ref_logprobs` two meanings."""
+    unlike = config.sampler.temperature != 1
+    if config.prm.reference == "policy" and unlike:
+        raise UserError("prm.reference: policy needs --sampler.temperature 1, as the process reward model has")
+    if objective.needs_reference and (unlike or config.prm.model or config.prm.reference == "policy"):
+        raise UserError(
+            "objective.kl.coef: the KL term would need another reference than the process reward model; leave it 0, or "
+            "take --sampler.temperature 1, no --prm.model and --prm.reference start"
+        )
+
+
+def build_window(config: Config) -> Window | None:
+    """The groups to train on, where they are filtered."""
+    given = config.filter
+    if not given.enabled:
+        return None
+    if given.low > given.high:
+        raise UserError(f"filter.low ({given.low:g}) is above filter.high ({given.high:g})")
+    return Window(given.low, given.high, given.drop_truncated, given.oversample, given.max_draws)

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,12 +43,19 @@ class Damage:
 
 
 def save_checkpoint(
-    run_dir: Path, name: str, policy: Policy, state: dict[str, Any], keep: int, score: float | None = None
+    run_dir: Path,
+    name: str,
+    policy: Policy,
+    state: dict[str, Any],
+    keep: int,
+    score: float | None = None,
+    others: Mapping[str, Policy] | None = None,
 ) -> Path:
     """Write `checkpoints/NAME`, point `latest` to it, then remove all but the `keep` last written and the best.
 
     Args:
         state: whatever `load_checkpoint` should give back.
+        others: further models, each saved in a folder of its name inside the checkpoint.
         score: of this model; the checkpoint with the highest one is named in `best` and kept too.
 
     Raises:
@@ -60,6 +67,8 @@ def save_checkpoint(
         _tidy(root)
         (beside / STATE).parent.mkdir(parents=True)
         save_policy(policy, beside)
+        for folder, other in (others or {}).items():
+            save_policy(other, beside / folder)
         save_state(state, beside / STATE)
         _write_manifest(beside, score)
         for path in [*beside.rglob("*"), beside]:
@@ -73,10 +82,8 @@ def save_checkpoint(
             _point(run_dir, BEST, final)
     shutil.rmtree(aside, ignore_errors=True)
     spared = {final, pointed(run_dir, BEST)}
-    others = sorted(
-        (path for path in checkpoints(run_dir) if path not in spared), key=lambda path: path.stat().st_mtime
-    )
-    for old in others[: max(0, len(others) + 1 - keep)]:
+    older = sorted((path for path in checkpoints(run_dir) if path not in spared), key=lambda path: path.stat().st_mtime)
+    for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old)
     return final
 

@@ -125,6 +125,26 @@ class OptimConfig(Section):
     max_nonfinite: int = Field(5, ge=1)  # optimiser steps in a row without a finite gradient, then the run stops
 
 
+class PRMConfig(Section):
+    model: str | None = None  # folder | hub id; None: the policy as it is at first
+    reference: Literal["start", "policy"] = "start"  # the frozen start, or the policy's own old log-probabilities
+    update: Literal["after", "before", "none"] = "after"  # of the rewards of the same batch
+    learning_rate: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_split)] = (0.9, 0.999)
+    grad_clip: float = Field(10.0, gt=0)
+    num_minibatches: int = Field(1, ge=1)
+
+
+class FilterConfig(Section):
+    enabled: bool = False
+    low: float = 0.2  # smallest and largest mean reward of a group, both included
+    high: float = 0.8
+    drop_truncated: bool = False  # groups with a truncated completion do not pass
+    oversample: float = Field(1.0, ge=1)  # problems sampled for each that is missing
+    max_draws: float = Field(4.0, ge=1)  # problems sampled at most in an iteration, in multiples of the batch
+
+
 class TrainConfig(Section):
     iterations: int = Field(100, ge=1)
     problems_per_iteration: int = Field(16, ge=1)
@@ -163,10 +183,12 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     growth: GrowthConfig = GrowthConfig()
     reward: RewardConfig = RewardConfig()
+    filter: FilterConfig = FilterConfig()
     shapers: Names = []
     credit: CreditConfig = CreditConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    prm: PRMConfig = PRMConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -182,6 +204,7 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "optim": {"learning_rate": 4e-4, "schedule": "cosine"},
     "train": {"iterations": 120},
     "eval": {"num_problems": 600},
+    "prm": {"learning_rate": 4e-4},
 }
 EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 groups of 8
     "growth": {"num_branches": 3, "depth": 2, "step": {"tokens": None, "delimiters": ["task"]}},
@@ -199,6 +222,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
+        {"filter": dict(chosen.filter)},
     ]
     credit = given.get("credit")
     same_credit = not isinstance(credit, Mapping) or credit.get("name", chosen.credit) == chosen.credit

@@ -174,6 +174,11 @@ class Forest:
             )
         return trees
 
+    @classmethod
+    def join(cls, forests: "Sequence[Forest]") -> "Forest":
+        """All trees of several forests, one after the other."""
+        return cls.from_trees([tree for forest in forests for tree in forest.to_trees()])
+
     def state_dict(self) -> dict[str, Any]:
         """All tables with every column, for `stepcredit.state`; what JSON cannot say of a problem becomes text."""
         return {

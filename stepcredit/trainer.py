@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stepcredit.build import Parts, build_models, build_rollouts
-from stepcredit.checkpoint import save_checkpoint
+from stepcredit.build import Parts, build_models, build_rollouts, build_window
+from stepcredit.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from stepcredit.collecting import Position, collect
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.evaluate import evaluate
@@ -46,9 +47,9 @@ class Clock:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
-    def metrics(self, forest: Forest) -> dict[str, float]:
+    def metrics(self, tokens: float) -> dict[str, float]:
         total = sum(self.seconds.values())
-        return self.seconds | {"time/iteration": total, "tokens/per_second": float(forest.token_sampled.sum()) / total}
+        return self.seconds | {"time/iteration": total, "tokens/per_second": tokens / total}
 
 
 @dataclass
@@ -56,9 +57,15 @@ class Work:
     """An iteration that is under way: its finished forest, and what the optimiser steps taken so far gave."""
 
     forest: Forest
-    drawn: int  # training problems, with this iteration's
+    position: Position  # in the problems, behind this iteration's
     clock: Clock
+    observed: dict[str, float]  # metrics from before the first optimiser step
     learnt: list[dict[str, float]] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        metrics = forest_metrics(self.forest) | self.observed | average(self.learnt)
+        metrics["tokens/sampled"] += self.observed.get("tokens/left_out", 0.0)
+        return metrics | self.clock.metrics(metrics["tokens/sampled"])
 
 
 class Trainer:
@@ -81,7 +88,8 @@ class Trainer:
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
-        self.done = self.drawn = 0  # iterations, and training problems, so far
+        self.window = build_window(config)
+        self.done, self.position = 0, Position()
         self.work: Work | None = None
         self.max_tokens = config.optim.max_tokens_per_micro_batch
         self.nonfinite = 0  # optimiser steps in a row that were skipped
@@ -107,14 +115,15 @@ class Trainer:
                 for iteration in range(self.done + 1, last + 1):
                     self.stop.check()
                     work = self.work = self.work or self.begin()
+                    self.stop.check()
                     for number, step in enumerate(self.optimizer_steps(work.forest, iteration)):
                         if number >= len(work.learnt):
                             self.update(work, step, iteration, tracker)
                     self.rollouts.sampler.sync(self.policy)
-                    metrics = forest_metrics(work.forest) | average(work.learnt) | work.clock.metrics(work.forest)
+                    metrics = work.metrics()
                     metrics |= self.evaluate() if self.due(iteration, self.config.eval.every) else {}
                     tracker.report(iteration, metrics, self.weighted(work.forest))
-                    self.done, self.drawn, self.work = iteration, work.drawn, None
+                    self.done, self.position, self.work = iteration, work.position, None
                     if self.due(iteration, self.config.checkpoint.every):
                         self.save(run_dir, metrics.get("eval/accuracy"))
             except Interrupted:
@@ -127,17 +136,16 @@ class Trainer:
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
         clock = Clock()
-        with clock("time/sample"):
-            forest, drawn = self.grow()
-        with clock("time/judge"):
-            forest = self.rollouts.judge(forest)
-            for shaper in self.shapers:
-                forest = shaper(forest)
+        batch = collect(self.position, self.config.train.problems_per_iteration, self.window, partial(self.grow, clock))
+        forest, observed = batch.forest, dict(batch.metrics)
+        for shaper in self.shapers:
+            forest = shaper(forest)
         with clock("time/observe"):
             for model in self.models.values():
                 forest = model.observe(forest)
+                observed |= model.metrics
             forest = self.assign(self.penalised(forest))
-        return Work(forest, drawn, clock)
+        return Work(forest, batch.position, clock, observed)
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Tracker) -> None:
         """One optimiser step of an iteration."""
@@ -161,15 +169,30 @@ class Trainer:
     def save(self, run_dir: Path, score: float | None = None) -> None:
         """Write a checkpoint; between the steps of an iteration its name has their number behind a dot."""
         name = f"{self.done:06d}" + (f".{len(self.work.learnt):03d}" if self.work else "")
-        save_checkpoint(run_dir, name, self.policy, self.state_dict(), self.config.checkpoint.keep, score)
+        keep = self.config.checkpoint.keep
+        save_checkpoint(run_dir, name, self.policy, self.state_dict(), keep, score, self.trained())
 
-    def grow(self) -> tuple[Forest, int]:
-        """Sample this iteration's problems; the number of training problems drawn with them."""
-        count, start = self.config.train.problems_per_iteration, self.drawn
-        problems = self.rollouts.task.draw(start, count)
-        seeds = [sampling_seed(self.config.train.seed, TRAINING, start + number) for number in range(count)]
-        rollouts = self.rollouts
-        return rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds), start + count
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: the weights and everything else."""
+        load_weights(self.policy, checkpoint)
+        for name, policy in self.trained().items():
+            load_weights(policy, checkpoint / name)
+        self.load_state_dict(load_checkpoint(checkpoint))
+
+    def trained(self) -> dict[str, Policy]:
+        """Models other than the policy that learn, by the folder that they are saved in."""
+        models = {name.removesuffix("_logprobs"): model.trained for name, model in self.models.items()}
+        return {name: policy for name, policy in models.items() if policy is not None}
+
+    def grow(self, clock: Clock, numbers: Sequence[int], places: Sequence[int]) -> Forest:
+        """Sample and judge these training problems, with seeds for these places in the run."""
+        rollouts, seed = self.rollouts, self.config.train.seed
+        problems = [problem for number in numbers for problem in rollouts.task.draw(number, 1)]
+        seeds = [sampling_seed(seed, TRAINING, place) for place in places]
+        with clock("time/sample"):
+            forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
+        with clock("time/judge"):
+            return rollouts.judge(forest)
 
     def penalised(self, forest: Forest) -> Forest:
         """Token rewards less the k1 penalty, when the KL term acts in the reward."""
@@ -276,7 +299,7 @@ class Trainer:
         """What a checkpoint holds beside the weights. Problems and seeds follow from the number drawn."""
         state: dict[str, Any] = {
             "iteration": self.done,
-            "drawn": self.drawn,
+            "position": vars(self.position),
             "optimizer": self.optimizer.state_dict(),
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "random": random_state(),
@@ -287,15 +310,16 @@ class Trainer:
         if self.work is not None:
             state["work"] = {
                 "forest": self.work.forest.state_dict(),
-                "drawn": self.work.drawn,
+                "position": vars(self.work.position),
                 "seconds": self.work.clock.seconds,
+                "observed": self.work.observed,
                 "learnt": self.work.learnt,
                 "steps": self._steps(),
             }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done, self.drawn, self.resumed = state["iteration"], state["drawn"], True
+        self.done, self.position, self.resumed = state["iteration"], position(state["position"]), True
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # what the config says now holds, not what it said then
             group["betas"], group["weight_decay"] = self.config.optim.betas, self.config.optim.weight_decay
@@ -314,7 +338,8 @@ class Trainer:
                 )
             clock = Clock()
             clock.seconds = work["seconds"]
-            self.work = Work(Forest.from_state(work["forest"]), work["drawn"], clock, work["learnt"])
+            forest = Forest.from_state(work["forest"])
+            self.work = Work(forest, position(work["position"]), clock, work["observed"], work["learnt"])
 
     def _steps(self) -> list[int]:
         return [self.config.optim.num_epochs, self.config.optim.num_minibatches]
@@ -344,6 +369,10 @@ class Trainer:
                     "'stepcredit score --gold', or train all the same with --reward.gold-check 0"
                 )
             log.warning("%s", text)
+
+
+def position(saved: dict[str, Any]) -> Position:
+    return Position(**saved | {"queue": tuple(saved["queue"])})
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -5,13 +5,15 @@ from random import Random
 
 import pytest
 import torch
+from reference_credit import paths
 from torch import Tensor
 
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.types import Problem, Segment, Tree
 
-LOGPROBS = ("old_logprobs", "ref_logprobs")
+LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
+VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [
     *((name, {}) for name in CREDIT),
     ("opo", {"leave_one_out": True}),
@@ -19,6 +21,10 @@ VARIANTS = [
     ("reward_to_go", {"baseline": "none"}),
     *(("spro", option) for option in ({"beta": 2.0}, {"uniform": "drop"}, {"normalize": "batch"}, {"sign": -1.0})),
     ("spro", {"cumsum": False, "uniform": "drop", "normalize": "batch"}),
+    *(("prime", option) for option in ({"estimator": "grpo"}, {"estimator": "reinforce"}, {"centering": "authors"})),
+    *(("prime", {"beta": 2.0, **option}) for option in ({"batch_norm": True}, {"last_token": "zero"}, {"gamma": 0.5})),
+    ("prime", {"whitening": True}),
+    ("prime", {"beta": 1.0, "outcome_coef": 5.0, "process_coef": 5.0, **VERL}),
     *(("treerpo", {"scale": scale, "tau": 0.0}) for scale in ("variance", "sqrt", "std", "none")),
 ]
 variants = pytest.mark.parametrize("name, options", VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
@@ -70,6 +76,13 @@ def squeezed(trees: list[Tree]) -> list[Tree]:
             if segment.reward is not None:
                 segment.reward /= 2
     return trees
+
+
+def judge_only_sampled(tree: Tree) -> None:
+    """A completion without a sampled token has nothing to be judged for."""
+    for path in paths(tree):
+        if not any(tree.segments[index].sampled for index in path):
+            tree.segments[path[-1]].reward = None
 
 
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:

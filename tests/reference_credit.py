@@ -161,11 +161,70 @@ def whitened(groups: list[Rows]) -> list[Rows]:
 
 
 def spro(groups: list[Group], **options) -> list[Rows]:
-    outcome, process = [grpo(group) for group in groups], spro_process(groups, **options)
+    return added([grpo(group) for group in groups], spro_process(groups, **options))
+
+
+def added(outcome: list[Rows], process: list[Rows]) -> list[Rows]:
     return [
         [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(left, right, strict=True)]
         for left, right in zip(outcome, process, strict=True)
     ]
+
+
+def prime_process(
+    groups: list[Group],
+    beta: float = 0.05,
+    gamma: float = 1.0,
+    estimator: str = "rloo",
+    process_coef: float = 1.0,
+    centering: str = "paper",
+    batch_norm: bool = False,
+    last_token: str = "keep",
+) -> list[Rows]:
+    """The sum over s >= t of the centred implicit rewards, term by term."""
+    x = []
+    for group in groups:
+        pairs = [zip(one.columns["prm_logprobs"], one.columns["ref_logprobs"], strict=True) for one in group]
+        x.append([[beta * (a - b) for a, b in rows] for rows in pairs])
+    if last_token == "zero":
+        x = [[[*row[:-1], 0.0] for row in group] for group in x]
+    if batch_norm:
+        largest = max(abs(fsum(row[t:])) for group in x for row in group for t in range(len(row)))
+        x = [[[value / (largest + EPS) for value in row] for row in group] for group in x]
+    result = []
+    for group in x:
+        result.append([])
+        for i, row in enumerate(group):
+            centred = [prime_centred(group, i, value, estimator, centering) for value in row]
+            later = [[gamma ** (s - t) * centred[s] for s in range(t, len(row))] for t in range(len(row))]
+            result[-1].append([process_coef * fsum(terms) for terms in later])
+    return result
+
+
+def prime_centred(group: Rows, index: int, value: float, estimator: str, centering: str) -> float:
+    """One implicit reward of completion `index` less its baseline."""
+    means, size = [mean(row) for row in group], len(group)
+    if estimator == "reinforce":
+        return value
+    if size == 1:
+        return 0.0
+    if estimator == "grpo":
+        same = max(means) - min(means) <= EPS
+        return 0.0 if same else (value - mean(means)) / (stdev(means) + EPS)
+    if centering == "authors":
+        return value * size / (size - 1) - fsum(means) / (size - 1)
+    return value - mean(means[:index] + means[index + 1 :])
+
+
+def prime(groups: list[Group], outcome_coef: float = 1.0, whitening: bool = False, **options) -> list[Rows]:
+    of_group = {
+        "rloo": rloo,
+        "grpo": grpo,
+        "reinforce": lambda group: [one.same(one.total) for one in group],
+    }[options.get("estimator", "rloo")]
+    outcome = [[[outcome_coef * x for x in row] for row in of_group(group)] for group in groups]
+    total = added(outcome, prime_process(groups, **options))
+    return whitened(total) if whitening else total
 
 
 def reinforce_pp(groups: list[Group], gamma: float = 1.0) -> list[Rows]:
@@ -238,6 +297,8 @@ BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_
 BY_BATCH = {
     "spro": spro,
     "spro_process": spro_process,
+    "prime": prime,
+    "prime_process": prime_process,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
 }

@@ -3,7 +3,17 @@
 import pytest
 import reference_credit
 import torch
-from builders import LOGPROBS, flat_forest, is_near, random_forest, random_trees, run, squeezed, variants
+from builders import (
+    LOGPROBS,
+    flat_forest,
+    is_near,
+    judge_only_sampled,
+    random_forest,
+    random_trees,
+    run,
+    squeezed,
+    variants,
+)
 from torch import Tensor
 
 from stepcredit.credit import CREDIT, assign, check_options, credit, needs_of
@@ -104,21 +114,15 @@ def test_equal_to_the_reference(name, options, kind, unsampled, dense):
     for seed in range(6):
         trees = random_trees(seed, kind, unsampled=unsampled, columns=columns)
         for tree in trees:
-            _judge_only_sampled(tree)
+            judge_only_sampled(tree)
         if dense and name == "treerpo":  # takes values in [0, 1]
             squeezed(trees)
         expected = reference_credit.advantages(name, trees, **options)
         is_near(run(Forest.from_trees(trees), name, **options), expected, 2e-4 if "normalize" in options else 5e-5)
-        if name == "spro":
-            expected = reference_credit.advantages("spro_process", trees, **options)
+        if name == "spro" or (name == "prime" and "whitening" not in options):
+            process = {option: value for option, value in options.items() if option != "outcome_coef"}
+            expected = reference_credit.advantages(f"{name}_process", trees, **process)
             is_near(run(Forest.from_trees(trees), name, "process", **options), expected, 2e-4)
-
-
-def _judge_only_sampled(tree: Tree) -> None:
-    """A completion without a sampled token has nothing to be judged for."""
-    for path in reference_credit.paths(tree):
-        if not any(tree.segments[index].sampled for index in path):
-            tree.segments[path[-1]].reward = None
 
 
 @pytest.mark.parametrize("name", ["reinforce_pp", "reward_to_go"])
@@ -144,12 +148,16 @@ def test_assign_refuses_branching_forests_for_flat_credit():
             assign(forest, name, function, {})
 
 
+@pytest.mark.parametrize("name", ["spro", "prime"])
 @pytest.mark.parametrize("missing", LOGPROBS)
-def test_assign_names_a_missing_column(missing):
-    """SPRO needs both log-probabilities and says which one is absent."""
+def test_assign_names_a_missing_column(name, missing):
+    """SPRO and PRIME need two log-probabilities each and say which one is absent; the third they do without."""
     forest = random_forest(0).without_token(missing)
-    with pytest.raises(UserError, match=f"credit 'spro' needs the token column '{missing}'"):
-        run(forest, "spro")
+    if missing == {"spro": "prm_logprobs", "prime": "old_logprobs"}[name]:
+        assert run(forest, name).equal(run(random_forest(0), name))
+        return
+    with pytest.raises(UserError, match=f"credit '{name}' needs the token column '{missing}'"):
+        run(forest, name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -192,6 +200,7 @@ WRONG_OPTIONS = [
     ("spro", {"beta": "big"}, "credit.beta: 'big' is not a float"),
     ("spro", {"beta": True}, "credit.beta: True is not a float"),
     ("opo", {"leave_one_out": 1}, "credit.leave_one_out: 1 is not a bool"),
+    ("prime", {"estimator": "ppo"}, "credit.estimator: 'ppo' is not one of rloo, grpo, reinforce"),
     ("spro", {"uniform": "maybe"}, "credit.uniform: 'maybe' is not one of keep, drop"),
     ("spro", {"uniform": False}, "credit.uniform: False is not one of keep, drop"),
     ("spro", {"normalize": "group"}, "credit.normalize: 'group' is not one of none, batch"),
@@ -214,7 +223,9 @@ def test_right_options_pass():
     check_options("mine", lambda forest, **options: None, {"anything": object()})
 
 
-@pytest.mark.parametrize("name, gamma", [("reward_to_go", 1.5), ("reinforce_pp", -0.1)])
+@pytest.mark.parametrize(
+    "name, gamma", [("reward_to_go", 1.5), ("reinforce_pp", -0.1), ("prime", 1.5), ("prime", -0.1)]
+)
 def test_a_discount_out_of_range_is_named(name, gamma):
     """gamma lies in [0, 1]."""
     with pytest.raises(UserError, match=rf"credit.gamma must lie in \[0, 1\], got {gamma}"):

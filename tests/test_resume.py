@@ -76,7 +76,7 @@ def test_options_of_the_optimiser_that_are_given_anew_hold(four) -> None:
     trainer.load_state_dict(load_checkpoint(four / "checkpoints" / "000004"))
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
-    assert trainer.drawn == 8  # four iterations of two problems
+    assert trainer.position.drawn == 8  # four iterations of two problems
 
 
 def test_runs_without_a_name_do_not_share_a_folder(tmp_path, monkeypatch) -> None:

@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     sources = _sources(given)
     configs = {name: _config(given, source) for name, source in sources.items()}
 
-    from stepcredit.auxiliary import fingerprint
+    from stepcredit.auxiliary.frozen import fingerprint
     from stepcredit.evaluate import evaluate
 
     console, policy, results = Console(), None, {}

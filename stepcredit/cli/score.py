@@ -21,6 +21,7 @@ HELP = """\
 usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
        stepcredit score --data FILE --completion-column COLUMN [--verifier NAME] [--json OUT]
        stepcredit score --in ROLLOUTS [--data FILE] [--verifier NAME] [--out ROLLOUTS] [--json OUT]
+       stepcredit score --in ROLLOUTS --prm MODEL --ref MODEL --out ROLLOUTS [--beta X]
 
 Grades answers without a model, to see whether a verifier can be trusted before a run depends on it.
 
@@ -30,6 +31,9 @@ Grades answers without a model, to see whether a verifier can be trusted before 
   --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst) anew; --data gives the
                         verifier the columns of their problems, found by id
   --out ROLLOUTS        with --in: write them with the new rewards
+  --prm MODEL, --ref MODEL   a process reward model, such as checkpoints/N/prm of a run with --algorithm prime, and the
+                        model that it began as; --out gets token_rewards, X x (log pi_prm - log pi_ref), X 0.05 if not
+                        given
   --verifier NAME       math | code | exact | chain | ... or a dotted path; the data's own when not given
   --json OUT            write {"accepted", "total", "failed": [{"id", "reason", ...}]}
 
@@ -40,10 +44,12 @@ Examples
   stepcredit score --data math500.jsonl --gold
   stepcredit score --data mbpp.jsonl --gold --verifier code --json gold.json
   stepcredit score --data answers.csv --completion-column output --verifier math
-  stepcredit score --in runs/grpo-1/rollouts/000010.jsonl.zst --verifier chain"""
+  stepcredit score --in runs/grpo-1/rollouts/000010.jsonl.zst --verifier chain
+  stepcredit score --in rollouts.jsonl --prm runs/prime-1/checkpoints/000120/prm --ref embedded --out rewarded.jsonl"""
 
 SHOWN = 10  # failures on the screen
 OWN = {"gold": "false", "completion-column": None, "in": None, "out": None, "verifier": None, "json": None}
+OWN |= {"prm": None, "ref": None, "beta": "0.05"}
 
 
 def main(words: Sequence[str]) -> int:
@@ -60,6 +66,15 @@ def main(words: Sequence[str]) -> int:
         raise UserError("score: give one of --gold, --completion-column COLUMN and --in ROLLOUTS; see --help")
     if "in" not in own and not has_data:
         raise UserError("score: name the rows to grade with --data FILE")
+    if "prm" in own or "ref" in own:
+        from stepcredit.cli.prm import score_prm
+
+        out = output_file(own)
+        if not {"prm", "ref", "in"} <= own.keys() or out is None:
+            raise UserError(
+                "score: a process reward model takes --in ROLLOUTS, --prm MODEL, --ref MODEL and --out FILE"
+            )
+        return score_prm(resolve(given), own, out)
     if "out" in own and "in" not in own:
         raise UserError("--out: belongs to --in; the numbers go to --json FILE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

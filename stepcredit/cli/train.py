@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     import torch
 
     from stepcredit.build import build_parts
-    from stepcredit.checkpoint import load_checkpoint, load_weights, pointed
+    from stepcredit.checkpoint import pointed
     from stepcredit.interrupt import Interrupted
     from stepcredit.policy.loading import load_policy
     from stepcredit.trainer import Trainer
@@ -79,8 +79,7 @@ def main(words: Sequence[str]) -> int:
     trainer = Trainer(config, parts, policy, console)
     run_dir = _claim(config, run_dir)
     if checkpoint is not None:
-        load_weights(policy, checkpoint)
-        trainer.load_state_dict(load_checkpoint(checkpoint))
+        trainer.load(checkpoint)
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     beside = run_dir / ".config.yaml.part"  # a run that is killed now still has the config that it had

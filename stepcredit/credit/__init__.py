@@ -7,6 +7,7 @@ To add one, write a short file beside these and a row below, or name your own by
 from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
+from stepcredit.credit.prime import prime
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
 from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
@@ -21,6 +22,7 @@ CREDIT: dict[str, CreditFunction] = {
     "reward_to_go": reward_to_go,
     "opo": opo,
     "spro": spro,
+    "prime": prime,
     "treerpo": treerpo,
     "spo_tree": spo_tree,
 }

@@ -1,43 +1,36 @@
-"""AuxModels: they observe a forest and add columns to it before credit is assigned."""
+"""Models that do not learn: the policy at the start of the iteration, and the reference."""
 
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from stepcredit.auxiliary.base import AuxModel
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
 
 
-class AuxModel(Protocol):
-    """Adds columns to a forest and, where it learns, updates itself while doing so."""
-
-    def observe(self, forest: Forest) -> Forest: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class OldPolicy:
+class OldPolicy(AuxModel):
     """Adds `old_logprobs`: the policy at the start of the iteration, by the trainer's own forward."""
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
+        super().__init__()
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
 
     def observe(self, forest: Forest) -> Forest:
         return forest.with_token(old_logprobs=score(self.policy, forest, self.temperature, self.max_tokens).logprobs)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing of its own: the policy is saved elsewhere."""
+class SameAsOld(AuxModel):
+    """Takes `old_logprobs` for `ref_logprobs`: the policy itself, as it is now, is the reference."""
+
+    def observe(self, forest: Forest) -> Forest:
+        return forest.with_token(ref_logprobs=forest.token["old_logprobs"])
 
 
-class Reference:
+class Reference(AuxModel):
     """Adds `ref_logprobs`: the policy as it was when training began, frozen.
 
     Its weights are not saved: a resumed run starts from the same model. Their fingerprint is, so that a model that has
@@ -45,6 +38,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
+        super().__init__()
         self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
 
     @cached_property

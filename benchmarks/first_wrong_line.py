@@ -1,0 +1,74 @@
+"""Does process credit fall where the first wrong line is? On saved rollouts of the embedded task, checked line by line.
+
+Of each wrong completion the line with the lowest mean process reward is taken for the first wrong one. Process reward
+is the log-ratio of the process reward model to its reference where a run has one (PRIME), else of the policy to its
+reference (SPRO). `precision` is the share that is right, `chance` what a line taken at random would give; a
+completion's last line is its answer, and those whose only wrong line is the answer count too.
+
+python benchmarks/first_wrong_line.py RUN [RUN ...] [--last 3]
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from stepcredit.policy.loading import load_policy
+from stepcredit.records import read_trees
+from stepcredit.tasks.chain import check_lines
+from stepcredit.types import Segment
+
+
+def lines_of(ids: list[int], stop: int) -> list[tuple[int, int]]:
+    """First and last token (exclusive) of each line; the answer is the last."""
+    ends = [place + 1 for place, token in enumerate(ids) if token == stop]
+    starts = [0, *ends]
+    return [(start, end) for start, end in zip(starts, [*ends, len(ids)], strict=True) if end > start]
+
+
+def process_rewards(segment: Segment) -> list[float] | None:
+    first = "prm_logprobs" if "prm_logprobs" in segment.columns else "old_logprobs"
+    if first not in segment.columns or "ref_logprobs" not in segment.columns:
+        return None
+    return [one - ref for one, ref in zip(segment.columns[first], segment.columns["ref_logprobs"], strict=True)]
+
+
+def measure(run: Path, last: int, stop: int) -> tuple[int, float, float]:
+    """Wrong completions, precision and chance, over the last files of rollouts."""
+    hits: list[float] = []
+    chances: list[float] = []
+    for path in sorted((run / "rollouts").glob("[0-9]*.jsonl.zst"))[-last:]:
+        for tree in read_trees(str(path)):
+            for segment in tree.segments:
+                rewards, ids = process_rewards(segment), list(segment.token_ids)
+                if rewards is None or segment.parent >= 0 or segment.finish != "stop" or segment.reward != 0:
+                    continue
+                checks = check_lines(str(tree.problem.question), str(segment.extra["text"]))
+                lines = lines_of(ids, stop)
+                if len(lines) != len(checks):  # the lines do not have their form
+                    continue
+                means = [statistics.mean(rewards[start:end]) for start, end in lines]
+                wrong = next(number for number, check in enumerate(checks) if not check.ok)
+                hits.append(float(means.index(min(means)) == wrong))
+                chances.append(1 / len(lines))
+    return len(hits), statistics.mean(hits) if hits else 0.0, statistics.mean(chances) if chances else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--last", type=int, default=3, help="files of rollouts from the end of each run")
+    given = parser.parse_args()
+    stop = load_policy("embedded", "cpu").tokenizer.convert_tokens_to_ids(".")
+    found = []
+    print(f"{'run':50}{'wrong':>7}{'precision':>11}{'chance':>8}")
+    for run in given.runs:
+        count, precision, chance = measure(run, given.last, stop)
+        found.append((precision, chance))
+        print(f"{run.name:50}{count:7}{precision:11.1%}{chance:8.1%}")
+    if len(found) > 1:
+        precision, spread = (function([row[0] for row in found]) for function in (statistics.mean, statistics.stdev))
+        print(f"mean {precision:.1%} ± {spread:.1%}, chance {statistics.mean(row[1] for row in found):.1%}")
+
+
+if __name__ == "__main__":
+    main()

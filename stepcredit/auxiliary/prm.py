@@ -1,0 +1,192 @@
+"""The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from stepcredit.auxiliary.base import AuxModel
+from stepcredit.errors import UserError
+from stepcredit.forest import Forest
+from stepcredit.policy.batching import gather_owned
+from stepcredit.policy.forward import Policy, score
+
+BINS = 10  # of predicted chances, for the calibration error
+
+
+@dataclass(frozen=True)
+class PRMOptions:
+    """
+    Attributes:
+        beta: scale of the log-ratio.
+        update: "after": rewards are those of the model before this batch trains it (the paper's single forward);
+            "before": it is trained first, then gives the rewards (double forward); "none": it is not trained.
+        num_minibatches: optimiser steps a batch; completions are dealt to them by groups.
+        learning_rate, weight_decay, betas: of AdamW; grad_clip: largest norm of the gradient.
+        max_tokens: token positions of a micro-batch.
+        seed: of the order of the minibatches.
+    """
+
+    beta: float = 0.05
+    update: Literal["after", "before", "none"] = "after"
+    num_minibatches: int = 1
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 10.0
+    max_tokens: int = 16384
+    seed: int = 0
+
+
+class ImplicitPRM(AuxModel):
+    """Adds `prm_logprobs`, the model's own at temperature 1, and trains it on the outcomes.
+
+    A completion y is predicted to be right with chance sigmoid(beta * sum_t (log pi_prm(y_t) - log pi_ref(y_t))), the
+    sum over its sampled tokens; the loss is the cross-entropy with its outcome (a fraction is one too), the mean over
+    the judged completions of a minibatch that no shaper masks. Partial sums are values, so each token's term is its
+    process reward.
+
+    In "after", all rewards come from the model as it was before the batch. With one minibatch they are by-products of
+    the pass that trains it, so nothing is computed twice; with several a scoring pass comes first (the released code
+    takes those of the training passes, the later ones of a model that has seen a part of the batch).
+
+    Args:
+        policy: what it starts from; a copy is trained, in fp32.
+    """
+
+    def __init__(self, policy: Policy, options: PRMOptions) -> None:
+        super().__init__()
+        self.policy, self.options = copy.deepcopy(policy).requires_grad_(True), options
+        self.trained = self.policy
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+        )
+        self.batches = 0
+
+    def observe(self, forest: Forest) -> Forest:
+        """Flat forests with `ref_logprobs`, at temperature 1, and rewards in [0, 1].
+
+        Raises:
+            UserError: a reward outside [0, 1].
+        """
+        forest.require_flat("the process reward model")
+        outcome = _outcomes(forest)
+        first = None
+        if self.options.update == "none" or (self.options.update == "after" and self.options.num_minibatches > 1):
+            first = self._score(forest)
+        self.metrics = {}
+        if self.options.update != "none":
+            found = self._learn(forest, outcome)
+            first = found if first is None else first
+        assert first is not None
+        self.batches += 1
+        leaf, label = outcome
+        chance = (self.options.beta * sums(forest, first - forest.token["ref_logprobs"])[leaf]).sigmoid()
+        self.metrics |= prediction_metrics(chance, label)
+        return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # what the config says now holds
+            group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
+            group["betas"] = self.options.betas
+        self.batches = state["batches"]
+
+    def _score(self, forest: Forest) -> Tensor:
+        return score(self.policy, forest, 1.0, self.options.max_tokens).logprobs
+
+    def _learn(self, forest: Forest, outcome: tuple[Tensor, Tensor]) -> Tensor:
+        """One optimiser step a minibatch; each token's log-probability as it was before its own minibatch."""
+        label = torch.full((forest.num_segments,), torch.nan).index_copy_(0, *outcome)
+        forest = forest.with_segment(label=label)
+        logprobs, norms = torch.zeros(forest.num_tokens), []
+        for step in self._minibatches(forest):
+            parts = self.policy.parts(step, self.options.max_tokens)
+            judged = int((~step.segment["label"].isnan()).sum())
+            pieces = []
+            for part in parts:
+                scores = self.policy(part, 1.0)
+                pieces.append(scores.logprobs.detach())
+                if judged:
+                    (self._loss(part, scores.logprobs) / judged).backward()
+            logprobs[step.token["source"]] = gather_owned(step, parts, pieces)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.options.grad_clip)))
+            if judged and torch.isfinite(torch.tensor(norms[-1])):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
+        return logprobs
+
+    def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
+        """Sum of the cross-entropies of a part's judged completions."""
+        rows = (~part.segment["label"].isnan()).nonzero().squeeze(1)
+        total = sums(part, logprobs - part.token["ref_logprobs"].to(logprobs.device))[rows.to(logprobs.device)]
+        label = part.segment["label"][rows].to(logprobs.device)
+        return binary_cross_entropy_with_logits(self.options.beta * total, label, reduction="sum")
+
+    def _minibatches(self, forest: Forest) -> Iterator[Forest]:
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.batches)
+        order = torch.randperm(forest.num_trees, generator=generator)
+        for trees in order.tensor_split(self.options.num_minibatches):
+            if len(trees):
+                yield forest.select_trees(trees)
+
+
+def sums(forest: Forest, values: Tensor) -> Tensor:
+    """[num_segments] sum of `values` over the sampled tokens of each completion, at its leaf."""
+    leaf = forest.leaf[forest.token["segment"]].to(values.device)
+    counted = torch.where(forest.token_sampled.to(values.device), values, 0.0)
+    return values.new_zeros(forest.num_segments).index_add(0, leaf, counted)
+
+
+def _outcomes(forest: Forest) -> tuple[Tensor, Tensor]:
+    """Judged leaves that are not masked, and their rewards."""
+    leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"] & forest.segment["mask"]).nonzero().squeeze(1)
+    label = forest.segment["reward"][leaf]
+    outside = ((label < 0) | (label > 1)).nonzero()
+    if len(outside):
+        index = int(leaf[outside[0]])
+        raise UserError(
+            f"{forest.describe_segment(index)} has the reward {float(label[outside[0]]):.4g}; the process reward model "
+            "learns from outcomes in [0, 1]. Scale the reward functions with --reward.weights"
+        )
+    return leaf, label
+
+
+def prediction_metrics(chance: Tensor, label: Tensor) -> dict[str, float]:
+    """How well predicted chances fit outcomes; an outcome of at least 1/2 counts as right.
+
+    `prm/loss` is the cross-entropy, `prm/accuracy` the share on the right side of 1/2, `prm/auc` the chance that a
+    right completion is given more than a wrong one (ties count half; absent when all are alike), `prm/calibration` the
+    mean distance of chance and outcome over ten bins of chances, weighted by their sizes.
+
+    >>> found = prediction_metrics(torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1.0, 0.0, 0.0]))
+    >>> found["prm/auc"], round(found["prm/accuracy"], 3)
+    (1.0, 0.667)
+    """
+    if not len(label):
+        return {}
+    right = label >= 0.5
+    bounded = chance.clamp(1e-7, 1 - 1e-7)
+    loss = -(label * bounded.log() + (1 - label) * (1 - bounded).log())
+    bins = (chance * BINS).long().clamp(max=BINS - 1)
+    gap = torch.zeros(BINS).index_add(0, bins, chance - label).abs().sum() / len(label)
+    found = {
+        "prm/loss": float(loss.mean()),
+        "prm/accuracy": float(((chance >= 0.5) == right).float().mean()),
+        "prm/calibration": float(gap),
+    }
+    if bool(right.any()) and not bool(right.all()):
+        high, low = chance[right][:, None], chance[~right][None]
+        found["prm/auc"] = float(((high > low).float() + 0.5 * (high == low).float()).mean())
+    return found

@@ -1,0 +1,50 @@
+"""`stepcredit score --prm`: token rewards of saved rollouts, from an implicit process reward model."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from stepcredit.config import Config
+from stepcredit.errors import UserError
+
+
+def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
+    """Write rollouts with `prm_logprobs`, `ref_logprobs` and `token_rewards`; print how the rewards fit outcomes."""
+    from stepcredit.auxiliary.prm import prediction_metrics, sums
+    from stepcredit.forest import Forest
+    from stepcredit.policy.forward import score
+    from stepcredit.policy.loading import load_policy
+    from stepcredit.records import read_trees, write_trees
+
+    source = own["in"]
+    try:
+        beta = float(own["beta"])
+    except ValueError as error:
+        raise UserError(f"--beta: '{own['beta']}' is not a number") from error
+    if not 0 < beta < float("inf"):
+        raise UserError(f"--beta must be a number above 0, got {own['beta']}")
+    trees = list(read_trees(source))
+    if not trees:
+        raise UserError(f"{source}: there are no rollouts")
+    for tree in trees:
+        if not tree.prompt_ids:
+            raise UserError(f"{source}: tree '{tree.problem.id}' has no prompt_ids, so its tokens cannot be scored")
+    texts = [str(segment.extra.pop("text", "")) for tree in trees for segment in tree.segments]
+    forest = Forest.from_trees(trees)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    columns = {}
+    highest = max(int(forest.token["token_ids"].max()), int(forest.prompt_ids.max()))
+    for column, option in (("prm_logprobs", "prm"), ("ref_logprobs", "ref")):
+        model = load_policy(own[option], config.train.device, config.train.dtype, config.trust_remote_code)
+        if highest >= (size := model.model.get_input_embeddings().weight.shape[0]):
+            raise UserError(f"{source}: has token id {highest}; the vocabulary of --{option} ends at {size - 1}")
+        columns[column] = score(model, forest, 1.0, config.optim.max_tokens_per_micro_batch).logprobs
+    rewards = beta * (columns["prm_logprobs"] - columns["ref_logprobs"]) * forest.token_sampled
+    write_trees(out, forest.with_token(**columns, token_rewards=rewards), texts=texts if any(texts) else None)
+    print(f"{source}: {forest.num_trees} trees, {forest.num_tokens} tokens -> {out}")
+    leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"]).nonzero().squeeze(1)
+    label = forest.segment["reward"][leaf]
+    if forest.is_flat and len(leaf) and bool(((label >= 0) & (label <= 1)).all()):
+        for name, value in prediction_metrics(sums(forest, rewards)[leaf].sigmoid(), label).items():
+            print(f"  {name:18}{value:.4g}")
+    return 0

@@ -1,0 +1,114 @@
+"""Which problems a batch is made of: the window, refills, the cap, the queue."""
+
+import pytest
+import torch
+
+from stepcredit.collecting import Position, Window, collect
+from stepcredit.forest import Forest
+from stepcredit.types import Problem, Segment, Tree
+
+RIGHT = {0: 0, 1: 4, 2: 2, 3: 1, 4: 0, 5: 3}  # of four completions, by number of the problem modulo 6
+
+
+class Sampling:
+    """Trees whose rewards follow from the number of the problem, and what was asked for."""
+
+    def __init__(self, right: dict[int, int] = RIGHT, truncated: tuple[int, ...] = ()) -> None:
+        self.right, self.truncated = right, truncated
+        self.calls: list[tuple[list[int], list[int]]] = []
+
+    def __call__(self, numbers, places) -> Forest:
+        self.calls.append((list(numbers), list(places)))
+        trees = []
+        for number in numbers:
+            rewards = [1.0] * self.right[number % 6] + [0.0] * (4 - self.right[number % 6])
+            finish = "length" if number in self.truncated else "stop"
+            segments = [Segment([3, 4], reward=reward, finish=finish) for reward in rewards]
+            trees.append(Tree(Problem(id=str(number)), [1], segments))
+        return Forest.from_trees(trees)
+
+
+def ids(forest: Forest) -> list[int]:
+    return [int(problem.id) for problem in forest.problems]
+
+
+def test_without_a_window_the_next_problems():
+    sampling = Sampling()
+    batch = collect(Position(7, 9), 3, None, sampling)
+    assert sampling.calls == [([7, 8, 9], [9, 10, 11])]
+    assert batch.position == Position(10, 12) and batch.metrics == {}
+
+
+def test_the_window_includes_its_ends():
+    """A group of five with one or four right has 0.2 or 0.8, which fp32 does not hold exactly."""
+    trees = [
+        Tree(Problem(id=str(right)), [1], [Segment([3], reward=float(index < right)) for index in range(5)])
+        for right in range(6)
+    ]
+    refused = Window(0.2, 0.8).refused(Forest.from_trees(trees))
+    assert refused["hard"].tolist() == [True] + [False] * 5 and refused["easy"].tolist() == [False] * 5 + [True]
+
+
+def test_refills_until_the_batch_is_full():
+    """0 and 1 are too hard and too easy; two more are drawn, one of them too hard; one more."""
+    sampling = Sampling()
+    batch = collect(Position(), 4, Window(0.2, 0.8), sampling)
+    assert [numbers for numbers, _ in sampling.calls] == [[0, 1, 2, 3], [4, 5], [6], [7], [8]]
+    assert [place for _, places in sampling.calls for place in places] == list(range(9))
+    assert ids(batch.forest) == [2, 3, 5, 8] and batch.position == Position(9, 9)
+    assert batch.metrics["filter/hard"] == pytest.approx(3 / 9)
+    assert batch.metrics["filter/easy"] == pytest.approx(2 / 9)
+    assert batch.metrics["filter/passed"] == pytest.approx(4 / 9)
+    assert batch.metrics["filter/problems"] == 9 and batch.metrics["tokens/left_out"] == 5 * 8
+
+
+def test_surplus_problems_come_first_next_time_sampled_afresh():
+    """Twice as many as needed: what passes beyond the batch is queued by its number, with a new seed."""
+    sampling = Sampling()
+    window = Window(0.2, 0.8, oversample=3.0)
+    batch = collect(Position(), 2, window, sampling)
+    assert sampling.calls == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])]
+    assert ids(batch.forest) == [2, 3] and batch.position == Position(6, 6, (5,))
+    assert batch.metrics["filter/queued"] == 1 and batch.metrics["filter/passed"] == pytest.approx(3 / 6)
+    after = collect(batch.position, 2, window, sampling)
+    assert sampling.calls[1] == ([5, 6, 7, 8, 9, 10], list(range(6, 12)))
+    assert ids(after.forest) == [5, 8] and after.position == Position(11, 12, (9,))
+
+
+def test_at_the_cap_the_batch_is_what_passed():
+    sampling = Sampling({number: int(number == 5) for number in range(6)})
+    batch = collect(Position(), 4, Window(0.2, 0.8, max_draws=2.0), sampling)
+    assert batch.position == Position(8, 8) and ids(batch.forest) == [5]
+    assert batch.forest.active.all()
+
+
+def test_when_nothing_passes_nothing_is_learnt():
+    """The last round, all masked: an update without weights."""
+    batch = collect(Position(), 2, Window(0.2, 0.8), Sampling(dict.fromkeys(range(6), 0)))
+    assert batch.metrics["filter/hard"] == 1 and batch.metrics["filter/problems"] == 8
+    assert not batch.forest.active.any() and batch.forest.num_trees > 0
+    assert batch.metrics["tokens/left_out"] == (8 - batch.forest.num_trees) * 8
+
+
+def test_truncated_groups_and_unjudged_ones():
+    """Each group is counted once, by the first reason."""
+    sampling = Sampling(dict.fromkeys(range(6), 2), truncated=(1, 3))
+    assert ids(collect(Position(), 2, Window(0.2, 0.8), sampling).forest) == [0, 1]
+    batch = collect(Position(), 2, Window(0.2, 0.8, drop_truncated=True), sampling)
+    assert ids(batch.forest) == [0, 2] and batch.metrics["filter/truncated"] == pytest.approx(1 / 3)
+    trees = [Tree(Problem(id="a"), [1], [Segment([3]), Segment([4], finish="length")])]
+    refused = Window(drop_truncated=True).refused(Forest.from_trees(trees))
+    assert {reason: holds.tolist() for reason, holds in refused.items()} == {
+        "unjudged": [True],
+        "truncated": [False],
+        "hard": [False],
+        "easy": [False],
+    }
+
+
+def test_joined_forests_keep_their_columns():
+    one, two = Sampling()([2], [0]), Sampling()([3], [1])
+    one, two = (part.with_token(entropy=torch.rand(part.num_tokens)) for part in (one, two))
+    joined = Forest.join([one, two])
+    assert joined.token["entropy"].equal(torch.cat([one.token["entropy"], two.token["entropy"]]))
+    assert joined.segment["reward"].tolist() == [1, 1, 0, 0, 1, 0, 0, 0] and ids(joined) == [2, 3]
