@@ -19,7 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DEFAULT = ("--algorithm grpo", "--algorithm opo", "--algorithm spro", "--algorithm grpo --shapers shuffle_rewards")
-SHOWN = ("eval/accuracy", "eval/accuracy_greedy", "eval/length")
+SHOWN = {  # name of the metric: what its numbers are multiplied by, digits
+    "eval/accuracy": (100, 1),
+    "eval/accuracy_greedy": (100, 1),
+    "eval/length": (1, 1),
+    "policy/entropy": (1, 3),
+}
 
 
 def run_dir(out: Path, setting: str, seed: int) -> Path:
@@ -41,11 +46,17 @@ def train(out: Path, setting: str, seed: int) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def spread(values: list[float], percent: bool) -> str:
+def spread(name: str, values: list[float]) -> str:
     """Mean and standard deviation over the seeds."""
-    scale = 100 if percent else 1
-    mean = statistics.mean(values) * scale
-    return f"{mean:.1f} ± {statistics.stdev(values) * scale:.1f}" if len(values) > 1 else f"{mean:.1f}"
+    scale, digits = SHOWN[name]
+    mean = f"{statistics.mean(values) * scale:.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values) * scale:.{digits}f}" if len(values) > 1 else mean
+
+
+def change(name: str, histories: list[list[dict]]) -> str:
+    """The first value, which is the same for all seeds or nearly so, and the last ones."""
+    first = statistics.mean(next(row[name] for row in rows if name in row) for rows in histories)
+    return f"{spread(name, [first])} -> {spread(name, [rows[-1][name] for rows in histories])}"
 
 
 def main() -> None:
@@ -61,17 +72,12 @@ def main() -> None:
             setting: [pool.submit(train, given.out, setting, seed) for seed in range(given.seeds)]
             for setting in given.settings
         }
-        print("| setting | sampled accuracy, % | greedy accuracy, % | length | tokens sampled |")
-        print("|---|---|---|---|--:|")
+        print("| setting | sampled accuracy, % | greedy accuracy, % | length | entropy, nats | tokens sampled |")
+        print("|---|---|---|---|---|--:|")
         for setting, futures in runs.items():
             histories = [future.result() for future in futures]
-            before, after = histories[0][0], [rows[-1] for rows in histories]
-            cells = [
-                f"{spread([before[name]], name != 'eval/length')} -> "
-                f"{spread([row[name] for row in after], name != 'eval/length')}"
-                for name in SHOWN
-            ]
-            tokens = statistics.mean(row["tokens/total"] for row in after)
+            cells = [change(name, histories) for name in SHOWN]
+            tokens = statistics.mean(rows[-1]["tokens/total"] for rows in histories)
             print(f"| `{setting}` | {' | '.join(cells)} | {tokens:,.0f} |", flush=True)
 
 

@@ -79,7 +79,7 @@ ALGORITHMS = {
     "prime": Algorithm(
         "prime",
         "2502.01456",
-        "leave-one-out mean plus returns of an implicit process reward model learnt online",
+        "leave-one-out mean, plus the return of an implicit process reward model",
         credit_options={"beta": 0.05},
         filter={"enabled": True},
     ),
