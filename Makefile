@@ -47,6 +47,7 @@ bench: install
 	$(BIN)/python benchmarks/sampler.py $(ARGS)
 	$(BIN)/python benchmarks/forest.py $(ARGS)
 	$(BIN)/python benchmarks/treerpo.py $(ARGS)
+	$(BIN)/python benchmarks/prime.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py

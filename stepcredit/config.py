@@ -204,13 +204,17 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "optim": {"learning_rate": 4e-4, "schedule": "cosine"},
     "train": {"iterations": 120},
     "eval": {"num_problems": 600},
-    "prm": {"learning_rate": 4e-4},
+    "prm": {"learning_rate": 1e-3},
+    "filter": {"enabled": False},  # most problems of the base model are too hard for the window
 }
 EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 groups of 8
     "growth": {"num_branches": 3, "depth": 2, "step": {"tokens": None, "delimiters": ["task"]}},
     "train": {"problems_per_iteration": 17},
 }
-EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {"spro": {"beta": 0.003}}  # log-ratios of a tiny model are large
+EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {  # log-ratios of a tiny model at this learning rate are large
+    "spro": {"beta": 0.003},
+    "prime": {"process_coef": 0.1},
+}
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
