@@ -194,7 +194,7 @@ def test_the_policy_as_its_own_reference():
 def test_it_is_saved_with_every_checkpoint(tmp_path):
     """A folder that transformers loads, and that another run can start from; its numbers stand in the metrics."""
     run = tmp_path / "run"
-    assert train(run, algorithm="prime", prm__num_minibatches=2) == 0
+    assert train(run, algorithm="prime", prm__num_minibatches=2, filter__enabled="true") == 0
     folder = run / "checkpoints" / "000002" / "prm"
     policy, reward = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder.parent, folder))
     assert any(not policy[name].equal(reward[name]) for name in policy)
@@ -211,7 +211,7 @@ def test_it_is_saved_with_every_checkpoint(tmp_path):
         ("--temperature 0.7 --prm.reference policy", "needs --sampler.temperature 1"),
         ("--temperature 0.7 --objective.kl.coef 0.1", "another reference than the process reward model"),
         ("--prm.update sometimes", "prm.update: 'sometimes' is not known"),
-        ("--filter.low 0.9", "filter.low (0.9) is above filter.high (0.8)"),
+        ("--filter.enabled true --filter.low 0.9", "filter.low (0.9) is above filter.high (0.8)"),
         ("--prm.model nowhere", "model: 'nowhere'"),
     ],
 )

@@ -132,7 +132,8 @@ def test_saved_rollouts_score_the_same_again(runs, tmp_path, algorithm):
     """`stepcredit credit` on a run's rollouts gives the advantages that the run used."""
     saved = runs(algorithm) / "rollouts" / "000002.jsonl.zst"
     again = tmp_path / "again.jsonl.zst"
-    own = ["--sampler.max-new-tokens", "48"] + ["--credit.beta", "0.003"] * (algorithm == "spro")
+    options = {"spro": ["--credit.beta", "0.003"], "prime": ["--credit.process-coef", "0.1"]}
+    own = ["--sampler.max-new-tokens", "48", *options.get(algorithm, [])]
     assert main(["credit", "--in", str(saved), "--out", str(again), "--credit.name", algorithm, *own]) == 0
     one, two = (scored(path) for path in (saved, again))
     assert [(r["id"], r["iteration"], r["prompt"], r["answer"]) for r in one] == [
