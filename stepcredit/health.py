@@ -13,7 +13,8 @@ WARN_AFTER = 5  # iterations in a row before a warning is given
 REASONS = {  # a metric that is 1 when it is the reason: what to say
     "group/unjudged": "no completion was judged. Check the reward function: it returned None for all of them",
     "group/singleton": "each group had a single judged completion. Set --group-size to at least 2",
-    "completion/masked": "every completion was masked. Check --shapers against the lengths and rewards of the rollouts",
+    "completion/masked": "every completion was masked. Check --shapers and the prompt filter (--filter.low, "
+    "--filter.high, --filter.drop-truncated) against the lengths and rewards of the rollouts",
 }
 EQUAL_REWARDS = (
     "every group had equal rewards ({mean}). Check the reward function on a known right and a known wrong answer, "
@@ -53,6 +54,15 @@ ALARMS: dict[str, Alarm] = {
             f"no group had two different rewards for {WARN_AFTER} iterations (mean reward {now['reward/mean']:.2f}); "
             "nothing is being learnt. Take easier or harder problems, or check the reward function"
         ),
+    ),
+    "no problem passed": Alarm(
+        lambda now, first: now.get("filter/passed", 1.0) == 0.0,
+        lambda now, first: (
+            f"none of {now['filter/problems']:.0f} problems passed the prompt filter ({now['filter/hard']:.0%} too "
+            f"hard, {now['filter/easy']:.0%} too easy, {now['filter/truncated']:.0%} truncated), so nothing was "
+            "learnt. Widen --filter.low and --filter.high, raise --filter.max-draws, or take easier or harder problems"
+        ),
+        after=1,
     ),
     "no siblings differ": Alarm(
         lambda now, first: now.get("group/kept", 1.0) == 0.0,

@@ -66,6 +66,37 @@ def test_recipe_for_code(model, tmp_path) -> None:
     assert last["reward/mean"] == 0 and last["reward/judged"] == 1
 
 
+@pytest.mark.skipif(refusal() is not None, reason=f"no sandbox for programs: {refusal()}")
+def test_prime_on_programs(model, tmp_path) -> None:
+    """Shares of tests passed are outcomes for the process reward model too."""
+    row = {"prompt": "Double x.", "code": "def f(x):\n    return 2 * x", "test_list": ["assert f(2) == 4"]}
+    data = tmp_path / "code.jsonl"
+    data.write_text("".join(json.dumps(row | {"task_id": n}) + "\n" for n in range(8)))
+    words = ["train", str(ROOT / "recipes" / "code.yaml"), "--model", str(model), "--data", str(data)]
+    words += ["--algorithm", "prime", "--run-dir", str(tmp_path / "run"), "--iterations", "1", "--filter.low", "0"]
+    words += ["--train.problems-per-iteration", "2", "--group-size", "2", "--num-problems", "1"]
+    assert main([*words, "--max-new-tokens", "8"]) == 1
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["prm/loss"] == pytest.approx(0.693, abs=1e-3) and last["filter/passed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("treerpo", "--growth.num-branches 2 --growth.step.tokens 4"),
+        ("prime", "--group-size 2 --filter.max-draws 1"),
+    ],
+)
+def test_recipes_of_the_papers(recipe, options, model, rows, tmp_path) -> None:
+    """They run as they are, smaller. Noise earns nothing: nothing is kept, the update is skipped, exit code 1."""
+    words = ["train", str(ROOT / "recipes" / f"{recipe}.yaml"), "--model", str(model), "--data", str(rows)]
+    words += ["--run-dir", str(tmp_path / "run"), "--iterations", "1", "--train.problems-per-iteration", "2"]
+    assert main([*words, "--num-problems", "2", "--max-new-tokens", "12", *options.split()]) == 1
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["optim/skipped"] == 1 and last["reward/mean"] == 0
+    assert last["group/kept"] == 0 if recipe == "treerpo" else last["filter/truncated"] == 1
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "score"),
     [

@@ -1,6 +1,7 @@
 """The implicit process reward model: what it predicts, learns and gives, in each order of updates."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from stepcredit.credit import CREDIT, assign
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, score
+from stepcredit.records import read_trees
 
 RATE = 1e-3
 
@@ -224,3 +226,45 @@ def test_what_does_not_go_together_is_refused(words, said, capsys, tmp_path):
 def test_the_policy_as_reference_in_a_run(tmp_path):
     assert train(tmp_path / "run", algorithm="prime", prm__reference="policy", objective__kl__coef=0) == 0
     assert all(row["optim/nonfinite"] == 0 for row in metrics(tmp_path / "run")[1:])
+
+
+def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
+    """`score --prm` with the checkpoint before an iteration gives the rewards that the iteration used."""
+    run, out = tmp_path / "run", tmp_path / "rewarded.jsonl"
+    options = {"checkpoint__every": 1, "rollouts__every": 1, "credit__beta": 0.5}
+    assert train(run, algorithm="prime", **options) == 0
+    saved = run / "rollouts" / "000002.jsonl.zst"
+    words = ["score", "--in", str(saved), "--out", str(out), "--ref", "embedded", "--beta", "0.5", "--device", "cpu"]
+    assert main([*words, "--prm", str(run / "checkpoints" / "000001" / "prm")]) == 0
+    assert "prm/auc" in capsys.readouterr().out
+    moved = 0.0
+    for before, after in zip(read_trees(str(saved)), read_trees(str(out)), strict=True):
+        for one, two in zip(before.segments, after.segments, strict=True):
+            for column in ("prm_logprobs", "ref_logprobs"):
+                assert two.columns[column] == pytest.approx(one.columns[column], abs=1e-4)
+            differences = [a - b for a, b in zip(one.columns["prm_logprobs"], one.columns["ref_logprobs"], strict=True)]
+            assert two.columns["token_rewards"] == pytest.approx([0.5 * value for value in differences], abs=1e-4)
+            assert two.extra["text"] == one.extra["text"] and two.reward == one.reward
+            moved = max(moved, *map(abs, differences))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--prm embedded --ref embedded --in none.jsonl", "--in ROLLOUTS, --prm MODEL, --ref MODEL and --out FILE"),
+        ("--prm embedded --ref embedded --in none.jsonl --out out.jsonl", "none.jsonl: no such file"),
+        ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl", "has token id 900"),
+        ("--prm embedded --ref embedded --in bare.jsonl --out out.jsonl", "has no prompt_ids"),
+        ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl --beta -1", "--beta must be a number above 0"),
+        ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "model: 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_rewarded_is_refused(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, ids, prompt in (("ids", [900], [1]), ("bare", [4], []), ("fine", [4], [1])):
+        record = {"id": "a", "prompt_ids": prompt, "segments": [{"token_ids": ids}]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
+    assert main(["score", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "out.jsonl").exists()
