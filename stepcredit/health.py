@@ -56,16 +56,17 @@ ALARMS: dict[str, Alarm] = {
         ),
     ),
     "no problem passed": Alarm(
-        lambda now, first: now.get("filter/passed", 1.0) == 0.0,
+        lambda now, first: _value(now, "filter/passed", 1.0) == 0.0,
         lambda now, first: (
-            f"none of {now['filter/problems']:.0f} problems passed the prompt filter ({now['filter/hard']:.0%} too "
-            f"hard, {now['filter/easy']:.0%} too easy, {now['filter/truncated']:.0%} truncated), so nothing was "
-            "learnt. Widen --filter.low and --filter.high, raise --filter.max-draws, or take easier or harder problems"
+            f"none of {_value(now, 'filter/problems'):.0f} problems passed the prompt filter "
+            f"({_value(now, 'filter/hard'):.0%} too hard, {_value(now, 'filter/easy'):.0%} too easy, "
+            f"{_value(now, 'filter/truncated'):.0%} truncated), so nothing was learnt. Widen --filter.low and "
+            "--filter.high, raise --filter.max-draws, or take easier or harder problems"
         ),
         after=1,
     ),
     "no siblings differ": Alarm(
-        lambda now, first: now.get("group/kept", 1.0) == 0.0,
+        lambda now, first: _value(now, "group/kept", 1.0) == 0.0,
         lambda now, first: (
             "no group of siblings had values further apart than the credit asks for, so the update was skipped "
             "(optim/skipped counts them). Take more branches, easier or harder problems, or a smaller --credit.tau"
@@ -89,11 +90,20 @@ ALARMS: dict[str, Alarm] = {
         ),
         after=1,
     ),
+    "reward model skipped": Alarm(
+        lambda now, first: _value(now, "prm/nonfinite") > 0,
+        lambda now, first: (
+            "the gradient of the process reward model was not finite, so its step was skipped; lower "
+            "--prm.learning-rate or --credit.beta"
+        ),
+        after=1,
+    ),
     "process credit dominates": Alarm(
         lambda now, first: now.get("credit/process_ratio", 0.0) is None or now.get("credit/process_ratio", 0.0) > 1.0,
         lambda now, first: (
             f"process credit is larger than outcome credit (ratio {_value(now, 'credit/process_ratio', math.inf):.1f}) "
-            f"for {WARN_AFTER} iterations; lower --credit.beta, or set --credit.uniform drop"
+            f"for {WARN_AFTER} iterations; lower --credit.beta (spro, or set --credit.uniform drop) or "
+            "--credit.process-coef (prime)"
         ),
     ),
     "entropy collapsed": Alarm(

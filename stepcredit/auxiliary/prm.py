@@ -1,6 +1,7 @@
 """The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,10 +122,11 @@ class ImplicitPRM(AuxModel):
                     (self._loss(part, scores.logprobs) / judged).backward()
             logprobs[step.token["source"]] = gather_owned(step, parts, pieces)
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.options.grad_clip)))
-            if judged and torch.isfinite(torch.tensor(norms[-1])):
+            if judged and math.isfinite(norms[-1]):  # otherwise the step would destroy the weights
                 self.optimizer.step()
             self.optimizer.zero_grad()
         self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
+        self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)
         return logprobs
 
     def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
