@@ -1,6 +1,8 @@
 """Continuing runs: where they go, what they keep, and what they refuse."""
 
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from stepcredit.auxiliary import ImplicitPRM
 from stepcredit.build import build_parts
 from stepcredit.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
 from stepcredit.cli.main import main
@@ -149,3 +152,31 @@ def test_a_run_that_was_killed_while_it_wrote_its_config(four, tmp_path) -> None
     new.mkdir()
     (new / ".config.yaml.part").write_text("algorithm: gr")
     assert train(new, "--iterations", "1", "--resume", "auto") in (0, 1)
+
+
+def test_a_stop_between_the_reward_model_and_the_policy(tmp_path, monkeypatch) -> None:
+    """The model has learnt, the policy has not: saved there, continued, and identical to a run that went through."""
+    words = ["--algorithm", "prime", "--iterations", "2", "--prm.num-minibatches", "2", "--filter.enabled", "true"]
+    words += ["--filter.oversample", "2"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, *words) in (0, 1)
+    observe = ImplicitPRM.observe
+
+    def stopping(self, forest):
+        found = observe(self, forest)
+        if self.batches == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImplicitPRM, "observe", stopping)
+        assert train(run, *words) == 130
+    stopped = newest_checkpoint(run)
+    assert stopped is not None and stopped.name == "000001.000"
+    names = ("model.safetensors", "prm/model.safetensors")
+    before = whole / "checkpoints" / "000001"
+    assert [(stopped / name).read_bytes() == (before / name).read_bytes() for name in names] == [True, False]
+    assert main(["train", "--resume", str(run)]) in (0, 1)
+    one, two = (folder / "checkpoints" / "000002" for folder in (whole, run))
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    assert load_checkpoint(one)["position"] == load_checkpoint(two)["position"]
