@@ -211,7 +211,10 @@ def test_it_is_saved_with_every_checkpoint(tmp_path):
     ("words", "said"),
     [
         ("--temperature 0.7 --prm.reference policy", "needs --sampler.temperature 1"),
-        ("--temperature 0.7 --objective.kl.coef 0.1", "another reference than the process reward model"),
+        (
+            "--temperature 0.7 --objective.kl.coef 0.1 --prm.reference start",
+            "another reference than the process reward model",
+        ),
         ("--prm.update sometimes", "prm.update: 'sometimes' is not known"),
         ("--filter.enabled true --filter.low 0.9", "filter.low (0.9) is above filter.high (0.8)"),
         ("--prm.model nowhere", "model: 'nowhere'"),
@@ -224,14 +227,18 @@ def test_what_does_not_go_together_is_refused(words, said, capsys, tmp_path):
 
 
 def test_the_policy_as_reference_in_a_run(tmp_path):
-    assert train(tmp_path / "run", algorithm="prime", prm__reference="policy", objective__kl__coef=0) == 0
-    assert all(row["optim/nonfinite"] == 0 for row in metrics(tmp_path / "run")[1:])
+    """No reference model is there: `ref_logprobs` are the policy's own, and so are the rewards' zero points."""
+    assert train(tmp_path / "run", algorithm="prime", prm__reference="policy", rollouts__every=1) == 0
+    for tree in read_trees(str(tmp_path / "run" / "rollouts" / "000002.jsonl.zst")):
+        for segment in tree.segments:
+            assert segment.columns["ref_logprobs"] == segment.columns["old_logprobs"]
+            assert segment.columns["ref_logprobs"] != segment.columns["prm_logprobs"]
 
 
 def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
     """`score --prm` with the checkpoint before an iteration gives the rewards that the iteration used."""
     run, out = tmp_path / "run", tmp_path / "rewarded.jsonl"
-    options = {"checkpoint__every": 1, "rollouts__every": 1, "credit__beta": 0.5}
+    options = {"checkpoint__every": 1, "rollouts__every": 1, "credit__beta": 0.5, "prm__reference": "start"}
     assert train(run, algorithm="prime", **options) == 0
     saved = run / "rollouts" / "000002.jsonl.zst"
     words = ["score", "--in", str(saved), "--out", str(out), "--ref", "embedded", "--beta", "0.5", "--device", "cpu"]
