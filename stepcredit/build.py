@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from stepcredit.auxiliary import AuxModel, ImplicitPRM, OldPolicy, PRMOptions, Reference, SameAsOld
+from stepcredit.auxiliary import AuxModel, Base, ImplicitPRM, OldPolicy, PRMOptions, Reference, SameAsOld
 from stepcredit.collecting import Window
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
@@ -15,8 +15,12 @@ from stepcredit.growth.steps import step_rule
 from stepcredit.imports import by_name
 from stepcredit.judging import Judge
 from stepcredit.objective import Objective
+from stepcredit.parallel.memory import fits_whole
+from stepcredit.parallel.ranks import ALONE, Ranks
+from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.loading import load_policy
+from stepcredit.policy.loading import load_policy, pick_device
+from stepcredit.policy.lora import add_adapters, has_adapters
 from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
@@ -51,6 +55,7 @@ class Rollouts:
     grow: Growth
     params: SamplingParams
     judge: Judge
+    ranks: Ranks = ALONE
 
 
 def build_parts(config: Config) -> Parts:
@@ -64,8 +69,8 @@ def build_parts(config: Config) -> Parts:
     return Parts(task, rewards, weights, build_params(config), shapers, credit, assign_credit, objective)
 
 
-def build_rollouts(config: Config, parts: Parts, policy: Policy) -> Rollouts:
-    """The parts that sampling and judging need, bound to a model."""
+def build_rollouts(config: Config, parts: Parts, policy: Policy, spread: Spread = WHOLE) -> Rollouts:
+    """The parts that sampling and judging need, bound to a model that is still whole."""
     given = config.task
     encode = PromptFormat(
         policy.tokenizer,
@@ -74,12 +79,13 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy) -> Rollouts:
         given.chat_template_kwargs,
         given.prompt_template,
     )
-    judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer)
+    judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, spread.ranks.local_size)
     judge.start()  # while the prompts are checked
     parts.task.fit(encode, given.long_prompts)
-    sampler = TransformersSampler(policy, config.sampler.max_rows, keep_mb=config.sampler.keep_mb)
+    sampled = spread.sampling_copy(policy)
+    sampler = TransformersSampler(sampled, config.sampler.max_rows, keep_mb=config.sampler.keep_mb)
     grow = build_growth(config, parts.task, policy)
-    return Rollouts(parts.task, encode, sampler, grow, parts.params, judge)
+    return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, spread.ranks)
 
 
 def build_growth(config: Config, task: Task, policy: Policy) -> Growth:
@@ -168,8 +174,11 @@ def build_objective(config: Config, credit: CreditFunction) -> Objective:
     )
 
 
-def build_models(config: Config, parts: Parts, policy: Policy) -> dict[str, AuxModel]:
-    """The models whose columns the credit function and the objective read, by column, in the order they observe."""
+def build_models(config: Config, parts: Parts, policy: Policy, spread: Spread = WHOLE) -> dict[str, AuxModel]:
+    """The models whose columns the credit function and the objective read, by column, in the order they observe.
+
+    The policy is still whole; copies of it are spread here.
+    """
     optim, objective = config.optim, parts.objective
     needed = set(needs_of(parts.credit).columns)
     if objective.needs_reference:
@@ -192,16 +201,54 @@ def build_models(config: Config, parts: Parts, policy: Policy) -> dict[str, AuxM
         models["old_logprobs"] = OldPolicy(policy, temperature, budget)
     start = policy
     if with_prm and config.prm.model is not None:
-        start = load_policy(config.prm.model, config.train.device, config.train.dtype, config.trust_remote_code)
+        start = load_model(config, config.prm.model, spread)
         if start.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise UserError(f"prm.model: '{config.prm.model}' has another vocabulary than the policy")
     if own:
         models["ref_logprobs"] = SameAsOld()
     elif "ref_logprobs" in needed:
-        models["ref_logprobs"] = Reference(start, 1.0 if with_prm else temperature, budget)
+        kind = Base if start is policy and has_adapters(policy) else Reference
+        models["ref_logprobs"] = kind(start, 1.0 if with_prm else temperature, budget, spread)
     if with_prm:
-        models["prm_logprobs"] = ImplicitPRM(start, build_prm_options(config))
+        if start is not policy:
+            build_adapters(config, start)
+        models["prm_logprobs"] = ImplicitPRM(start, build_prm_options(config), spread)
     return models
+
+
+def build_spread(config: Config, ranks: Ranks) -> Spread:
+    """How models lie on the processes.
+
+    A config may ask for shards and still run on one process: without torchrun there is nothing to shard.
+
+    Raises:
+        UserError: offload is asked for without shards.
+    """
+    given = config.distributed
+    if given.cpu_offload and given.strategy != "fsdp":
+        raise UserError("distributed.cpu_offload goes with --distributed.strategy fsdp")
+    if not ranks.grouped:
+        return WHOLE
+    device = pick_device(config.train.device)
+    strategy = given.strategy
+    if strategy == "auto":
+        strategy = "ddp" if fits_whole(config, device) else "fsdp"
+    return Spread(ranks, strategy, given.cpu_offload, device)
+
+
+def load_model(config: Config, model: str, spread: Spread) -> Policy:
+    """A model of the config, on the device; one that will be sharded in the CPU's memory."""
+    device, home = ("cpu", spread.device) if spread.sharded else (config.train.device, None)
+    return load_policy(model, device, config.train.dtype, config.trust_remote_code, home)
+
+
+def build_adapters(config: Config, policy: Policy) -> None:
+    """Give a policy the adapters of the config, if any."""
+    given = config.lora
+    if given.rank:
+        add_adapters(policy, given.rank, given.alpha, given.targets, config.train.seed)
+    elif has_adapters(policy):
+        raise UserError("model: it has adapters; make one model of them with 'stepcredit merge', then train that")
 
 
 def build_prm_options(config: Config) -> PRMOptions:

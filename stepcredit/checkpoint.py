@@ -1,5 +1,8 @@
 """Checkpoints: a folder that `from_pretrained` loads, plus `trainer_state/` and a manifest of checksums.
 
+The optimisers' state is written by torch.distributed.checkpoint in safetensors files, each process its shards, so that
+a run can go on with another number of processes; everything else is written by the first.
+
 A checkpoint is written beside the others, synced, renamed, and only then named in `latest`; older ones go afterwards.
 So a run that is killed at any moment has a whole checkpoint, and one that was damaged later is found by its checksums.
 """
@@ -11,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stepcredit.errors import UserError
-from stepcredit.policy.forward import Policy
+from stepcredit.parallel.learner import Learner
+from stepcredit.parallel.ranks import Ranks
+from stepcredit.parallel.spread import full_state, put_state
 from stepcredit.policy.loading import save_policy
+from stepcredit.policy.lora import has_adapters, load_adapters
 from stepcredit.state import load_state, save_state
 
 log = logging.getLogger("stepcredit")
@@ -45,17 +55,18 @@ class Damage:
 def save_checkpoint(
     run_dir: Path,
     name: str,
-    policy: Policy,
+    learners: Mapping[str, Learner],
     state: dict[str, Any],
     keep: int,
     score: float | None = None,
-    others: Mapping[str, Policy] | None = None,
 ) -> Path:
     """Write `checkpoints/NAME`, point `latest` to it, then remove all but the `keep` last written and the best.
 
+    All processes of a run call this; they see one file system.
+
     Args:
+        learners: what learns, by the folder inside the checkpoint; "" is the checkpoint itself.
         state: whatever `load_checkpoint` should give back.
-        others: further models, each saved in a folder of its name inside the checkpoint.
         score: of this model; the checkpoint with the highest one is named in `best` and kept too.
 
     Raises:
@@ -63,13 +74,17 @@ def save_checkpoint(
     """
     root = run_dir / "checkpoints"
     final, beside, aside = root / name, root / f".{name}.part", root / f".{name}.old"
-    with _space(run_dir, beside):
+    ranks = next(iter(learners.values())).spread.ranks
+
+    def begin() -> None:
         _tidy(root)
         (beside / STATE).parent.mkdir(parents=True)
-        save_policy(policy, beside)
-        for folder, other in (others or {}).items():
-            save_policy(other, beside / folder)
+
+    def end() -> None:
+        nonlocal score
         save_state(state, beside / STATE)
+        if score is None and final.exists():  # written anew with the same weights
+            score = _score(final)
         _write_manifest(beside, score)
         for path in [*beside.rglob("*"), beside]:
             _sync(path)
@@ -80,12 +95,63 @@ def save_checkpoint(
         _point(run_dir, "latest", final)
         if score is not None and score >= _best_score(run_dir):
             _point(run_dir, BEST, final)
-    shutil.rmtree(aside, ignore_errors=True)
-    spared = {final, pointed(run_dir, BEST)}
-    older = sorted((path for path in checkpoints(run_dir) if path not in spared), key=lambda path: path.stat().st_mtime)
-    for old in older[: max(0, len(older) + 1 - keep)]:
-        shutil.rmtree(old)
+        shutil.rmtree(aside, ignore_errors=True)
+        spared = {final, pointed(run_dir, BEST)}
+        older = [path for path in checkpoints(run_dir) if path not in spared]
+        older.sort(key=lambda path: path.stat().st_mtime)
+        for old in older[: max(0, len(older) + 1 - keep)]:
+            shutil.rmtree(old)
+
+    with _space(run_dir, beside, ranks):
+        ranks.first(begin)
+        for folder, learner in learners.items():
+            _save_learner(learner, beside, folder)
+        ranks.first(end)
     return final
+
+
+def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
+    """Bring a model and its optimiser to where a checkpoint has them; all processes call this.
+
+    Args:
+        folder: inside the checkpoint; "" for the policy.
+    """
+    policy, place = learner.policy, checkpoint / folder
+    if has_adapters(policy):
+        load_adapters(policy, place)
+    else:
+        saved = type(policy.model).from_pretrained(place, dtype=torch.float32)
+        put_state(policy, saved.state_dict())
+    place = _optimizer_folder(checkpoint, folder)
+    if not place.is_dir():
+        return  # it had not taken a step
+    wanted = learner.tensors(fill=True)
+    with _quiet():
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not learner.spread.ranks.grouped)
+
+
+def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
+    ranks = learner.spread.ranks
+    state = full_state(learner.policy, keep=ranks.main)
+    ranks.first(lambda: save_policy(learner.policy, checkpoint / folder, state))
+    tensors = learner.tensors()
+    if tensors:
+        writer = HuggingFaceStorageWriter(str(_optimizer_folder(checkpoint, folder)), save_distributed=True)
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.grouped)
+    ranks.wait()
+
+
+def _optimizer_folder(checkpoint: Path, folder: str) -> Path:
+    return (checkpoint / STATE).parent / (f"{folder}_optimizer" if folder else "optimizer")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without remarks of torch that tell a user nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -157,12 +223,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return load_state(folder / STATE)
 
 
-def load_weights(policy: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights into a policy of the same model."""
-    saved = type(policy.model).from_pretrained(folder, dtype=torch.float32)
-    policy.model.load_state_dict(saved.state_dict())
-
-
 def versions() -> dict[str, str]:
     """What a checkpoint was made with."""
     names = ("stepcredit", "torch", "transformers", "safetensors")
@@ -170,12 +230,13 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def _space(run_dir: Path, beside: Path) -> Iterator[None]:
+def _space(run_dir: Path, beside: Path, ranks: Ranks) -> Iterator[None]:
     """A full disk or another fault of the place leaves the run as it was, with a line that says so."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if ranks.main:
+            shutil.rmtree(beside, ignore_errors=True)
         number = error.errno if isinstance(error, OSError) else None
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         latest = pointed(run_dir, "latest")
@@ -212,8 +273,13 @@ def _best_score(run_dir: Path) -> float:
     best = pointed(run_dir, BEST)
     if best is None or not (best / MANIFEST).is_file():
         return float("-inf")
-    score = json.loads((best / MANIFEST).read_text(encoding="utf-8"))["score"]
-    return float("-inf") if score is None else float(score)
+    score = _score(best)
+    return float("-inf") if score is None else score
+
+
+def _score(folder: Path) -> float | None:
+    score = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["score"]
+    return None if score is None else float(score)
 
 
 def _point(run_dir: Path, name: str, folder: Path) -> None:

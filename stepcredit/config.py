@@ -153,6 +153,18 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; weights are always fp32
 
 
+class DistributedConfig(Section):
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # whole models on each process, or shards; auto: what fits
+    cpu_offload: bool = False  # shards and optimiser state in the CPU's memory (fsdp)
+    timeout_s: float = Field(1800.0, gt=0)  # a process that does not answer for so long ends the run
+
+
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0)  # of the adapters; 0: none, all weights learn
+    alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
+    targets: Names = []  # linear layers by name, such as q_proj; empty: all but the output layer
+
+
 class EvalConfig(Section):
     every: int = Field(0, ge=0)  # iterations; 0: only before the first and after the last
     num_problems: int = Field(200, ge=0)
@@ -189,6 +201,8 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     prm: PRMConfig = PRMConfig()
+    lora: LoraConfig = LoraConfig()
+    distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,7 +8,12 @@ class UserError(Exception):
     """Something the user gave is wrong: a file, a row, an option. The message names it and says what to do.
 
     The command line prints it as one line and exits with code 2.
+
+    Attributes:
+        said: another process prints it.
     """
+
+    said = False
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

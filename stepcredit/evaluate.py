@@ -77,9 +77,12 @@ def evaluate(
             samples += [sample for problem in batch for sample in by_id[problem.id]]
             continue
         seeds = [sampling_seed(seed, EVALUATION, start + number) for number in range(len(batch))]
-        made = _samples(rollouts, batch, seeds, num_samples, greedy=False)
-        if greedy:
-            made += _samples(rollouts, batch, seeds, 1, greedy=True)
+        mine = rollouts.ranks.share(range(len(batch)))
+        own, own_seeds = [batch[number] for number in mine], [seeds[number] for number in mine]
+        made = _samples(rollouts, own, own_seeds, num_samples, greedy=False) if mine else []
+        if greedy and mine:
+            made += _samples(rollouts, own, own_seeds, 1, greedy=True)
+        made = [sample for part in rollouts.ranks.gather(made) for sample in part]
         order = {problem.id: number for number, problem in enumerate(batch)}
         made.sort(key=lambda sample: order[sample.id])
         on_samples(made)

@@ -179,6 +179,14 @@ class Forest:
         """All trees of several forests, one after the other."""
         return cls.from_trees([tree for forest in forests for tree in forest.to_trees()])
 
+    @classmethod
+    def interleave(cls, forests: "Sequence[Forest]") -> "Forest":
+        """The first tree of each forest, then the second of each, and so on; the first forests may be longer."""
+        if len(forests) == 1:
+            return forests[0]
+        dealt = [forest.to_trees() for forest in forests]
+        return cls.from_trees([trees[row] for row in range(len(dealt[0])) for trees in dealt if row < len(trees)])
+
     def state_dict(self) -> dict[str, Any]:
         """All tables with every column, for `stepcredit.state`; what JSON cannot say of a problem becomes text."""
         return {

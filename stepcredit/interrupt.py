@@ -5,6 +5,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from stepcredit.parallel.ranks import ALONE, Ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -15,11 +17,13 @@ class Interrupted(Exception):
 class StopRequest:
     """Remembers that a signal came, from `with` to the end of its block; a second one interrupts at once.
 
-    Outside the main thread, where Python takes no signals, it never asks.
+    Outside the main thread, where Python takes no signals, it never asks. Several processes stop at the same place once
+    one was asked; there a second signal changes nothing, because torchrun passes on what the terminal has sent already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.asked = False
+        self.ranks = ranks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,11 +36,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and self.ranks.size == 1:
             raise KeyboardInterrupt
         self.asked = True
 
-    def check(self, *_: object) -> None:
-        """Raise `Interrupted` once a signal has come. Stands where nothing would be lost."""
-        if self.asked:
+    def check(self) -> None:
+        """Raise `Interrupted` once a signal has come. Stands where nothing would be lost, and all processes come by."""
+        if self.ranks.any(self.asked):
             raise Interrupted
+
+    def check_here(self, *_: object) -> None:
+        """The same inside the work of one process, when there are no others."""
+        if self.ranks.size == 1:
+            self.check()

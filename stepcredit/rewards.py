@@ -34,10 +34,15 @@ def build_rewards(config: Config, task: Task) -> tuple[dict[str, Reward], list[f
 
 
 def build_judge(
-    config: Config, rewards: dict[str, Reward], weights: list[float], tokenizer: "PreTrainedTokenizerBase | None"
+    config: Config,
+    rewards: dict[str, Reward],
+    weights: list[float],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    sharing: int = 1,
 ) -> Judge:
+    """Args: sharing: processes on this machine that judge at the same time and share its cores."""
     given = config.reward
-    workers = Workers(given.timeout_s, given.workers, given.memory_mb)
+    workers = Workers(given.timeout_s, given.workers, given.memory_mb, sharing)
     return Judge(rewards, weights, tokenizer, workers, given.on_failure, given.call_with)
 
 

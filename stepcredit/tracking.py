@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stepcredit.config import Config
 from stepcredit.forest import Forest
 from stepcredit.health import Health
+from stepcredit.parallel.ranks import Ranks
 from stepcredit.records import write_trees
 from stepcredit.sinks import open_sinks
 
@@ -28,6 +29,67 @@ SHOWN = (
     ("tokens/per_second", "tok/s", "{:.0f}"),
 )
 PLAIN_EVERY = 10  # iterations between lines when the output is not a terminal
+
+
+class Records(Protocol):
+    """What a run tells of itself.
+
+    Attributes:
+        reported: the last iteration that has been reported, by this program or one before it.
+    """
+
+    reported: int | None
+
+    def __enter__(self) -> "Records": ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def report(self, iteration: int, metrics: dict[str, float], forest: Forest | None = None) -> None: ...
+
+    def save_rollouts(self, name: str, iteration: int, forest: Forest) -> Path: ...
+
+    def summary(self, seconds: float) -> bool: ...
+
+
+def open_tracker(
+    ranks: Ranks,
+    run_dir: Path,
+    console: Console,
+    config: Config,
+    done: int | None,
+    decode: Callable[[list[list[int]]], list[str]],
+) -> Records:
+    """The tracker of the first process; the others write and show nothing."""
+    made: list[Tracker] = []
+
+    def open_first() -> int | None:
+        made.append(Tracker(run_dir, console, config, done, decode))
+        return made[0].reported
+
+    reported = ranks.first(open_first)
+    return made[0] if made else Silent(run_dir, reported)
+
+
+class Silent:
+    """Stands for the tracker in every process but the first."""
+
+    def __init__(self, run_dir: Path, reported: int | None) -> None:
+        self.run_dir, self.reported = run_dir, reported
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def report(self, iteration: int, metrics: dict[str, float], forest: Forest | None = None) -> None:
+        self.reported = iteration
+
+    def save_rollouts(self, name: str, iteration: int, forest: Forest) -> Path:
+        return self.run_dir / "rollouts" / f"{name}.jsonl.zst"
+
+    def summary(self, seconds: float) -> bool:
+        raise RuntimeError("only the first process sums up")
 
 
 class Tracker:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from stepcredit.build import Parts, build_models, build_rollouts, build_window
-from stepcredit.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from stepcredit.build import Parts, build_adapters, build_models, build_rollouts, build_window
+from stepcredit.checkpoint import load_checkpoint, load_learner, save_checkpoint
 from stepcredit.collecting import Position, collect
 from stepcredit.config import Config
 from stepcredit.errors import UserError
@@ -25,10 +26,12 @@ from stepcredit.interrupt import Interrupted, StopRequest
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
 from stepcredit.ops import kl_k1
+from stepcredit.parallel.learner import Call, Learner
+from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
 from stepcredit.state import random_state, set_random_state
-from stepcredit.tracking import Tracker
+from stepcredit.tracking import Records, open_tracker
 
 log = logging.getLogger("stepcredit")
 
@@ -75,25 +78,25 @@ class Trainer:
         config: resolved.
         parts: what `build_parts` made of the config.
         policy: what is trained; as it is now it is the reference.
+        spread: how models lie on the processes that share the run.
     """
 
-    def __init__(self, config: Config, parts: Parts, policy: Policy, console: Console) -> None:
-        self.config, self.policy, self.console = config, policy, console
+    def __init__(self, config: Config, parts: Parts, policy: Policy, console: Console, spread: Spread = WHOLE) -> None:
+        self.config, self.policy, self.console, self.ranks = config, policy, console, spread.ranks
         self.shapers, self.assign, self.objective = parts.shapers, parts.assign, parts.objective
-        self.rollouts = build_rollouts(config, parts, policy)
-        self.models = build_models(config, parts, policy)
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.optim.learning_rate,
-            betas=config.optim.betas,
-            weight_decay=config.optim.weight_decay,
+        build_adapters(config, policy)
+        self.rollouts = build_rollouts(config, parts, policy, spread)
+        self.models = build_models(config, parts, policy, spread)
+        optim = config.optim
+        self.learner = Learner(
+            spread.place(policy), spread, optim.learning_rate, optim.betas, optim.weight_decay, optim.grad_clip
         )
         self.window = build_window(config)
         self.done, self.position = 0, Position()
         self.work: Work | None = None
         self.max_tokens = config.optim.max_tokens_per_micro_batch
         self.nonfinite = 0  # optimiser steps in a row that were skipped
-        self.stop = StopRequest()
+        self.stop = StopRequest(self.ranks)
         self.resumed = False
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
         self._check()
@@ -107,8 +110,8 @@ class Trainer:
         last, started = self.config.train.iterations, time.monotonic()
         decode = partial(self.policy.tokenizer.batch_decode, skip_special_tokens=True)
         done = self.done if self.resumed else None
-        with self.stop, Tracker(run_dir, self.console, self.config, done, decode) as tracker:
-            self.rollouts.sampler.on_progress = self.stop.check
+        with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, decode) as tracker:
+            self.rollouts.sampler.on_progress = self.stop.check_here
             try:
                 if tracker.reported is None:
                     tracker.report(0, self.evaluate())
@@ -129,7 +132,7 @@ class Trainer:
             except Interrupted:
                 self.save(run_dir)
                 raise
-        return tracker.summary(time.monotonic() - started)
+        return self.ranks.first(lambda: tracker.summary(time.monotonic() - started))
 
     # ------------------------------------------------------------------ the parts of an iteration
 
@@ -147,7 +150,7 @@ class Trainer:
             forest = self.assign(self.penalised(forest))
         return Work(forest, batch.position, clock, observed)
 
-    def update(self, work: Work, step: Forest, iteration: int, tracker: Tracker) -> None:
+    def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:
         """One optimiser step of an iteration."""
         with work.clock("time/learn"):
             rate = self.set_learning_rate(iteration)
@@ -169,30 +172,35 @@ class Trainer:
     def save(self, run_dir: Path, score: float | None = None) -> None:
         """Write a checkpoint; between the steps of an iteration its name has their number behind a dot."""
         name = f"{self.done:06d}" + (f".{len(self.work.learnt):03d}" if self.work else "")
-        keep = self.config.checkpoint.keep
-        save_checkpoint(run_dir, name, self.policy, self.state_dict(), keep, score, self.trained())
+        save_checkpoint(run_dir, name, self.learners(), self.state_dict(), self.config.checkpoint.keep, score)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: the weights and everything else."""
-        load_weights(self.policy, checkpoint)
-        for name, policy in self.trained().items():
-            load_weights(policy, checkpoint / name)
-        self.load_state_dict(load_checkpoint(checkpoint))
+        state = self.ranks.first(lambda: load_checkpoint(checkpoint))
+        for name, learner in self.learners().items():
+            load_learner(learner, checkpoint, name)
+        self.rollouts.sampler.sync(self.policy)
+        self.load_state_dict(state)
 
-    def trained(self) -> dict[str, Policy]:
-        """Models other than the policy that learn, by the folder that they are saved in."""
+    def learners(self) -> dict[str, Learner]:
+        """What learns, by the folder of a checkpoint that it is saved in; the policy is the checkpoint itself."""
         models = {name.removesuffix("_logprobs"): model.trained for name, model in self.models.items()}
-        return {name: policy for name, policy in models.items() if policy is not None}
+        return {"": self.learner} | {name: learner for name, learner in models.items() if learner is not None}
 
     def grow(self, clock: Clock, numbers: Sequence[int], places: Sequence[int]) -> Forest:
-        """Sample and judge these training problems, with seeds for these places in the run."""
+        """Sample and judge these training problems, with seeds for these places in the run; each process its share."""
         rollouts, seed = self.rollouts, self.config.train.seed
-        problems = [problem for number in numbers for problem in rollouts.task.draw(number, 1)]
-        seeds = [sampling_seed(seed, TRAINING, place) for place in places]
-        with clock("time/sample"):
-            forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
-        with clock("time/judge"):
-            return rollouts.judge(forest)
+        mine = self.ranks.share(list(zip(numbers, places, strict=True)))
+        problems = [problem for number, _ in mine for problem in rollouts.task.draw(number, 1)]
+        seeds = [sampling_seed(seed, TRAINING, place) for _, place in mine]
+        forest = None
+        if mine:
+            with clock("time/sample"):
+                forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
+            with clock("time/judge"):
+                forest = rollouts.judge(forest)
+        with clock("time/gather"):
+            return Forest.interleave([part for part in self.ranks.gather(forest) if part is not None])
 
     def penalised(self, forest: Forest) -> Forest:
         """Token rewards less the k1 penalty, when the KL term acts in the reward."""
@@ -226,8 +234,7 @@ class Trainer:
         progress = (iteration - 1) / self.config.train.iterations
         shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
         rate = optim.learning_rate * min(1.0, iteration / (optim.warmup + 1)) * shape[optim.schedule]
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.learner.set(lr=rate)
         return rate
 
     def learn(self, step: Forest) -> dict[str, float]:
@@ -251,8 +258,13 @@ class Trainer:
             except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
                 if not out_of_memory(error):
                     raise
+                if self.ranks.size > 1:  # the others are in the middle of theirs
+                    raise UserError(
+                        f"out of memory with {self.max_tokens} tokens in a micro-batch; lower "
+                        "--optim.max-tokens-per-micro-batch ('stepcredit plan' reckons what fits)"
+                    ) from error
                 alone = len(parts) == int(step.ends.sum())
-            self.optimizer.zero_grad()
+            self.learner.optimizer.zero_grad()
             if alone:
                 raise UserError(
                     "out of memory with a single completion in a micro-batch; lower --sampler.max-new-tokens or "
@@ -262,27 +274,24 @@ class Trainer:
             log.warning("out of memory: micro-batches have at most %d tokens from now on", self.max_tokens)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip))
-        finite = math.isfinite(norm) and all(math.isfinite(row["optim/loss"]) for row in rows)
-        if finite:  # otherwise the step would destroy the weights
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm, finite = self.learner.step(sound=all(math.isfinite(row["optim/loss"]) for row in rows))
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
         return sum_parts(rows, counted) | flags | {"tokens/unshared": float(unshared)}
 
     def accumulate(self, parts: list[Forest]) -> tuple[list[dict[str, float]], int]:
         """Add up the gradient of an optimiser step; the metrics of its parts and the number of weighted tokens."""
-        rows, counted = [], 0
-        for part in parts:
+
+        def loss(part: Forest, call: Call) -> tuple[Tensor, tuple[dict[str, float], int]]:
             weights = part.token["weights"] * part.token["owned"]
             owned = part.with_token(weights=weights, owned=weights != 0)
-            scores = self.policy(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
+            scores = call(owned, self.rollouts.params.temperature, self.objective.entropy_coef != 0)
             loss, values = self.objective.loss(scores, owned)
-            loss.backward()
-            counted += int((owned.token["weights"] != 0).sum())
             positions = float(self.policy.num_positions(part))
-            rows.append(values | {"optim/loss": float(loss.detach()), "tokens/computed": positions})
-        return rows, counted
+            values |= {"optim/loss": float(loss.detach()), "tokens/computed": positions}
+            return loss, (values, int((weights != 0).sum()))
+
+        found = [row for rows in self.ranks.gather(self.learner.accumulate(parts, loss)) for row in rows]
+        return [values for values, _ in found], sum(counted for _, counted in found)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy; the same problems and seeds every time."""
@@ -300,7 +309,6 @@ class Trainer:
         state: dict[str, Any] = {
             "iteration": self.done,
             "position": vars(self.position),
-            "optimizer": self.optimizer.state_dict(),
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "random": random_state(),
             "max_tokens": self.max_tokens,
@@ -320,9 +328,6 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done, self.position, self.resumed = state["iteration"], position(state["position"]), True
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # what the config says now holds, not what it said then
-            group["betas"], group["weight_decay"] = self.config.optim.betas, self.config.optim.weight_decay
         for name, model in self.models.items():
             if name in state["models"]:
                 model.load_state_dict(state["models"][name])

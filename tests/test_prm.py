@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_plain_autograd(kind, max_tokens, monkeypatch):
     plain.path = "plain"
     caught: list[Tensor] = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: caught.extend(q.grad.clone() for q in p))
-    monkeypatch.setattr(model.optimizer, "step", lambda: None)
+    monkeypatch.setattr(model.learner.optimizer, "step", lambda: None)
     model.options = PRMOptions(beta=0.5, max_tokens=max_tokens)
     with pytest.raises(TypeError):  # no norm
         model.observe(forest)
@@ -169,6 +169,8 @@ def test_its_state_comes_back():
     two = prm(num_minibatches=2)
     two.policy.load_state_dict(one.policy.state_dict())
     two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for name, tensor in two.learner.tensors(fill=True).items():
+        tensor.copy_(one.learner.tensors()[name])
     assert one.observe(forest).token["prm_logprobs"].equal(two.observe(forest).token["prm_logprobs"])
     assert all(a.equal(b) for a, b in zip(weights(one), weights(two), strict=True))
 

@@ -77,8 +77,8 @@ def test_options_of_the_optimiser_that_are_given_anew_hold(four) -> None:
     config = resolve({"optim": {"weight_decay": 0.1, "betas": [0.5, 0.9]}})
     trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
     trainer.load_state_dict(load_checkpoint(four / "checkpoints" / "000004"))
-    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert trainer.learner.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert trainer.learner.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
     assert trainer.position.drawn == 8  # four iterations of two problems
 
 

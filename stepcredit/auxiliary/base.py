@@ -3,7 +3,7 @@
 from typing import Any
 
 from stepcredit.forest import Forest
-from stepcredit.policy.forward import Policy
+from stepcredit.parallel.learner import Learner
 
 
 class AuxModel:
@@ -16,13 +16,13 @@ class AuxModel:
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        self.trained: Policy | None = None
+        self.trained: Learner | None = None
 
     def observe(self, forest: Forest) -> Forest:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, the weights of `trained` left out."""
+        """What a resumed run needs, `trained` left out."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

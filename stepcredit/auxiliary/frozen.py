@@ -8,8 +8,10 @@ import torch
 from stepcredit.auxiliary.base import AuxModel
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
+from stepcredit.policy.lora import adapters_off
 
 
 class OldPolicy(AuxModel):
@@ -37,9 +39,16 @@ class Reference(AuxModel):
     changed in the meantime is found.
     """
 
-    def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, spread: Spread = WHOLE) -> None:
         super().__init__()
         self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
+        self._remember(spread)
+        spread.place(self.policy)
+
+    def _remember(self, spread: Spread) -> None:
+        """Take the fingerprint now where it cannot be had later."""
+        if spread.sharded:
+            self.__dict__["fingerprint"] = fingerprint(self.policy)
 
     @cached_property
     def fingerprint(self) -> int:
@@ -59,10 +68,24 @@ class Reference(AuxModel):
             )
 
 
+class Base(Reference):
+    """Adds `ref_logprobs` of a policy with adapters: the policy itself without them, so there is no second copy."""
+
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, spread: Spread = WHOLE) -> None:
+        AuxModel.__init__(self)
+        self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
+        self._remember(spread)
+
+    def observe(self, forest: Forest) -> Forest:
+        with adapters_off(self.policy):
+            return super().observe(forest)
+
+
 def fingerprint(policy: Policy) -> int:
-    """A number that changes with any bit of any weight; the same on every device and with every number of threads."""
+    """A number that changes with any bit of any weight but the adapters'; the same on every device."""
     total = 0
-    for number, weight in enumerate(policy.state_dict().values(), 1):
+    weights = [weight for name, weight in policy.state_dict().items() if "lora_" not in name]
+    for number, weight in enumerate(weights, 1):
         place = number
         for piece in weight.contiguous().flatten().view(torch.uint8).split(1 << 24):
             factors = torch.arange(place, place + len(piece), device=piece.device) % 65521 + 1

@@ -1,6 +1,5 @@
 """The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from stepcredit.auxiliary.base import AuxModel
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.policy.batching import gather_owned
+from stepcredit.parallel.learner import Call, Learner
+from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.forward import Policy, score
+from stepcredit.policy.lora import own_copy
 
 BINS = 10  # of predicted chances, for the calibration error
 
@@ -57,17 +58,14 @@ class ImplicitPRM(AuxModel):
 
     Args:
         policy: what it starts from; a copy is trained, in fp32.
+        spread: how it lies on several processes.
     """
 
-    def __init__(self, policy: Policy, options: PRMOptions) -> None:
+    def __init__(self, policy: Policy, options: PRMOptions, spread: Spread = WHOLE) -> None:
         super().__init__()
-        self.policy, self.options = copy.deepcopy(policy).requires_grad_(True), options
-        self.trained = self.policy
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=options.learning_rate,
-            betas=options.betas,
-            weight_decay=options.weight_decay,
+        self.policy, self.options = spread.place(own_copy(policy, share=not spread.sharded)), options
+        self.learner = self.trained = Learner(
+            self.policy, spread, options.learning_rate, options.betas, options.weight_decay, options.grad_clip
         )
         self.batches = 0
 
@@ -94,13 +92,9 @@ class ImplicitPRM(AuxModel):
         return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "batches": self.batches}
+        return {"batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # what the config says now holds
-            group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
-            group["betas"] = self.options.betas
         self.batches = state["batches"]
 
     def _score(self, forest: Forest) -> Tensor:
@@ -114,24 +108,24 @@ class ImplicitPRM(AuxModel):
         for step in self._minibatches(forest):
             parts = self.policy.parts(step, self.options.max_tokens)
             judged = int((~step.segment["label"].isnan()).sum())
-            pieces = []
-            for part in parts:
-                scores = self.policy(part, 1.0)
-                pieces.append(scores.logprobs.detach())
-                if judged:
-                    (self._loss(part, scores.logprobs) / judged).backward()
-            logprobs[step.token["source"]] = gather_owned(step, parts, pieces)
-            norms.append(float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.options.grad_clip)))
-            if judged and math.isfinite(norms[-1]):  # otherwise the step would destroy the weights
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+
+            def loss(part: Forest, call: Call, judged: int = judged) -> tuple[Tensor, Tensor]:
+                scores = call(part, 1.0)
+                return self._loss(part, scores.logprobs) / max(1, judged), scores.logprobs.detach()
+
+            pieces = self.learner.accumulate(parts, loss)
+            logprobs[step.token["source"]] = self.policy.collect(step, parts, pieces)
+            norm, _ = self.learner.step(sound=judged > 0)
+            norms.append(norm)
         self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
         self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)
         return logprobs
 
     def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
         """Sum of the cross-entropies of a part's judged completions."""
-        rows = (~part.segment["label"].isnan()).nonzero().squeeze(1)
+        owned = torch.zeros(part.num_segments, dtype=torch.bool)
+        owned[part.token["segment"][part.token["owned"]]] = True
+        rows = (owned & ~part.segment["label"].isnan()).nonzero().squeeze(1)
         total = sums(part, logprobs - part.token["ref_logprobs"].to(logprobs.device))[rows.to(logprobs.device)]
         label = part.segment["label"][rows].to(logprobs.device)
         return binary_cross_entropy_with_logits(self.options.beta * total, label, reduction="sum")

@@ -1,7 +1,9 @@
 """`stepcredit`: the command line. Heavy imports wait until a command really runs."""
 
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from stepcredit.errors import UserError, did_you_mean
@@ -77,6 +79,29 @@ def main(words: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 nothing was learnt or too few gold answers accepted, 2 the input is wrong, 130 interrupted.
     """
     words = list(sys.argv[1:] if words is None else words)
+    code = _main(words)
+    if code == 2 and _processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # groups of processes would wait for each other
+    return code
+
+
+def _processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say(error: Exception | str) -> None:
+    which = f" in process {os.environ.get('RANK')} of {_processes()}" if _processes() > 1 else ""
+    print(f"stepcredit: error{which}: {error}", file=sys.stderr)
+    if _processes() > 1:  # for the summary that torchrun prints
+        from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+        ErrorHandler().record_exception(error if isinstance(error, Exception) else UserError(error))
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -88,22 +113,27 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"'{words[0]}' is not a command; {did_you_mean(words[0], COMMANDS)}")
+        if words[0] != "train" and _processes() > 1:
+            raise UserError(f"'{words[0]}' is for one process; start it without torchrun")
         return COMMANDS[words[0]](words[1:])
     except UserError as error:
-        print(f"stepcredit: error: {error}", file=sys.stderr)
+        if not error.said:
+            _say(error)
         return 2
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = f"{error.filename}: " if error.filename else ""
-            print(
-                f"stepcredit: error: {place}the disk is full; make room, then continue with --resume", file=sys.stderr
-            )
+            _say(f"{place}the disk is full; make room, then continue with --resume")
             return 2
         if error.filename is None:
             raise
-        print(
-            f"stepcredit: error: {error.filename}: {error.strerror}; choose another place or free it", file=sys.stderr
-        )
+        _say(f"{error.filename}: {error.strerror}; choose another place or free it")
+        return 2
+    except Exception as error:
+        if _processes() == 1:
+            raise
+        traceback.print_exc()
+        _say(error)
         return 2
     except KeyboardInterrupt:
         print("stepcredit: interrupted", file=sys.stderr)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -11,6 +11,9 @@ from stepcredit.cli import help as help_text
 from stepcredit.cli.arguments import parse
 from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
 from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from stepcredit.parallel.spread import Spread
 
 HELP = """\
 usage: stepcredit train [CONFIG.yaml] [--option value ...]
@@ -54,53 +57,67 @@ def main(words: Sequence[str]) -> int:
         print(HELP.format(names=names, algorithms=help_text.algorithms(), options=help_text.options()))
         return 0
     given, own = parse(words, {"config": None, "resume": "never"}, "train")
-    given, checkpoint = _resumed(given, own["resume"])
     config = resolve(given)
 
     import torch
 
-    from stepcredit.build import build_parts
+    from stepcredit.build import build_parts, build_spread, load_model
     from stepcredit.checkpoint import pointed
     from stepcredit.interrupt import Interrupted
-    from stepcredit.policy.loading import load_policy
+    from stepcredit.parallel.ranks import Ranks
     from stepcredit.trainer import Trainer
 
-    console = Console()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ranks = Ranks.join(config.distributed.timeout_s, config.train.device)
+    logging.basicConfig(level=logging.INFO if ranks.main else logging.ERROR, format="%(message)s")
+    console = Console(quiet=not ranks.main)
+    given, checkpoint = ranks.first(lambda: _resumed(given, own["resume"]))
+    config = resolve(given)
     if config.sampler.temperature == 0:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
-    run_dir = _run_dir(config, continues=own["resume"] != "never")
+    run_dir = ranks.first(lambda: _run_dir(config, continues=own["resume"] != "never"))
     parts = build_parts(config)
-    policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
+    spread = build_spread(config, ranks)
+    policy = load_model(config, config.model, spread)
     if policy.device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)
-    trainer = Trainer(config, parts, policy, console)
-    run_dir = _claim(config, run_dir)
+    trainer = Trainer(config, parts, policy, console, spread)
+    run_dir = ranks.first(lambda: _claim(config, run_dir))
     if checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
-    beside = run_dir / ".config.yaml.part"  # a run that is killed now still has the config that it had
-    beside.write_text(dump_yaml(config), encoding="utf-8")
-    beside.replace(run_dir / "config.yaml")
+    ranks.first(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
-        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}",
+        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(spread)}",
         highlight=False,
         soft_wrap=True,
     )
     try:
-        return 0 if trainer.run(run_dir) else 1
+        learnt = trainer.run(run_dir)
+        ranks.leave()
+        return 0 if learnt else 1
     except Interrupted:
         console.print(f"stopped and saved; continue with --resume {run_dir}", highlight=False, soft_wrap=True)
+        ranks.leave()
         return 130
     except KeyboardInterrupt:
         newest = pointed(run_dir, "latest")  # no checksums now: this is in a hurry
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise
+
+
+def _write_config(config: Config, run_dir: Path) -> None:
+    beside = run_dir / ".config.yaml.part"  # a run that is killed now still has the config that it had
+    beside.write_text(dump_yaml(config), encoding="utf-8")
+    beside.replace(run_dir / "config.yaml")
+
+
+def _processes(spread: "Spread") -> str:
+    return f", on {spread.ranks.size} processes ({spread.strategy})" if spread.ranks.grouped else ""
 
 
 def _size(config: Config) -> str:

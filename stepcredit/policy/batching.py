@@ -81,7 +81,7 @@ def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHE
     return batches[::-1]
 
 
-def cut(forest: Forest, max_tokens: int, shared: bool = True) -> list[Forest]:
+def cut(forest: Forest, max_tokens: int, shared: bool = True, trees: Sequence[int] | None = None) -> list[Forest]:
     """Cut a forest into parts of at most `max_tokens` token positions.
 
     Trees with prompts of similar length come together. A tree over the budget is split between subtrees: the ancestors
@@ -90,16 +90,20 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True) -> list[Forest]:
 
     Args:
         shared: prompts and shared segments count once per part; otherwise once for every completion.
+        trees: numbers of those to take; None takes all.
 
     Returns:
-        Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the forest.
+        Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the trees taken.
     """
     parent, length = forest.segment["parent"].tolist(), forest.segment["length"].tolist()
     tree, prompt = forest.segment["tree"].tolist(), forest.tree["prompt_length"].tolist()
     groups: list[list[int]] = []
     used: set[int] = set()
     budget = 0
+    taken = range(forest.num_trees) if trees is None else set(trees)
     for leaf in _leaves_by_subtree(forest):
+        if tree[leaf] not in taken:
+            continue
         cost, path = _cost(leaf, used, parent, length, tree, prompt)
         if not groups or budget + cost > max_tokens:
             groups.append([])
@@ -120,6 +124,22 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True) -> list[Forest]:
         owned[source] = True
         result.append(part.with_token(owned=first[part.token["segment"]]))
     return result
+
+
+def stand_in(forest: Forest) -> Forest:
+    """A part that owns nothing, for a process that has less to compute than the others: the shortest path."""
+    ends = forest.ends.nonzero().squeeze(1)
+    keep = torch.zeros(forest.num_segments, dtype=torch.bool)
+    keep[ends[forest.path_length[ends].argmin()]] = True
+    part = _with_source(forest).select(keep)
+    return part.with_token(owned=torch.zeros(part.num_tokens, dtype=torch.bool))
+
+
+def tree_sizes(forest: Forest) -> list[int]:
+    """[num_trees] token positions of each tree, its prompt included."""
+    sampled = torch.zeros(forest.num_trees, dtype=torch.long)
+    sampled.index_add_(0, forest.segment["tree"], forest.segment["length"])
+    return (sampled + forest.tree["prompt_length"]).tolist()
 
 
 def unshared_positions(forest: Forest, segments: Tensor | None = None) -> int:

@@ -6,6 +6,7 @@ module calls. Models for which that does not hold are scored in another way (`re
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.ops import TokenScores
+from stepcredit.parallel.ranks import ALONE, Ranks, deal
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
-from stepcredit.policy.batching import cut, gather_owned
+from stepcredit.policy.batching import cut, gather_owned, stand_in, tree_sizes
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores
@@ -36,6 +38,10 @@ class Policy(nn.Module):
         tokenizer: its tokenizer.
         autocast: compute in this type by autocast (weights keep theirs); None computes in the weights' type.
         path: "forest" (one packed row), "cached" (level by level) or "plain" (one row per completion).
+
+    Attributes:
+        ranks: the processes over which scoring is dealt out.
+        home: the device that it computes on, where that is not the one its weights lie on.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()  # no dropout: sampling and scoring must agree
         self.tokenizer = tokenizer
+        self.ranks: Ranks = ALONE
+        self.home: torch.device | None = None
         self.autocast = autocast
         self.rule = LogitRule.of(model.config.get_text_config())
         self.steady = _steady_length(model.config.get_text_config())
@@ -66,7 +74,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.home or next(self.model.parameters()).device
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -121,8 +129,20 @@ class Policy(nn.Module):
             )
 
     def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
-        """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each."""
-        return cut(forest, max_tokens, shared=self.path != "plain")
+        """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each.
+
+        With several processes those of this one; all have equally many, some of them own nothing.
+        """
+        shared = self.path != "plain"
+        if self.ranks.size == 1:
+            return cut(forest, max_tokens, shared)
+        trees = deal(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
+        parts = cut(forest, max_tokens, shared, trees)
+        return parts + [stand_in(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
+
+    def collect(self, forest: Forest, parts: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
+        """Per-token values of `parts`, those of the other processes among them, in the rows of the whole forest."""
+        return self.ranks.sum(gather_owned(forest, parts, values))
 
     def num_positions(self, forest: Forest) -> int:
         """Token positions that the forward of a forest computes."""
@@ -162,10 +182,11 @@ class Policy(nn.Module):
 def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -> TokenScores:
     """Score a whole forest without gradients, part by part; results on the CPU."""
     pieces = policy.parts(forest, max_tokens)
-    scores = [policy(piece, temperature) for piece in pieces]
+    with policy.ranks.named():
+        scores = [policy(piece, temperature) for piece in pieces]
     return TokenScores(
-        gather_owned(forest, pieces, [part.logprobs for part in scores]),
-        gather_owned(forest, pieces, [part.entropy for part in scores]),
+        policy.collect(forest, pieces, [part.logprobs for part in scores]),
+        policy.collect(forest, pieces, [part.entropy for part in scores]),
     )
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
@@ -35,16 +36,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_policy(model: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Policy:
-    """A policy with fp32 weights, checked against the model's own logits.
-
-    Args:
-        model: "embedded", a folder with model and tokenizer, or a hub id.
-        dtype: of the computation, by autocast: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
-        trust_remote_code: run code that comes with the model.
+def source_of(model: str) -> str:
+    """The folder or hub id that a model's name stands for.
 
     Raises:
-        UserError: the folder, the model or the tokenizer is missing or cannot be loaded.
+        UserError: it is neither, or the folder lacks a model or a tokenizer.
     """
     source = str(EMBEDDED_MODEL) if model == "embedded" else model
     folder = Path(source)
@@ -54,6 +50,28 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto", trust_rem
         raise UserError(
             f"model: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
         )
+    return source
+
+
+def load_policy(
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    home: torch.device | None = None,
+) -> Policy:
+    """A policy with fp32 weights, checked against the model's own logits.
+
+    Args:
+        model: "embedded", a folder with model and tokenizer, or a hub id.
+        dtype: of the computation, by autocast: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
+        trust_remote_code: run code that comes with the model.
+        home: the device that it will compute on, where it is not to be loaded there.
+
+    Raises:
+        UserError: the folder, the model or the tokenizer is missing or cannot be loaded.
+    """
+    source = source_of(model)
     where = pick_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -66,7 +84,7 @@ def load_policy(model: str, device: str = "auto", dtype: str = "auto", trust_rem
             "convolution layers); choose a model of attention layers only"
         )
     network.to(where)  # type: ignore[arg-type]
-    autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and where.type == "cuda") else None
+    autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and (home or where).type == "cuda") else None
     if network.generation_config is not None and network.can_generate():
         network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
     policy = Policy(network, tokenizer, autocast)
@@ -78,7 +96,7 @@ def _check_folder(folder: Path) -> None:
     def holds(*patterns: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in patterns)
 
-    if not holds("config.json") or not holds(*WEIGHT_FILES):
+    if not holds("config.json", "adapter_config.json") or not holds(*WEIGHT_FILES):
         raise UserError(f"model: folder '{folder}' holds no model (config.json and *.safetensors)")
     if not holds(*TOKENIZER_FILES):
         raise UserError(f"model: folder '{folder}' holds no tokenizer (tokenizer.json)")
@@ -89,7 +107,11 @@ def frozen_copy(policy: Policy) -> Policy:
     return copy.deepcopy(policy).requires_grad_(False)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write model and tokenizer as a folder that `from_pretrained` loads."""
-    policy.model.save_pretrained(folder)
+def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write model and tokenizer as a folder that `from_pretrained` loads; of a model with adapters these alone.
+
+    Args:
+        state: the weights, where the model itself holds shards of them.
+    """
+    policy.model.save_pretrained(folder, state_dict=state)
     policy.tokenizer.save_pretrained(folder)

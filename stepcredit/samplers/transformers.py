@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.errors import UserError
+from stepcredit.parallel.spread import copy_weights
 from stepcredit.policy.decoding import CachedRows, ForestRows, Prefix
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.head import LEAST
@@ -32,7 +33,8 @@ class TransformersSampler:
     """Samples with the policy's own weights.
 
     Args:
-        policy: the model; always current, so `sync` only lets go of what was kept.
+        policy: the model, or a whole copy of one in shards; `sync` brings a copy up to date and lets go of what was
+            kept.
         max_rows: completions decoded at once.
         on_progress: called with the number of completions that finished since the last call.
         keep_mb: memory for keys and values that are held from one call to the next.
@@ -56,7 +58,9 @@ class TransformersSampler:
         return tuple(self.policy.stop_token_ids)
 
     def sync(self, policy: Policy) -> None:
-        """Take over new weights; they are shared here, but what was kept came from the old ones."""
+        """Take over new weights; what was kept came from the old ones."""
+        if policy is not self.policy:
+            copy_weights(policy, self.policy)
         self.kept.clear()
 
     @torch.inference_mode()

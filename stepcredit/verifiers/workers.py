@@ -96,9 +96,12 @@ class Workers:
     with this process, however that ends. What a function prints in a worker is dropped.
     """
 
-    def __init__(self, timeout_s: float = 10.0, count: int | None = None, memory_mb: int = 4096) -> None:
+    def __init__(
+        self, timeout_s: float = 10.0, count: int | None = None, memory_mb: int = 4096, sharing: int = 1
+    ) -> None:
         self.timeout_s, self.memory_mb = timeout_s, memory_mb
-        self.count = min(MAX_WORKERS, (os.cpu_count() or 1) + SPARE_WORKERS) if count is None else count
+        cores = max(1, (os.cpu_count() or 1) // sharing)
+        self.count = min(MAX_WORKERS, cores + SPARE_WORKERS) if count is None else count
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
         self._groups = Path()  # has a file for each worker, named by its process group
