@@ -1,13 +1,18 @@
 """From the config to the parts that it names; whatever does not fit fails here, before a token is sampled."""
 
+import inspect
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
 
 from stepcredit.auxiliary import AuxModel, Base, ImplicitPRM, OldPolicy, PRMOptions, Reference, SameAsOld
 from stepcredit.collecting import Window
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, CreditFunction, assign, check_options, needs_of
+from stepcredit.credit.base import Needs
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.growth import Growth, TreeShape, flat, tree
@@ -28,7 +33,10 @@ from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.shaping import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.types import Problem, Segment, Tree
 from stepcredit.verifiers import Reward
+
+log = logging.getLogger("stepcredit")
 
 
 @dataclass(frozen=True)
@@ -148,10 +156,30 @@ def build_params(config: Config) -> SamplingParams:
 
 
 def build_credit(config: CreditConfig) -> tuple[CreditFunction, Callable[[Forest], Forest]]:
-    """The credit function, and the step that adds its advantages to a forest."""
+    """The credit function, and the step that adds its advantages to a forest.
+
+    The function is called once, so that what it says of its options is said now.
+    """
     function = by_name("credit.name", config.name, CREDIT)
     check_options(config.name, function, config.options)
+    try:
+        with torch.no_grad():
+            function(_tiny_forest(needs_of(function)), **config.options)
+    except UserError:
+        raise
+    except Exception as error:  # it may rely on what only real rollouts have
+        log.debug("credit '%s' failed on made-up rollouts (%s)", config.name, error)
     return function, partial(assign, name=config.name, function=function, options=config.options)
+
+
+def _tiny_forest(needs: Needs) -> Forest:
+    """Two groups with right and wrong completions, and the columns that a credit function needs, all 0."""
+    ends = [Segment([1, 2, 3], reward=1.0), Segment([4, 5], reward=0.0)]
+    if needs.forests == "tree":
+        steps = [Segment([6], finish="cut"), Segment([7, 8], finish="cut")]
+        ends = steps + [replace(end, parent=parent) for parent in range(2) for end in ends]
+    forest = Forest.from_trees([Tree(Problem(id=f"made-up-{number}"), [1, 2], ends) for number in range(2)])
+    return forest.with_token(**{name: torch.zeros(forest.num_tokens) for name in needs.columns})
 
 
 def build_objective(config: Config, credit: CreditFunction) -> Objective:
@@ -212,7 +240,7 @@ def build_models(config: Config, parts: Parts, policy: Policy, spread: Spread = 
     if with_prm:
         if start is not policy:
             build_adapters(config, start)
-        models["prm_logprobs"] = ImplicitPRM(start, build_prm_options(config), spread)
+        models["prm_logprobs"] = ImplicitPRM(start, build_prm_options(config, parts.credit), spread)
     return models
 
 
@@ -251,11 +279,13 @@ def build_adapters(config: Config, policy: Policy) -> None:
         raise UserError("model: it has adapters; make one model of them with 'stepcredit merge', then train that")
 
 
-def build_prm_options(config: Config) -> PRMOptions:
+def build_prm_options(config: Config, credit: CreditFunction) -> PRMOptions:
     """`beta` is that of the credit function, so that rewards and loss have one scale."""
     given = config.prm
+    parameter = inspect.signature(credit).parameters.get("beta")
+    default = parameter.default if parameter and isinstance(parameter.default, (int, float)) else PRMOptions.beta
     return PRMOptions(
-        beta=float(config.credit.options.get("beta", PRMOptions.beta)),
+        beta=float(config.credit.options.get("beta", default)),
         update=given.update,
         num_minibatches=given.num_minibatches,
         learning_rate=given.learning_rate,

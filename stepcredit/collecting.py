@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import FINISH_CODE, Forest
+from stepcredit.metrics import judging_counts, judging_shares
 from stepcredit.ops import mean_by, segment_sum
 
 REASONS = ("hard", "easy", "truncated", "unjudged")
@@ -72,7 +73,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Batch:
-    """A judged forest to train on, where the run is after it, and what was left out."""
+    """A judged forest to train on, where the run is after it, and numbers about all that was sampled."""
 
     forest: Forest
     position: Position
@@ -97,6 +98,7 @@ def collect(position: Position, count: int, window: Window | None, sample: Sampl
     passed: list[Forest] = []
     surplus: list[int] = []
     left_out = dict.fromkeys(REASONS, 0)
+    counts: list[dict[str, float]] = []  # of the judging of each round
     tokens = trees = 0
     most = max(count, math.floor(window.max_draws * count))
     while trees < most and (missing := count - sum(forest.num_trees for forest in passed)) > 0:
@@ -112,12 +114,16 @@ def collect(position: Position, count: int, window: Window | None, sample: Sampl
         fitting = (~torch.stack(list(refused.values())).any(0)).nonzero().squeeze(1)
         surplus += [numbers[index] for index in fitting[missing:].tolist()]
         tokens += int(forest.token_sampled.sum())
+        counts.append(judging_counts(forest))
         if len(fitting):
             passed.append(forest.select_trees(fitting[:missing]))
     full = Forest.join(passed) if passed else forest.with_segment(mask=torch.zeros_like(forest.segment["mask"]))
     kept = int(full.token_sampled.sum())
     metrics = {f"filter/{reason}": number / trees for reason, number in left_out.items()}
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    metrics |= judging_shares(total)  # failures are hardly among what passed
     metrics |= {
+        "filter/reward": total["reward"] / max(1.0, total["judged"]),
         "filter/passed": (sum(forest.num_trees for forest in passed) + len(surplus)) / trees,
         "filter/problems": float(trees),
         "filter/queued": float(len(queue) + len(surplus)),

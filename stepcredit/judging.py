@@ -74,6 +74,7 @@ class Judge:
         self.on_failure: OnFailure = on_failure
         self.call_with: CallWith = call_with
         self._said: set[tuple[str, str]] = set()
+        self._worked: set[str] = set()  # functions that have judged a completion
 
     def __call__(self, forest: Forest) -> Forest:
         """The forest with `reward` and `has_reward` on its leaves, and each function's value in `details`.
@@ -82,7 +83,8 @@ class Judge:
         inside completions become the token column `token_rewards`.
 
         Raises:
-            UserError: a function failed on all completions, or on one under "raise".
+            UserError: a function that has never worked failed on all completions of several problems, or one failed on
+                any under "raise".
         """
         leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
         problems = [forest.problems[int(forest.segment["tree"][leaf])] for leaf in leaves]
@@ -190,7 +192,10 @@ class Judge:
     def _say(self, name: str, outcomes: Sequence[Outcome], problems: Sequence[Problem]) -> None:
         """Log the first failure of each kind; stop where failures are not to be lived with."""
         failed = [(outcome, problem) for outcome, problem in zip(outcomes, problems, strict=True) if outcome.failure]
-        useless = len(failed) == len(outcomes) > 1 and {outcome.failure for outcome, _ in failed} == {"error"}
+        if len(failed) < len(outcomes):
+            self._worked.add(name)
+        several = len({problem.id for problem in problems}) > 1  # a single one may be the one row that is broken
+        useless = several and name not in self._worked and {outcome.failure for outcome, _ in failed} == {"error"}
         for outcome, problem in failed:
             text = f"reward function '{name}', problem '{problem.id}': {outcome.message}"
             if self.on_failure == "raise":

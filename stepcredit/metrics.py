@@ -2,14 +2,18 @@
 
 import torch
 
+from stepcredit.config import Config
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.ops import mean_by, segment_sum, spread_by
 
 
-def forest_metrics(forest: Forest) -> dict[str, float]:
+def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, float]:
     """Rewards, completions and credit of a forest that has `advantages`.
 
     See docs/metrics.md for each formula.
+
+    Args:
+        config: of the run, where there is one; with a process reward model it tells what `ref_logprobs` are.
     """
     leaf = forest.segment["is_leaf"]
     judged = leaf & forest.segment["has_reward"]
@@ -18,9 +22,8 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
     metrics = {
         "reward/mean": _mean(reward),
         "reward/std": _std(reward),
-        "reward/judged": float(judged.sum() / leaf.sum().clamp(min=1)),
         **_reward_parts(forest),
-        **_failures(forest, leaf),
+        **judging_shares(judging_counts(forest)),
         **_groups(forest, judged),
         "completion/masked": _mean((~forest.segment["mask"][judged]).float()),
         "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
@@ -29,7 +32,7 @@ def forest_metrics(forest: Forest) -> dict[str, float]:
     }
     if "entropy" in forest.token:
         metrics["policy/entropy"] = _mean(forest.token["entropy"][sampled])
-    if "ref_logprobs" in forest.token and "old_logprobs" in forest.token:
+    if _has_kl_ref(forest, config):
         metrics["policy/kl_ref"] = _mean((forest.token["old_logprobs"] - forest.token["ref_logprobs"])[sampled])
     if "old_logprobs" in forest.token and "rollout_logprobs" in forest.token:
         difference = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[sampled].abs()
@@ -103,11 +106,36 @@ def _reward_parts(forest: Forest) -> dict[str, float]:
     return {f"reward/{name}": sum(values) / len(values) for name, values in parts.items()} if len(parts) > 1 else {}
 
 
-def _failures(forest: Forest, leaf: torch.Tensor) -> dict[str, float]:
-    """Shares of completions on which a reward function ran out of time or went wrong."""
+def judging_counts(forest: Forest) -> dict[str, float]:
+    """Completions, those with a reward and its sum, and those on which a function ran out of time or went wrong."""
+    leaf = forest.segment["is_leaf"]
+    judged = leaf & forest.segment["has_reward"]
     failed = [set(detail["extra"].get("failures", {}).values()) for detail in forest.details]
-    total = max(1, int(leaf.sum()))
-    return {f"reward/{kind}": sum(kind in kinds for kinds in failed) / total for kind in ("timeout", "error")}
+    return {
+        "completions": float(leaf.sum()),
+        "judged": float(judged.sum()),
+        "reward": float(forest.segment["reward"][judged].sum()),
+        **{kind: float(sum(kind in kinds for kinds in failed)) for kind in ("timeout", "error")},
+    }
+
+
+def judging_shares(counts: dict[str, float]) -> dict[str, float]:
+    """The metrics that `judging_counts` come to."""
+    total = max(1.0, counts["completions"])
+    return {f"reward/{name}": counts[name] / total for name in ("judged", "timeout", "error")}
+
+
+def _has_kl_ref(forest: Forest, config: Config | None) -> bool:
+    """Whether `old_logprobs` and `ref_logprobs` are those of the policy, now and at first, at one temperature.
+
+    The reference of a process reward model may be another model or the policy itself, and is at temperature 1.
+    """
+    if "ref_logprobs" not in forest.token or "old_logprobs" not in forest.token:
+        return False
+    if config is None or "prm_logprobs" not in forest.token:
+        return True
+    given = config.prm
+    return given.model is None and given.reference == "start" and config.sampler.temperature == 1
 
 
 def _std(values: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Vectorised sums and means over segments, groups and paths, and the Kullback-Leibler estimators.
+"""Vectorised sums and means over segments, groups and paths, the Kullback-Leibler estimators, and errors of memory.
 
 No loop over tokens: path sums take log2(longest path) rounds of pointer jumping.
 """
@@ -125,6 +125,14 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 = exp(u) - u - 1, u = log(pi_ref / pi), per token: unbiased, never negative (arXiv 2402.03300)."""
     log_ratio = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, on a device or for the CPU."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
+    )
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

@@ -25,7 +25,7 @@ from stepcredit.growth import sampling_seed
 from stepcredit.interrupt import Interrupted, StopRequest
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
-from stepcredit.ops import kl_k1
+from stepcredit.ops import kl_k1, out_of_memory
 from stepcredit.parallel.learner import Call, Learner
 from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.batching import unshared_positions
@@ -65,8 +65,8 @@ class Work:
     observed: dict[str, float]  # metrics from before the first optimiser step
     learnt: list[dict[str, float]] = field(default_factory=list)
 
-    def metrics(self) -> dict[str, float]:
-        metrics = forest_metrics(self.forest) | self.observed | average(self.learnt)
+    def metrics(self, config: Config) -> dict[str, float]:
+        metrics = forest_metrics(self.forest, config) | self.observed | average(self.learnt)
         metrics["tokens/sampled"] += self.observed.get("tokens/left_out", 0.0)
         return metrics | self.clock.metrics(metrics["tokens/sampled"])
 
@@ -123,7 +123,7 @@ class Trainer:
                         if number >= len(work.learnt):
                             self.update(work, step, iteration, tracker)
                     self.rollouts.sampler.sync(self.policy)
-                    metrics = work.metrics()
+                    metrics = work.metrics(self.config)
                     metrics |= self.evaluate() if self.due(iteration, self.config.eval.every) else {}
                     tracker.report(iteration, metrics, self.weighted(work.forest))
                     self.done, self.position, self.work = iteration, work.position, None
@@ -378,14 +378,6 @@ class Trainer:
 
 def position(saved: dict[str, Any]) -> Position:
     return Position(**saved | {"queue": tuple(saved["queue"])})
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory left, on a device or for the CPU."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
-    )
 
 
 def sum_parts(rows: list[dict[str, float]], counted: int) -> dict[str, float]:

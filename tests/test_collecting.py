@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from stepcredit.collecting import Position, Window, collect
+from stepcredit.config import resolve
 from stepcredit.forest import Forest
+from stepcredit.trainer import Clock, Work
 from stepcredit.types import Problem, Segment, Tree
 
 RIGHT = {0: 0, 1: 4, 2: 2, 3: 1, 4: 0, 5: 3}  # of four completions, by number of the problem modulo 6
@@ -104,6 +106,31 @@ def test_truncated_groups_and_unjudged_ones():
         "hard": [False],
         "easy": [False],
     }
+
+
+def test_failures_are_counted_over_all_that_was_sampled():
+    """Groups that fail are left out, so what is trained on shows none; the iteration's metrics have them."""
+
+    def sample(numbers, places) -> Forest:
+        trees = []
+        for number in numbers:  # 0 times out, 1 goes wrong on one of four, 2 is too easy, 3 and 4 fit
+            segments = [Segment([3, 4], reward=float(index % 2 or number == 2)) for index in range(4)]
+            for index, segment in enumerate(segments):
+                if number == 0 or (number == 1 and index == 0):
+                    segment.reward, segment.extra = None, {"failures": {"f": ["timeout", "error"][number]}}
+            trees.append(Tree(Problem(id=str(number)), [1], segments))
+        return Forest.from_trees(trees)
+
+    batch = collect(Position(), 2, Window(0.4, 0.6), sample)
+    assert ids(batch.forest) == [3, 4] and batch.metrics["filter/problems"] == 5
+    found = {name: batch.metrics[f"reward/{name}"] for name in ("timeout", "error", "judged")}
+    assert found == pytest.approx({"timeout": 4 / 20, "error": 1 / 20, "judged": 15 / 20})
+    assert batch.metrics["filter/reward"] == pytest.approx((2 + 4 + 2 + 2) / 15)
+    clock = Clock()
+    clock.seconds["time/sample"] = 1.0
+    forest = batch.forest.with_token(advantages=torch.zeros(batch.forest.num_tokens))
+    metrics = Work(forest, batch.position, clock, batch.metrics).metrics(resolve({}))
+    assert metrics["reward/timeout"] == pytest.approx(0.2) and metrics["reward/mean"] == 0.5
 
 
 def test_joined_forests_keep_their_columns():

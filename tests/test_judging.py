@@ -20,10 +20,12 @@ def tokenizer():
     return load_policy("embedded", "cpu").tokenizer
 
 
-def judged(tokenizer, *functions, weights=None, on_failure="drop") -> Forest:
-    """Two completions of one problem, judged."""
-    problem = Problem("Ivy ?", "14", "p", {"level": 2})
-    forest = Forest.from_trees([Tree(problem, [1], [Segment([5, 2]), Segment([6, 7, 2])])])
+def judged(tokenizer, *functions, weights=None, on_failure="drop", apart=False) -> Forest:
+    """Two completions, of one problem or of two, judged."""
+    ends = [Segment([5, 2]), Segment([6, 7, 2])]
+    groups = [ends[:1], ends[1:]] if apart else [ends]
+    problems = [Problem("Ivy ?", "14", name, {"level": 2}) for name in ("p", "q")]
+    forest = Forest.from_trees([Tree(problem, [1], group) for problem, group in zip(problems, groups, strict=False)])
     named = {f"f{number}": function for number, function in enumerate(functions)}
     return Judge(named, weights or [1.0] * len(functions), tokenizer, on_failure=on_failure)(forest)
 
@@ -64,7 +66,7 @@ def test_what_a_reward_function_may_look_like(tokenizer, function) -> None:
 )
 def test_what_is_refused_by_name(tokenizer, function, word: str) -> None:
     with pytest.raises(UserError, match=f"reward function 'f0'.*{word}"):
-        judged(tokenizer, function)
+        judged(tokenizer, function, apart=True)
 
 
 def test_none_is_left_out_of_the_weighted_sum(tokenizer) -> None:
@@ -103,6 +105,32 @@ def test_a_failure_is_counted_and_treated_as_the_config_says(
 def test_a_failure_ends_the_run_where_it_is_to(tokenizer) -> None:
     with pytest.raises(UserError, match=r"f0.*'p'.*NaN.*reward.on_failure is raise"):
         judged(tokenizer, lambda completions, **columns: [1.0, float("nan")], on_failure="raise")
+
+
+def groups(*answers: str) -> Forest:
+    """Two completions of a problem for each answer."""
+    trees = [Tree(Problem("q", answer, str(row)), [1], [Segment([5, 2])] * 2) for row, answer in enumerate(answers)]
+    return Forest.from_trees(trees)
+
+
+def breaks_on_bad_rows(completions, answer):
+    return [1.0 / (text != "bad") for text in answer]
+
+
+def test_one_broken_row_does_not_end_the_run(tokenizer) -> None:
+    """A round of the prompt filter may hold that one alone."""
+    judge = Judge({"f": breaks_on_bad_rows}, [1.0], tokenizer)
+    assert judge(groups("bad")).segment["has_reward"].tolist() == [False] * 2
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*all 4 completions"):
+        judge(groups("bad", "bad"))
+
+
+def test_a_function_that_has_worked_does_not_end_the_run(tokenizer) -> None:
+    judge = Judge({"f": breaks_on_bad_rows, "g": lambda completions: [0.0] * len(completions)}, [1.0, 1.0], tokenizer)
+    assert judge(groups("fine", "fine")).segment["has_reward"].all()
+    assert not judge(groups("bad", "bad", "bad")).segment["has_reward"].any()
+    with pytest.raises(UserError, match="'h'"):
+        Judge(judge.rewards | {"h": lambda completions: 0}, [1.0] * 3, tokenizer)(groups("fine", "fine"))
 
 
 # ---------------------------------------------------------------------- rewards inside completions
@@ -147,7 +175,7 @@ def test_shared_tokens_get_the_mean_of_their_completions(tokenizer) -> None:
 )
 def test_rewards_that_do_not_fit_are_refused_by_name(tokenizer, value, word: str) -> None:
     with pytest.raises(UserError, match=f"reward function 'f0'.*'p'.*{word}"):
-        judged(tokenizer, lambda completions, **columns: [value] * 2)
+        judged(tokenizer, lambda completions, **columns: [value] * 2, apart=True)
 
 
 # ---------------------------------------------------------------------- calls and gold answers

@@ -1,6 +1,7 @@
 """PRIME's credit: vectors by hand for every estimator and option, and the identities between the forms of it."""
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,7 +11,9 @@ import torch
 from builders import LOGPROBS, VERL, flat_forest, is_near, judge_only_sampled, random_forest, random_trees, run
 from torch import Tensor
 
+from stepcredit.build import build_credit, build_prm_options
 from stepcredit.cli.main import main
+from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, assign
 from stepcredit.credit.prime import implicit_rewards
 from stepcredit.errors import UserError
@@ -348,6 +351,60 @@ def test_a_completion_without_a_sampled_token_has_no_mean_score():
 def test_wrong_values_are_named(options, message):
     with pytest.raises(UserError, match=message):
         run(group(), "prime", **options)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--credit.beta 0", "credit.beta must be above 0"),
+        ("--credit.gamma 2", "credit.gamma must lie in [0, 1]"),
+        ("--credit.centering authors --credit.estimator grpo", "a form of estimator rloo, not of grpo"),
+        ("--credit.name treerpo --growth.name tree --credit.tau -1", "credit.tau must not be negative"),
+        ("--credit.name my_credit.fussy --credit.size 3", "size 3 is odd"),
+    ],
+)
+def test_wrong_values_are_named_before_a_token_is_sampled(tmp_path, monkeypatch, capsys, words, message):
+    """Those of a user's function too."""
+    write_credits(tmp_path, monkeypatch)
+    monkeypatch.setattr("stepcredit.samplers.transformers.TransformersSampler.sample", None)
+    options = {} if "--credit.name" in words else {"--algorithm": "prime"}
+    assert main(["train", *[w for pair in options.items() for w in pair], *words.split(), "--run-dir", "run"]) == 2
+    assert message in capsys.readouterr().err and not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", [*CREDIT, "my_credit.fussy", "my_credit.picky"])
+def test_the_trial_call_stops_nothing_else(tmp_path, monkeypatch, name):
+    """All functions with their defaults, and one that takes only what no made-up rollouts have."""
+    write_credits(tmp_path, monkeypatch)
+    function, _ = build_credit(CreditConfig(name=name))
+    assert callable(function)
+
+
+@pytest.mark.parametrize(
+    "credit, beta", [({}, 1.5), ({"beta": 0.3}, 0.3), ({"name": "grpo"}, 0.05), ({"name": "prime"}, 0.05)]
+)
+def test_the_reward_model_has_the_scale_of_the_credit(tmp_path, monkeypatch, credit, beta):
+    """Where it is not given it is the function's own default."""
+    write_credits(tmp_path, monkeypatch)
+    config = Config(credit=CreditConfig(**{"name": "my_credit.fussy"} | credit))
+    assert build_prm_options(config, build_credit(config.credit)[0]).beta == beta
+
+
+def write_credits(folder: Path, monkeypatch) -> None:
+    """A module beside the config, with a function that has limits and one that looks at the rows of the data."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_credit", raising=False)
+    Path("my_credit.py").write_text(
+        "import torch\n"
+        "from stepcredit.errors import UserError\n"
+        "def fussy(forest, beta: float = 1.5, size: int = 2):\n"
+        "    if size % 2:\n"
+        "        raise UserError(f'size {size} is odd')\n"
+        "    return torch.zeros(forest.num_tokens)\n"
+        "def picky(forest):\n"
+        "    return torch.ones(forest.num_tokens) * forest.problems[0].columns['level']\n"
+    )
 
 
 def test_the_result_is_finite_where_all_scores_are_huge():

@@ -19,6 +19,7 @@ from stepcredit.credit import CREDIT, assign
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, score
+from stepcredit.policy.loading import load_policy
 from stepcredit.records import read_trees
 
 RATE = 1e-3
@@ -111,13 +112,14 @@ def test_after_gives_the_rewards_of_the_model_before_the_batch(monkeypatch, mini
     assert not all(one.equal(two) for one, two in zip(before, weights(model), strict=True))
 
 
-def test_before_gives_the_rewards_of_the_trained_model():
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_before_gives_the_rewards_of_the_trained_model(minibatches):
     """Double forward; the measures are those of the model that had not seen the batch."""
-    forest, model = observed(seed=1), prm(update="before")
+    forest, model = observed(seed=1), prm(update="before", num_minibatches=minibatches, learning_rate=0.02)
     found = model.observe(forest).token["prm_logprobs"]
     torch.testing.assert_close(found, score(model.policy, forest, 1.0, 4096).logprobs)
     assert (found - forest.token["ref_logprobs"]).abs().max() > 1e-3
-    assert model.metrics["prm/auc"] == 0.5
+    assert model.metrics["prm/auc"] == 0.5 and model.metrics["prm/loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_frozen_stays():
@@ -175,15 +177,79 @@ def test_its_state_comes_back():
     assert all(a.equal(b) for a, b in zip(weights(one), weights(two), strict=True))
 
 
+def test_a_forest_that_was_selected_from_another():
+    forest = observed("flat", seed=1, num_trees=5)
+    part = forest.select_trees(torch.tensor([3, 4]))
+    one, two = prm(), prm()
+    found = one.observe(part).token["prm_logprobs"]
+    assert found.equal(two.observe(Forest.from_trees(part.to_trees())).token["prm_logprobs"]) and found.all()
+    assert all(a.equal(b) for a, b in zip(weights(one), weights(two), strict=True))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error):
+    """As with the policy: the budget halves until the step fits, the gradient is that of the whole step."""
+    forest, one, two = observed("flat", seed=6), prm(), prm()
+    forward = Policy.forward
+    expected = one.observe(forest).token["prm_logprobs"]
+
+    def narrow(self, part, *rest):
+        if torch.is_grad_enabled() and part.num_tokens > most:
+            raise error
+        return forward(self, part, *rest)
+
+    monkeypatch.setattr(Policy, "forward", narrow)
+    most = 12
+    assert forest.num_tokens > 2 * most
+    torch.testing.assert_close(two.observe(forest).token["prm_logprobs"], expected, atol=1e-5, rtol=0)
+    assert two.metrics["prm/grad_norm"] == pytest.approx(one.metrics["prm/grad_norm"], rel=1e-4)
+    assert two.max_tokens < forest.num_tokens and "out of memory" in caplog.text
+    one.load_state_dict(two.state_dict())
+    two.load_state_dict(prm().state_dict())
+    assert one.max_tokens == two.max_tokens < 4096
+    most = 0
+    with pytest.raises(UserError, match="process reward model with a single completion"):
+        two.observe(forest)
+
+
 def test_measures_by_hand():
     """Two right at .8 and .5, two wrong at .5 and .1: three pairs ordered, one tied; bins .8, .5 (two) and .1."""
-    found = prediction_metrics(torch.tensor([0.8, 0.5, 0.5, 0.1]), torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    found = prediction_metrics(torch.tensor([0.8, 0.5, 0.5, 0.1]).logit(), torch.tensor([1.0, 1.0, 0.0, 0.0]))
     assert found["prm/auc"] == pytest.approx(3.5 / 4)
     assert found["prm/accuracy"] == pytest.approx(0.75)
     assert found["prm/calibration"] == pytest.approx((0.2 + 0.0 + 0.1) / 4)
     assert found["prm/loss"] == pytest.approx(-sum(torch.tensor([0.8, 0.5, 0.5, 0.9]).log().tolist()) / 4)
-    assert "prm/auc" not in prediction_metrics(torch.tensor([0.3]), torch.tensor([1.0]))
+    assert "prm/auc" not in prediction_metrics(torch.tensor([-0.3]), torch.tensor([1.0]))
     assert prediction_metrics(torch.tensor([]), torch.tensor([])) == {}
+
+
+def test_measures_of_chances_that_fp32_rounds_to_0_or_1():
+    """The loss is not bounded, and 30 is more than 20."""
+    found = prediction_metrics(torch.tensor([30.0, 20.0, -40.0]), torch.tensor([1.0, 0.0, 1.0]))
+    assert found["prm/loss"] == pytest.approx(60 / 3) and found["prm/auc"] == 0.5
+
+
+def test_the_area_is_that_over_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    logit = torch.randint(-4, 5, (200,), generator=generator) / 4
+    label = (torch.rand(200, generator=generator) < 0.3).float()
+    high, low = logit[label == 1][:, None], logit[label == 0][None]
+    expected = ((high > low).double() + 0.5 * (high == low).double()).mean()
+    assert prediction_metrics(logit, label)["prm/auc"] == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_what_is_not_finite_is_measured_by_nothing_and_named_by_credit():
+    """The measures leave it out; the run ends where the credit function is asked."""
+    logit, label = torch.tensor([2.0, torch.nan, -torch.inf, -1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert prediction_metrics(logit, label) == prediction_metrics(logit[[0, 3]], label[[0, 3]])
+    assert prediction_metrics(logit[1:3], label[1:3]) == {}
+    forest, model = observed("flat", seed=5), prm()
+    with torch.no_grad():
+        next(model.policy.parameters()).fill_(torch.nan)
+    found = model.observe(forest)
+    assert model.metrics["prm/nonfinite"] == 1
+    with pytest.raises(UserError, match=r"credit 'prime': .* not finite in tree"):
+        assign(found, "prime", CREDIT["prime"], {})
 
 
 def test_the_policy_as_its_own_reference():
@@ -237,6 +303,24 @@ def test_the_policy_as_reference_in_a_run(tmp_path):
             assert segment.columns["ref_logprobs"] != segment.columns["prm_logprobs"]
 
 
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [
+        ({}, True),
+        ({"temperature": 0.5}, False),
+        ({"prm__reference": "policy"}, False),
+        ({"prm__model": "embedded"}, False),
+    ],
+    ids=str,
+)
+def test_the_distance_from_the_reference_is_left_out_where_it_is_of_another(tmp_path, options, there):
+    """Only the policy's own start, at the temperature of the samples, is what `policy/kl_ref` means."""
+    options = {"prm__reference": "start", "temperature": 1, "optim__num_minibatches": 2, "iterations": 1} | options
+    assert train(tmp_path / "run", algorithm="prime", num_problems=0, **options) == 0
+    row = metrics(tmp_path / "run")[-1]
+    assert ("policy/kl_ref" in row) == there and "prm/loss" in row
+
+
 def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
     """`score --prm` with the checkpoint before an iteration gives the rewards that the iteration used."""
     run, out = tmp_path / "run", tmp_path / "rewarded.jsonl"
@@ -258,6 +342,24 @@ def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
     assert moved > 1e-3
 
 
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory):
+    """The embedded model with weights that are no numbers, and with two tokens of its vocabulary exchanged."""
+    folder, policy = tmp_path_factory.mktemp("models"), load_policy("embedded", "cpu")
+    for name in ("other", "nan"):
+        policy.model.save_pretrained(folder / name)
+        policy.tokenizer.save_pretrained(folder / name)
+        with torch.no_grad():
+            next(policy.model.parameters()).fill_(torch.nan)
+    file = folder / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[-5], list(vocabulary)[-3]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(tokenizer))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -267,13 +369,29 @@ def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
         ("--prm embedded --ref embedded --in bare.jsonl --out out.jsonl", "has no prompt_ids"),
         ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl --beta -1", "--beta must be a number above 0"),
         ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "model: 'nowhere'"),
+        (
+            "--prm nan --ref embedded --in fine.jsonl --out out.jsonl",
+            "--prm: 'nan' gives log-probabilities that are not",
+        ),
+        (
+            "--prm embedded --ref nan --in fine.jsonl --out out.jsonl",
+            "--ref: 'nan' gives log-probabilities that are not",
+        ),
+        ("--prm embedded --ref other --in fine.jsonl --out out.jsonl", "--ref: 'other' has another vocabulary"),
+        *(
+            (f"--prm embedded --ref embedded --in fine.jsonl --out out.jsonl {word}", f"go with {word.split()[0]}")
+            for word in ("--json out.json", "--verifier chain", "--data rows.jsonl")
+        ),
+        ("--prm embedded --ref embedded --in fine.jsonl --out out.jsonl --gold", "give one of --gold"),
     ],
 )
-def test_what_cannot_be_rewarded_is_refused(words, said, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_rewarded_is_refused(words, said, odd_models, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in odd_models.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
     for name, ids, prompt in (("ids", [900], [1]), ("bare", [4], []), ("fine", [4], [1])):
         record = {"id": "a", "prompt_ids": prompt, "segments": [{"token_ids": ids}]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
     assert main(["score", *words.split()]) == 2
     error = capsys.readouterr().err
-    assert said in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "out.jsonl").exists()
+    assert said in error and error.count("error:") == 1 and not (tmp_path / "out.jsonl").exists()

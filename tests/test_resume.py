@@ -57,7 +57,9 @@ def test_a_resumed_run_goes_nowhere_else(four, tmp_path, capsys) -> None:
     assert "in place" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--algorithm", "opo"), ("--model", "elsewhere")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--algorithm", "opo"), ("--model", "elsewhere"), ("--prm.reference", "start")]
+)
 def test_another_algorithm_or_model_is_another_run(four, capsys, option: str, value: str) -> None:
     assert main(["train", "--resume", str(four), option, value]) == 2
     assert option.strip("-") in capsys.readouterr().err

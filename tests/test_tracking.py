@@ -126,3 +126,5 @@ def test_numbers_that_were_not_finite_alarm_nobody_falsely() -> None:
     """Read back from metrics.jsonl they are None."""
     row = USUAL | {"policy/entropy": None, "sampler/logprob_diff": None, "policy/kl_ref": None}
     assert "warning" not in told(USUAL, *[row] * (WARN_AFTER + 1))[1]
+    absent = {name: value for name, value in USUAL.items() if name != "policy/kl_ref"}
+    assert "warning" not in told(*[absent] * (WARN_AFTER + 1))[1]

@@ -119,3 +119,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     """verl's form."""
     right = solution_str == ground_truth and data_source == "d" and extra_info == {"index": 3}
     return {"score": float(right), "other": 1.0}
+
+
+def fails_in_process_1(prompts, completions, **columns):
+    """Of a run by several processes."""
+    if os.environ.get("RANK") == "1":
+        raise ValueError("no gold here")
+    return [1.0] * len(completions)

@@ -1,7 +1,8 @@
 """The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +13,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from stepcredit.auxiliary.base import AuxModel
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.ops import out_of_memory
 from stepcredit.parallel.learner import Call, Learner
 from stepcredit.parallel.spread import WHOLE, Spread
+from stepcredit.policy.batching import with_source
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.lora import own_copy
+
+log = logging.getLogger("stepcredit")
 
 BINS = 10  # of predicted chances, for the calibration error
 
@@ -54,7 +59,8 @@ class ImplicitPRM(AuxModel):
 
     In "after", all rewards come from the model as it was before the batch. With one minibatch they are by-products of
     the pass that trains it, so nothing is computed twice; with several a scoring pass comes first (the released code
-    takes those of the training passes, the later ones of a model that has seen a part of the batch).
+    takes those of the training passes, the later ones of a model that has seen a part of the batch). The metrics are of
+    the model as it was before the batch, whatever the update.
 
     Args:
         policy: what it starts from; a copy is trained, in fp32.
@@ -68,17 +74,18 @@ class ImplicitPRM(AuxModel):
             self.policy, spread, options.learning_rate, options.betas, options.weight_decay, options.grad_clip
         )
         self.batches = 0
+        self.max_tokens = options.max_tokens  # less than the options say once memory has run out
 
     def observe(self, forest: Forest) -> Forest:
         """Flat forests with `ref_logprobs`, at temperature 1, and rewards in [0, 1].
 
         Raises:
-            UserError: a reward outside [0, 1].
+            UserError: a reward outside [0, 1], or the memory does not hold a completion.
         """
         forest.require_flat("the process reward model")
         outcome = _outcomes(forest)
         first = None
-        if self.options.update == "none" or (self.options.update == "after" and self.options.num_minibatches > 1):
+        if self.options.update == "none" or self.options.num_minibatches > 1:
             first = self._score(forest)
         self.metrics = {}
         if self.options.update != "none":
@@ -87,39 +94,70 @@ class ImplicitPRM(AuxModel):
         assert first is not None
         self.batches += 1
         leaf, label = outcome
-        chance = (self.options.beta * sums(forest, first - forest.token["ref_logprobs"])[leaf]).sigmoid()
-        self.metrics |= prediction_metrics(chance, label)
+        logit = self.options.beta * sums(forest, first - forest.token["ref_logprobs"])[leaf]
+        self.metrics |= prediction_metrics(logit, label)
         return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches}
+        return {"batches": self.batches, "max_tokens": self.max_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches = state["batches"]
+        self.max_tokens = min(self.max_tokens, state.get("max_tokens", self.max_tokens))
 
     def _score(self, forest: Forest) -> Tensor:
-        return score(self.policy, forest, 1.0, self.options.max_tokens).logprobs
+        return score(self.policy, forest, 1.0, self.max_tokens).logprobs
 
     def _learn(self, forest: Forest, outcome: tuple[Tensor, Tensor]) -> Tensor:
         """One optimiser step a minibatch; each token's log-probability as it was before its own minibatch."""
         label = torch.full((forest.num_segments,), torch.nan).index_copy_(0, *outcome)
-        forest = forest.with_segment(label=label)
+        forest = with_source(forest.with_segment(label=label))
         logprobs, norms = torch.zeros(forest.num_tokens), []
         for step in self._minibatches(forest):
-            parts = self.policy.parts(step, self.options.max_tokens)
             judged = int((~step.segment["label"].isnan()).sum())
 
             def loss(part: Forest, call: Call, judged: int = judged) -> tuple[Tensor, Tensor]:
                 scores = call(part, 1.0)
                 return self._loss(part, scores.logprobs) / max(1, judged), scores.logprobs.detach()
 
-            pieces = self.learner.accumulate(parts, loss)
+            parts, pieces = self._accumulate(step, loss)
             logprobs[step.token["source"]] = self.policy.collect(step, parts, pieces)
             norm, _ = self.learner.step(sound=judged > 0)
             norms.append(norm)
         self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
         self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)
         return logprobs
+
+    def _accumulate(
+        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, Tensor]]
+    ) -> tuple[list[Forest], list[Tensor]]:
+        """The gradient of a step, its parts and what `loss` gives of each; smaller parts where the memory runs out."""
+        while True:
+            parts = self.policy.parts(step, self.max_tokens)
+            try:
+                return parts, self.learner.accumulate(parts, loss)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.policy.ranks.size > 1:  # the others are in the middle of theirs
+                    raise UserError(
+                        f"out of memory in the process reward model with {self.max_tokens} tokens in a micro-batch; "
+                        "lower --optim.max-tokens-per-micro-batch"
+                    ) from error
+                alone = len(parts) == int(step.ends.sum())
+            self.learner.optimizer.zero_grad()
+            if alone:
+                raise UserError(
+                    "out of memory in the process reward model with a single completion in a micro-batch; lower "
+                    "--sampler.max-new-tokens or --task.max-prompt-tokens, or take a smaller model"
+                )
+            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+            log.warning(
+                "out of memory: micro-batches of the process reward model have at most %d tokens from now on",
+                self.max_tokens,
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
         """Sum of the cross-entropies of a part's judged completions."""
@@ -159,30 +197,34 @@ def _outcomes(forest: Forest) -> tuple[Tensor, Tensor]:
     return leaf, label
 
 
-def prediction_metrics(chance: Tensor, label: Tensor) -> dict[str, float]:
-    """How well predicted chances fit outcomes; an outcome of at least 1/2 counts as right.
+def prediction_metrics(logit: Tensor, label: Tensor) -> dict[str, float]:
+    """How well predictions fit outcomes; an outcome of at least 1/2 counts as right.
 
     `prm/loss` is the cross-entropy, `prm/accuracy` the share on the right side of 1/2, `prm/auc` the chance that a
     right completion is given more than a wrong one (ties count half; absent when all are alike), `prm/calibration` the
     mean distance of chance and outcome over ten bins of chances, weighted by their sizes.
 
-    >>> found = prediction_metrics(torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1.0, 0.0, 0.0]))
+    Args:
+        logit: [n] of the chances; rows where it is not finite are left out.
+
+    >>> found = prediction_metrics(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0]))
     >>> found["prm/auc"], round(found["prm/accuracy"], 3)
     (1.0, 0.667)
     """
+    finite = logit.isfinite()
+    logit, label = logit[finite], label[finite]
     if not len(label):
         return {}
-    right = label >= 0.5
-    bounded = chance.clamp(1e-7, 1 - 1e-7)
-    loss = -(label * bounded.log() + (1 - label) * (1 - bounded).log())
+    right, chance = label >= 0.5, logit.sigmoid()
     bins = (chance * BINS).long().clamp(max=BINS - 1)
     gap = torch.zeros(BINS).index_add(0, bins, chance - label).abs().sum() / len(label)
     found = {
-        "prm/loss": float(loss.mean()),
-        "prm/accuracy": float(((chance >= 0.5) == right).float().mean()),
+        "prm/loss": float(binary_cross_entropy_with_logits(logit, label)),
+        "prm/accuracy": float(((logit >= 0) == right).float().mean()),
         "prm/calibration": float(gap),
     }
     if bool(right.any()) and not bool(right.all()):
-        high, low = chance[right][:, None], chance[~right][None]
-        found["prm/auc"] = float(((high > low).float() + 0.5 * (high == low).float()).mean())
+        wrong = logit[~right].sort().values
+        below, up_to = (torch.searchsorted(wrong, logit[right], right=ties) for ties in (False, True))
+        found["prm/auc"] = float((below + up_to).double().mean() / 2 / len(wrong))
     return found

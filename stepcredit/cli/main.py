@@ -16,6 +16,8 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit sample     look at completions and their rewards
   stepcredit score      check a verifier on gold answers, grade a column or saved rollouts
   stepcredit credit     compute advantages of saved rollouts, without a model
+  stepcredit plan       memory that a run takes on each GPU, and what fits
+  stepcredit merge      one model of LoRA adapters and their base
   stepcredit warmstart  build the embedded base model anew
 
 Examples
@@ -63,12 +65,26 @@ def _warmstart(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _merge(words: Sequence[str]) -> int:
+    from stepcredit.cli.merge import main
+
+    return main(words)
+
+
+def _plan(words: Sequence[str]) -> int:
+    from stepcredit.cli.plan import main
+
+    return main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "sample": _sample,
     "score": _score,
     "credit": _credit,
+    "plan": _plan,
+    "merge": _merge,
     "warmstart": _warmstart,
 }
 

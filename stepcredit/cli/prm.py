@@ -3,9 +3,13 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
@@ -32,19 +36,25 @@ def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
     texts = [str(segment.extra.pop("text", "")) for tree in trees for segment in tree.segments]
     forest = Forest.from_trees(trees)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    columns = {}
+    columns: dict[str, Tensor] = {}
+    vocabulary: dict[str, int] = {}
     highest = max(int(forest.token["token_ids"].max()), int(forest.prompt_ids.max()))
     for column, option in (("prm_logprobs", "prm"), ("ref_logprobs", "ref")):
         model = load_policy(own[option], config.train.device, config.train.dtype, config.trust_remote_code)
         if highest >= (size := model.model.get_input_embeddings().weight.shape[0]):
             raise UserError(f"{source}: has token id {highest}; the vocabulary of --{option} ends at {size - 1}")
+        vocabulary = vocabulary or model.tokenizer.get_vocab()
+        if model.tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"--{option}: '{own[option]}' has another vocabulary than --prm")
         columns[column] = score(model, forest, 1.0, config.optim.max_tokens_per_micro_batch).logprobs
+        if not bool(columns[column].isfinite().all()):
+            raise UserError(f"--{option}: '{own[option]}' gives log-probabilities that are not finite")
     rewards = beta * (columns["prm_logprobs"] - columns["ref_logprobs"]) * forest.token_sampled
     write_trees(out, forest.with_token(**columns, token_rewards=rewards), texts=texts if any(texts) else None)
     print(f"{source}: {forest.num_trees} trees, {forest.num_tokens} tokens -> {out}")
     leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"]).nonzero().squeeze(1)
     label = forest.segment["reward"][leaf]
     if forest.is_flat and len(leaf) and bool(((label >= 0) & (label <= 1)).all()):
-        for name, value in prediction_metrics(sums(forest, rewards)[leaf].sigmoid(), label).items():
+        for name, value in prediction_metrics(sums(forest, rewards)[leaf], label).items():
             print(f"  {name:18}{value:.4g}")
     return 0

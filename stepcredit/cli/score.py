@@ -74,6 +74,11 @@ def main(words: Sequence[str]) -> int:
             raise UserError(
                 "score: a process reward model takes --in ROLLOUTS, --prm MODEL, --ref MODEL and --out FILE"
             )
+        graded = [name for name in ("data", "verifier", "json") if name in own or name in given.get("task", {})]
+        if graded:
+            raise UserError(
+                f"score: a process reward model grades nothing, so --prm does not go with --{', --'.join(graded)}"
+            )
         return score_prm(resolve(given), own, out)
     if "out" in own and "in" not in own:
         raise UserError("--out: belongs to --in; the numbers go to --json FILE")

@@ -46,7 +46,8 @@ Examples
   stepcredit train --resume runs/spro
   stepcredit train --track.sinks tensorboard,wandb"""
 
-OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name"}  # what makes it another run when it changes
+# What makes it another run when it changes.
+OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference"}
 
 
 def main(words: Sequence[str]) -> int:

@@ -69,7 +69,7 @@ class Spread:
         """What a training pass calls in place of the policy, so that gradients are summed over the processes."""
         if self.ranks.size == 1 or self.sharded:
             return policy
-        return DistributedDataParallel(policy, broadcast_buffers=False, find_unused_parameters=_sparse(policy))
+        return DistributedDataParallel(policy, find_unused_parameters=_sparse(policy))
 
 
 WHOLE = Spread()

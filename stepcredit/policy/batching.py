@@ -114,7 +114,7 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True, trees: Sequence[in
         if shared:
             used |= path
     owned = torch.zeros(forest.num_segments, dtype=torch.bool)
-    whole, result = _with_source(forest), []
+    whole, result = with_source(forest), []
     for group in groups:
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
         keep[group] = True
@@ -131,7 +131,7 @@ def stand_in(forest: Forest) -> Forest:
     ends = forest.ends.nonzero().squeeze(1)
     keep = torch.zeros(forest.num_segments, dtype=torch.bool)
     keep[ends[forest.path_length[ends].argmin()]] = True
-    part = _with_source(forest).select(keep)
+    part = with_source(forest).select(keep)
     return part.with_token(owned=torch.zeros(part.num_tokens, dtype=torch.bool))
 
 
@@ -163,7 +163,7 @@ def _leaves_by_subtree(forest: Forest) -> list[int]:
     return leaves
 
 
-def _with_source(forest: Forest) -> Forest:
+def with_source(forest: Forest) -> Forest:
     """Rows counted from `forest` itself, whatever it was selected from."""
     return forest.with_segment(
         part_source=torch.arange(forest.num_segments), source=torch.arange(forest.num_segments)

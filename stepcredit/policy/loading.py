@@ -1,7 +1,6 @@
 """Loading and saving policies: the embedded model, a local folder or a hub id."""
 
 import copy
-import logging
 import re
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging as transformers_logging
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, choose_path
@@ -17,11 +15,6 @@ from stepcredit.policy.forward import Policy, choose_path
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded_model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,8 +29,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def source_of(model: str) -> str:
+def source_of(model: str, config_only: bool = False) -> str:
     """The folder or hub id that a model's name stands for.
+
+    Args:
+        config_only: a folder needs neither weights nor tokenizer.
 
     Raises:
         UserError: it is neither, or the folder lacks a model or a tokenizer.
@@ -45,7 +41,7 @@ def source_of(model: str) -> str:
     source = str(EMBEDDED_MODEL) if model == "embedded" else model
     folder = Path(source)
     if folder.is_dir():
-        _check_folder(folder)
+        _check_folder(folder, config_only)
     elif folder.exists() or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(
             f"model: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
@@ -92,10 +88,14 @@ def load_policy(
     return policy
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, config_only: bool) -> None:
     def holds(*patterns: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in patterns)
 
+    if config_only:
+        if not holds("config.json"):
+            raise UserError(f"model: folder '{folder}' holds no config.json")
+        return
     if not holds("config.json", "adapter_config.json") or not holds(*WEIGHT_FILES):
         raise UserError(f"model: folder '{folder}' holds no model (config.json and *.safetensors)")
     if not holds(*TOKENIZER_FILES):

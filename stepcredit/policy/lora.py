@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft: only they learn; without them the model is its own reference."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,9 @@ def merge_adapters(folder: Path, out: Path) -> None:
     base = str(config.base_model_name_or_path)
     try:
         network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        merged = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            merged = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
         merged.save_pretrained(out)
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,0 +1,261 @@
+"""Several processes give what one gives; they stop, die and go on together."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stepcredit.checkpoint import newest_checkpoint, verify
+from stepcredit.cli.main import main
+from stepcredit.parallel.ranks import deal
+from stepcredit.policy.batching import cut, stand_in, tree_sizes
+from stepcredit.policy.forward import random_forest
+
+HERE = Path(__file__).parent
+COMMON = "--eval.num-problems 10 --sampler.max-new-tokens 48 --optim.schedule constant --learning-rate 1e-4"
+COMMON += " --train.problems-per-iteration 5 --eval-every 5 --save-every 1"
+RUNS = {
+    "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2",
+    "spro": "--algorithm spro --group-size 4",
+    "treerpo": "--algorithm treerpo --growth.depth 3 --objective.kl.coef 0.01 --optim.num-minibatches 2",
+    "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
+    " --filter.enabled true --prm.reference start --prm.learning-rate 3e-4",
+    "prime with adapters": "--algorithm prime --group-size 4 --lora.rank 4 --prm.reference start"
+    " --prm.learning-rate 1e-3",
+}
+APART = ("time/", "tokens/per_second")  # no two runs share them
+CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on how a step is cut, or are rounding
+
+
+def words(run: Path, algorithm: str, iterations: int = 5, *more: str) -> list[str]:
+    named = ["--iterations", str(iterations), "--run-dir", str(run)]
+    return ["train", *COMMON.split(), *RUNS[algorithm].split(), *named, *more]
+
+
+def job(run: Path, size: int, given: list[str], **more: object) -> dict:
+    return {"words": given, "size": size, "log": f"{run}.log", **more}
+
+
+def launch(jobs: list[dict]) -> list[list[int]]:
+    """The exit codes of the processes of each job."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ranks.py")],
+        input=json.dumps(jobs),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def logs(run: Path, rank: int = 0) -> str:
+    return Path(f"{run}.log.{rank}").read_text()
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_metrics(one: Path, two: Path) -> None:
+    """Within 1e-5, relative or absolute."""
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() - {"time/gather"} == b.keys() - {"time/gather"}
+        for name, value in a.items():
+            if not name.startswith(APART) and name not in CUT:
+                assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["iteration"], name)
+
+
+def same_weights(one: Path, two: Path) -> None:
+    """All models of the last checkpoints within 1e-5 of their norm."""
+    first, second = (newest_checkpoint(run) for run in (one, two))
+    assert first is not None and second is not None
+    files = [path.relative_to(first) for path in first.rglob("*model.safetensors") if "optimizer" not in str(path)]
+    assert files
+    for file in files:
+        a, b = load_file(first / file), load_file(second / file)
+        assert a.keys() == b.keys()
+        far = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+        size = sum(float(value.square().sum()) for value in a.values()) ** 0.5
+        assert far < 1e-5 * size, (str(file), far / size)
+
+
+# ------------------------------------------------------------------ dealing
+
+
+def test_deal_is_fair_and_whole():
+    sizes = [7, 1, 9, 3, 3, 8, 2, 2]
+    hands = deal(sizes, 3)
+    assert sorted(item for hand in hands for item in hand) == list(range(8))
+    assert max(sum(sizes[item] for item in hand) for hand in hands) <= 12
+    assert deal([5], 3) == [[0], [], []]
+
+
+def test_parts_of_some_trees_own_all_of_them_and_nothing_else():
+    forest = random_forest(50)
+    assert tree_sizes(forest) == [32, 18]
+    for trees in ([0], [1], [0, 1]):
+        owned = torch.zeros(forest.num_tokens, dtype=torch.long)
+        for part in cut(forest, 20, trees=trees):
+            owned[part.token["source"][part.token["owned"]]] += 1
+        wanted = sum((forest.token_tree == tree).long() for tree in trees)
+        assert owned.equal(wanted)
+
+
+def test_a_stand_in_owns_nothing():
+    part = stand_in(random_forest(50))
+    assert part.num_segments == 1 and part.num_tokens == 1
+    assert not part.token["owned"].any()
+
+
+# ------------------------------------------------------------------ what one process gives
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", RUNS)
+def test_several_processes_give_what_one_gives(algorithm, tmp_path):
+    """Five iterations; trees of unequal depth, one process has fewer of them."""
+    alone = tmp_path / "alone"
+    runs = {(size, kind): tmp_path / f"{kind}{size}" for kind in ("ddp", "fsdp") for size in (2, 3)}
+    if algorithm == "prime with adapters":
+        runs = {key: run for key, run in runs.items() if key[0] == 2}
+    jobs = [job(alone, 1, words(alone, algorithm))]
+    for (size, kind), run in runs.items():
+        jobs.append(job(run, size, words(run, algorithm, 5, "--distributed.strategy", kind)))
+    for one, codes in zip(jobs, launch(jobs), strict=True):
+        assert set(codes) <= {0, 1} and len(set(codes)) == 1, Path(one["log"] + ".0").read_text()
+    for run in runs.values():
+        same_metrics(alone, run)
+        same_weights(alone, run)
+
+
+@pytest.mark.slow
+def test_a_process_without_trees_is_fine(tmp_path):
+    alone, three = tmp_path / "alone", tmp_path / "three"
+    few = ["--train.problems-per-iteration", "2", "--eval.num-problems", "2"]
+    jobs = [job(alone, 1, words(alone, "grpo", 3, *few)), job(three, 3, words(three, "grpo", 3, *few))]
+    assert all(set(codes) <= {0, 1} for codes in launch(jobs)), logs(three)
+    same_metrics(alone, three)
+    same_weights(alone, three)
+
+
+# ------------------------------------------------------------------ stopping and going on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_killed_and_resumed_on_other_numbers_of_processes(kind, tmp_path):
+    """SIGKILL to two processes, SIGKILL to one, three to the end."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    end = words(run, "prime", 5, "--distributed.strategy", kind, "--resume", "auto")
+    saved = [str(run / "checkpoints" / f"{number:06d}") for number in (1, 3)]
+    codes = launch(
+        [
+            job(alone, 1, words(alone, "prime")),
+            job(run, 2, end, signal="SIGKILL", ranks=[0, 1], when=saved[0]),
+            job(run, 1, end, signal="SIGKILL", ranks=[0], when=saved[1]),
+            job(run, 3, end),
+        ]
+    )
+    assert codes[1:3] == [[-9, -9], [-9]] and set(codes[3]) <= {0, 1}, logs(run)
+    same_metrics(alone, run)
+    same_weights(alone, run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_place(tmp_path):
+    """They save between two optimiser steps, and the run ends as if it had not been stopped."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    first = str(run / "checkpoints" / "000002")
+    codes = launch(
+        [
+            job(alone, 2, words(alone, "grpo")),
+            job(run, 2, words(run, "grpo"), signal="SIGTERM", ranks=[1], when=first),
+        ]
+    )
+    assert codes[1] == [130, 130], logs(run)
+    stopped = newest_checkpoint(run)
+    assert stopped is not None and verify(stopped) is None and stopped.name >= "000002"
+    assert launch([job(run, 2, words(run, "grpo", 5, "--resume", "auto"))]) == codes[:1]
+    same_metrics(alone, run)
+    same_weights(alone, run)
+
+
+# ------------------------------------------------------------------ processes that fail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_process_that_dies_or_hangs_ends_the_run_and_is_named(fault, tmp_path):
+    """Within the time-out; the last checkpoint is whole."""
+    run = tmp_path / "run"
+    given = words(run, "grpo", 500, "--distributed.timeout-s", "4")
+    when = str(run / "checkpoints" / "000002")
+    started = time.monotonic()
+    codes = launch([job(run, 2, given, signal=fault, ranks=[1], when=when)])[0]
+    assert codes == [2, -9]
+    assert time.monotonic() - started < 90
+    assert re.search(r"error in process 0 of 2: process 1 has ended or has not answered for 4 s", logs(run)), logs(run)
+    saved = newest_checkpoint(run)
+    assert saved is not None and verify(saved) is None
+
+
+@pytest.mark.slow
+def test_a_process_that_raises_ends_the_run_with_its_error(tmp_path):
+    run = tmp_path / "run"
+    given = words(run, "grpo", 5, "--reward.functions", "user_rewards.fails_in_process_1", "--reward.gold-check", "0")
+    assert launch([job(run, 2, given)])[0] == [2, 2]
+    assert "error in process 1 of 2: reward function" in logs(run, 1) and "no gold here" in logs(run, 1)
+    assert "process 1 has ended" in logs(run)
+
+
+@pytest.mark.slow
+def test_bad_input_is_said_once(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "something").write_text("")
+    assert launch([job(run, 2, words(run, "grpo"))])[0] == [2, 2]
+    assert "is not empty" in logs(run) and logs(run, 1) == ""
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    """The command of the documentation; a killed process ends the job."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "stepcredit"]
+    command += words(run, "grpo", 500, "--distributed.strategy", "fsdp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        while not (run / "checkpoints" / "000001").exists():
+            assert job.poll() is None, job.stdout and job.stdout.read()
+            time.sleep(0.1)
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                given = entry.read_bytes().split(b"\0")
+                mine = str(run).encode() in (entry.parent / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if mine and b"RANK=1" in given:
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+                break
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "on 2 processes (fsdp)" in output and "SIGKILL" in output
+
+
+def test_other_commands_run_as_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    assert main(["eval"]) == 2
+    assert "without torchrun" in capsys.readouterr().err
