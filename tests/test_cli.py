@@ -59,7 +59,10 @@ def test_help_is_short(capsys, words):
     for command, *rest in examples:
         rest = " ".join(rest).split("   ")[0].replace('"', "").split()
         own: dict[str, str | None] = dict.fromkeys(("config", "resume", "in", "out", "prompt", "steps", "batch-size"))
-        own |= dict.fromkeys(("json", "records", "verifier", "completion-column", "prm", "ref")) | {"gold": "false"}
+        own |= dict.fromkeys(("json", "records", "verifier", "completion-column", "prm", "ref")) | dict.fromkeys(
+            ("gpus", "gpu-memory-gib")
+        )
+        own |= {"gold": "false"}
         if "--prompt" not in rest:
             resolve(parse(rest, own, command)[0])
 
