@@ -47,7 +47,8 @@ class Spread:
             return policy
         mesh = dist.init_device_mesh(self.device.type, (self.ranks.size,))
         precision = MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32)
-        offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        away = self.cpu_offload and self.device.type != "cpu"
+        offload = CPUOffloadPolicy() if away else OffloadPolicy()
         for layer in layers(policy):
             fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # Resharded after each pass, so that weights are never those of before an update.
