@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   formatting, lint, types, tests
 # make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
+# make test-vllm   a real vLLM server on the CPU, in an environment of its own: some minutes, and 2 GB of packages
 # make bench   ratios of speed, measured in one run
 # Options of a run: make train ARGS="--algorithm spro --seed 1"
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 ARGS ?=
 
-.PHONY: install train test check lint types format soak bench clean
+.PHONY: install train test check lint types format soak test-vllm bench clean
 
 install: $(STAMP)
 
@@ -43,6 +44,13 @@ format: install
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
+test-vllm: install .venv-vllm/installed
+	OMP_NUM_THREADS=1 STEPCREDIT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/vllm $(ARGS)
+
+.venv-vllm/installed: tests/vllm/install.py constraints.txt
+	$(BIN)/python tests/vllm/install.py .venv-vllm
+	touch $@
+
 bench: install
 	$(BIN)/python benchmarks/sampler.py $(ARGS)
 	$(BIN)/python benchmarks/forest.py $(ARGS)
@@ -53,4 +61,4 @@ bench: install
 	$(BIN)/python benchmarks/judging.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,9 +2,12 @@
 
 import inspect
 import logging
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,7 +27,7 @@ from stepcredit.parallel.memory import fits_whole
 from stepcredit.parallel.ranks import ALONE, Ranks
 from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.loading import load_policy, pick_device
+from stepcredit.policy.loading import load_policy, pick_device, source_of
 from stepcredit.policy.lora import add_adapters, has_adapters
 from stepcredit.rewards import build_judge, build_rewards, load_rows, needs_answer
 from stepcredit.samplers.base import Sampler
@@ -90,10 +93,49 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, spread: Spread 
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, spread.ranks.local_size)
     judge.start()  # while the prompts are checked
     parts.task.fit(encode, given.long_prompts)
-    sampled = spread.sampling_copy(policy)
-    sampler = TransformersSampler(sampled, config.sampler.max_rows, keep_mb=config.sampler.keep_mb)
+    sampler = build_sampler(config, policy, spread)
     grow = build_growth(config, parts.task, policy)
     return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, spread.ranks)
+
+
+def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
+    """The sampler, with the weights of a policy that is still whole."""
+    given = config.sampler
+    if given.name == "transformers":
+        return TransformersSampler(spread.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
+    from stepcredit.samplers.launch import LocalServer
+    from stepcredit.samplers.vllm import VLLMSampler
+
+    if bool(given.vllm.servers) == given.vllm.launch:
+        raise UserError(
+            "sampler.name vllm needs running servers (--sampler.vllm.servers http://HOST:PORT,...) or one of its own "
+            "(--sampler.vllm.launch true), not both"
+        )
+    if config.lora.rank:
+        raise UserError("lora.rank: adapters are not passed on to vLLM; take --sampler.name transformers")
+    server: LocalServer | None = None
+    urls, options = list(given.vllm.servers), given.vllm
+    if options.launch:
+        started: list[LocalServer] = []
+
+        def start() -> str:
+            processed = given.temperature not in (0.0, 1.0) and given.top_p == 1 and given.top_k == 0
+            file = Path(tempfile.gettempdir()) / f"stepcredit-vllm-{os.getpid()}.log"
+            model, dtype = source_of(config.model), dtype_of(policy)
+            started.append(LocalServer(model, options.python, options.port, dtype, processed, options.args, file))
+            return started[0].url
+
+        urls = [spread.ranks.first(start)]
+        server = started[0] if started else None
+    folder = Path(options.folder) if options.folder else None
+    return VLLMSampler(
+        policy, urls, given.max_rows, options.timeout_s, options.patience_s, folder, spread.ranks, server
+    )
+
+
+def dtype_of(policy: Policy) -> str:
+    """The type that a policy computes in, as vLLM names it."""
+    return str(policy.autocast or torch.float32).removeprefix("torch.")
 
 
 def build_growth(config: Config, task: Task, policy: Policy) -> Growth:
@@ -199,6 +241,8 @@ def build_objective(config: Config, credit: CreditFunction) -> Objective:
         constant=float(config.sampler.max_new_tokens),
         unit="completion" if needs_of(credit).forests == "flat" else "segment",
         depth_weights=tuple(given.depth_weights),
+        importance=given.importance,
+        importance_cap=given.importance_cap,
     )
 
 
@@ -211,7 +255,10 @@ def build_models(config: Config, parts: Parts, policy: Policy, spread: Spread = 
     needed = set(needs_of(parts.credit).columns)
     if objective.needs_reference:
         needed.add("ref_logprobs")
-    if objective.kl_in_reward or optim.num_epochs * optim.num_minibatches > 1:
+    elsewhere = config.sampler.name != "transformers"  # its log-probabilities are not to the last bit the trainer's
+    if objective.kl_in_reward or objective.importance != "none" or elsewhere:
+        needed.add("old_logprobs")
+    if optim.num_epochs * optim.num_minibatches > 1:
         needed.add("old_logprobs")
     provided = {"old_logprobs", "ref_logprobs", "prm_logprobs", "rollout_logprobs", "entropy", "token_rewards"}
     if unknown := needed - provided:

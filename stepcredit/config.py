@@ -45,8 +45,20 @@ class TaskConfig(Section):
     long_prompts: Literal["drop", "raise"] = "drop"  # rows over max_prompt_tokens are left out and counted, or an error
 
 
+class VLLMConfig(Section):
+    servers: Names = []  # addresses of running servers, such as http://127.0.0.1:8000
+    launch: bool = False  # start one on this machine, for as long as the run lasts
+    python: str | None = None  # interpreter of the environment with vLLM; None: that of the run
+    port: int = Field(0, ge=0, lt=65536)  # of the one started; 0: a free one
+    args: Names = []  # further arguments of the one started
+    folder: str | None = None  # where weights are passed on; None: in this machine's memory
+    timeout_s: float = Field(600.0, gt=0)  # of a request
+    patience_s: float = Field(300.0, gt=0)  # how long requests are tried again
+    tolerance: float | None = Field(None, gt=0)  # mean log-probability difference that ends a run; None: by the type
+
+
 class SamplerConfig(Section):
-    name: Literal["transformers"] = "transformers"
+    name: Literal["transformers", "vllm"] = "transformers"
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -54,6 +66,7 @@ class SamplerConfig(Section):
     stop_token_ids: Ids = None  # None: the model's own
     max_rows: int = Field(256, ge=1)
     keep_mb: int = Field(4096, ge=0)  # keys and values that growing trees go on from
+    vllm: VLLMConfig = VLLMConfig()
 
 
 class StepConfig(Section):
@@ -109,6 +122,8 @@ class ObjectiveConfig(Section):
     aggregate: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum_over_constant"] = "token_mean"
     kl: KLConfig = KLConfig()
     entropy_coef: float = 0.0
+    importance: Literal["none", "token", "sequence"] = "none"  # weights for what the sampler computes otherwise
+    importance_cap: float = Field(2.0, gt=0)
     depth_weights: Annotated[list[float], BeforeValidator(_split)] = []  # of segments by depth; empty: all alike
 
 

@@ -35,8 +35,7 @@ def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, fl
     if _has_kl_ref(forest, config):
         metrics["policy/kl_ref"] = _mean((forest.token["old_logprobs"] - forest.token["ref_logprobs"])[sampled])
     if "old_logprobs" in forest.token and "rollout_logprobs" in forest.token:
-        difference = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[sampled].abs()
-        metrics["sampler/logprob_diff"] = float(difference.max()) if len(difference) else 0.0
+        metrics |= _mismatch(forest, config.objective.importance_cap if config else 2.0)
     if "kept" in forest.segment:
         metrics |= _siblings(forest)
     advantages = forest.token["advantages"][forest.active]
@@ -50,6 +49,18 @@ def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, fl
         metrics["credit/process_rms"] = spread
         metrics["credit/process_ratio"] = spread / size if size > 0 else (float("inf") if spread > 0 else 0.0)
     return metrics
+
+
+def _mismatch(forest: Forest, cap: float) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's of the same tokens."""
+    log_ratio = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[forest.token_sampled]
+    ratio = log_ratio.exp()
+    return {
+        "sampler/logprob_diff": float(log_ratio.abs().max()) if len(log_ratio) else 0.0,
+        "sampler/logprob_diff_mean": _mean(log_ratio.abs()),
+        "sampler/ratio": _mean(ratio),
+        "sampler/truncated": _mean((ratio > cap).float()),
+    }
 
 
 def _groups(forest: Forest, judged: torch.Tensor) -> dict[str, float]:

@@ -76,6 +76,20 @@ def _by_depth(forest: Forest, weights: Tensor, depth_weights: tuple[float, ...])
     return changed * (weights.sum() / total) if float(total) > 0 else changed
 
 
+def importance_weights(forest: Forest, sequence: bool, cap: float) -> Tensor:
+    """[num_tokens] min(cap, pi_old / pi_sampler) of each token, or of all tokens from the prompt to its segment's end.
+
+    Needs the columns `old_logprobs` and `rollout_logprobs`. In a tree a segment has the ratio of the path that ends
+    with it, because that is what was sampled when its siblings were compared.
+    """
+    log_ratio = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]) * forest.token_sampled
+    if sequence:
+        index = forest.token["segment"]
+        own = segment_sum(log_ratio, index, forest.num_segments)
+        log_ratio = (own + forest.sum_over_ancestors(own))[forest.leaf if forest.is_flat else slice(None)][index]
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
 # ---------------------------------------------------------------------- surrogates: loss per token
 
 
@@ -92,6 +106,9 @@ class Objective:
         kl_coef, entropy_coef: 0 is off.
         constant: divisor of sum_over_constant.
         unit: what counts as one sequence in the weights; None takes completions in flat forests, segments in others.
+        importance: weigh tokens by pi_old / pi_sampler, where the sampler computes otherwise than the trainer: each by
+            its own ratio ("token"), or all of a completion by the product of its ratios ("sequence"); at most
+            `importance_cap` (truncated importance sampling).
         depth_weights: of the segments of each depth, from the prompt down; their sum over the forest stays what it was.
             Empty: all alike.
     """
@@ -107,6 +124,8 @@ class Objective:
     constant: float = 1.0
     unit: Unit | None = None
     depth_weights: tuple[float, ...] = ()
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_cap: float = 2.0
 
     @property
     def kl_in_loss(self) -> bool:
@@ -124,7 +143,11 @@ class Objective:
         """The weight column of one optimiser step, [num_tokens]."""
         unit = self.unit or ("completion" if forest.is_flat else "segment")
         weights = AGGREGATORS[self.aggregate](forest, unit, self.constant)
-        return _by_depth(forest, weights, self.depth_weights) if self.depth_weights else weights
+        if self.depth_weights:
+            weights = _by_depth(forest, weights, self.depth_weights)
+        if self.importance == "none" or "rollout_logprobs" not in forest.token:
+            return weights
+        return weights * importance_weights(forest, self.importance == "sequence", self.importance_cap)
 
     def has_gradient(self, forest: Forest) -> Tensor:
         """[num_tokens] tokens whose loss can have a gradient: of non-zero weight, and advantage unless regularised."""

@@ -123,7 +123,7 @@ class Trainer:
                         if number >= len(work.learnt):
                             self.update(work, step, iteration, tracker)
                     self.rollouts.sampler.sync(self.policy)
-                    metrics = work.metrics(self.config)
+                    metrics = work.metrics(self.config) | self.rollouts.sampler.metrics
                     metrics |= self.evaluate() if self.due(iteration, self.config.eval.every) else {}
                     tracker.report(iteration, metrics, self.weighted(work.forest))
                     self.done, self.position, self.work = iteration, work.position, None
@@ -147,8 +147,26 @@ class Trainer:
             for model in self.models.values():
                 forest = model.observe(forest)
                 observed |= model.metrics
+            self.compare(forest)
             forest = self.assign(self.penalised(forest))
         return Work(forest, batch.position, clock, observed)
+
+    def compare(self, forest: Forest) -> None:
+        """Stop when a sampler outside this program samples from another model than the one trained here."""
+        if self.config.sampler.name == "transformers" or "rollout_logprobs" not in forest.token:
+            return
+        far = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]).abs() * forest.token_sampled
+        mean = float(far.sum() / forest.token_sampled.sum().clamp(min=1))
+        tolerance = self.config.sampler.vllm.tolerance or (0.05 if self.policy.autocast else 0.005)  # bf16, fp32
+        if not mean <= tolerance:
+            beyond = float((far[forest.token_sampled] > tolerance).float().mean())
+            raise UserError(
+                f"sampler: log-probabilities of the sampled tokens differ from the trainer's by {mean:.3g} nats on "
+                f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond sampler.vllm.tolerance "
+                f"{tolerance:g}). If most tokens are concerned, the server has other weights, an output layer that was "
+                "not renewed, another type of numbers or, at a temperature other than 1, lacks --logprobs-mode "
+                "processed_logprobs; if few are, its prefix cache is of other weights (docs/vllm.md)"
+            )
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:
         """One optimiser step of an iteration."""

@@ -15,14 +15,20 @@ from stepcredit.policy.lora import adapters_off
 
 
 class OldPolicy(AuxModel):
-    """Adds `old_logprobs`: the policy at the start of the iteration, by the trainer's own forward."""
+    """Adds `old_logprobs`: the policy at the start of the iteration, by the trainer's own forward.
+
+    And `entropy`, where the sampler does not give it.
+    """
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
         super().__init__()
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
 
     def observe(self, forest: Forest) -> Forest:
-        return forest.with_token(old_logprobs=score(self.policy, forest, self.temperature, self.max_tokens).logprobs)
+        scores = score(self.policy, forest, self.temperature, self.max_tokens)
+        if "entropy" not in forest.token:
+            forest = forest.with_token(entropy=scores.entropy)
+        return forest.with_token(old_logprobs=scores.logprobs)
 
 
 class SameAsOld(AuxModel):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,8 @@ def main(words: Sequence[str]) -> int:
         soft_wrap=True,
     )
     try:
-        learnt = trainer.run(run_dir)
+        with closing(trainer.rollouts.sampler):
+            learnt = trainer.run(run_dir)
         ranks.leave()
         return 0 if learnt else 1
     except Interrupted:

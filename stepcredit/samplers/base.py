@@ -15,6 +15,7 @@ class Sampler(Protocol):
 
     on_progress: Callable[[int], None]
     max_rows: int
+    metrics: dict[str, float]  # of its own, since the last `sync`
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]: ...
@@ -30,3 +31,5 @@ class Sampler(Protocol):
     ) -> list[list[Segment]]: ...
 
     def sync(self, policy: "Policy") -> None: ...
+
+    def close(self) -> None: ...

@@ -51,6 +51,7 @@ class TransformersSampler:
         self.max_rows = max_rows
         self.on_progress = on_progress or (lambda _: None)
         self.kept = Kept(keep_mb * 2**20)
+        self.metrics: dict[str, float] = {}
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -61,6 +62,9 @@ class TransformersSampler:
         """Take over new weights; what was kept came from the old ones."""
         if policy is not self.policy:
             copy_weights(policy, self.policy)
+        self.kept.clear()
+
+    def close(self) -> None:
         self.kept.clear()
 
     @torch.inference_mode()

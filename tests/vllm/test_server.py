@@ -1,0 +1,190 @@
+"""A real vLLM server on this machine: `make test-vllm`, which names its Python in STEPCREDIT_VLLM_PYTHON."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepcredit.cli.main import main
+from stepcredit.forest import Forest
+from stepcredit.policy.forward import Policy, score
+from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
+from stepcredit.samplers.launch import LocalServer
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.vllm import VLLMSampler
+from stepcredit.tasks.chain import problems
+from stepcredit.types import Tree
+
+PYTHON = os.environ.get("STEPCREDIT_VLLM_PYTHON")
+ARGS = ["--enforce-eager", "--max-num-seqs", "64", "--block-size", "32"]  # prompts of 50 tokens are to be cached
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="make test-vllm sets up vLLM")
+
+LAUNCH = ["--sampler.name", "vllm", "--sampler.vllm.launch", "true", "--sampler.vllm.python", str(PYTHON)]
+LAUNCH += ["--sampler.vllm.args=" + ",".join(ARGS), "--eval.num-problems", "20", "--iterations", "5"]
+PROBLEMS = problems("held_out", 0, 8)
+
+
+def start(log: Path, port: int = 0) -> LocalServer:
+    return LocalServer(str(EMBEDDED_MODEL), PYTHON, port, "float32", False, ARGS, log)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    one = start(tmp_path_factory.mktemp("vllm") / "server.log")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return load_policy("embedded", "cpu")
+
+
+@pytest.fixture
+def sampler(server, policy):
+    one = VLLMSampler(policy, [server.url], patience_s=60)
+    one.sync(policy)
+    yield one
+    one.client.close()
+
+
+def moved(policy: Policy) -> Policy:
+    """Other weights, in the tied output layer too."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    return policy
+
+
+def difference(sampler: VLLMSampler, policy: Policy, n: int = 4) -> float:
+    """Mean difference of log-probabilities between server and trainer on what the server samples."""
+    prompts = [list(policy.tokenizer(str(problem.question))["input_ids"]) for problem in PROBLEMS]
+    groups = sampler.sample(prompts, n, SamplingParams(), range(len(prompts)))
+    trees = [Tree(*row) for row in zip(PROBLEMS, prompts, groups, strict=True)]
+    forest = Forest.from_trees(trees)
+    scores = score(policy, forest, 1.0, 4096).logprobs
+    return float((scores - forest.token["rollout_logprobs"]).abs().mean())
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "treerpo"])
+def test_five_iterations(algorithm, tmp_path):
+    """Weights synced and compared each time; rewards as with the sampler of this program."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    common = ["train", "--algorithm", algorithm, "--sampler.max-rows", "256"]
+    assert main([*common, *LAUNCH, "--run-dir", str(theirs)]) in (0, 1)
+    plain = ["--eval.num-problems", "20", "--iterations", "5", "--run-dir", str(ours)]
+    assert main([*common, *plain]) in (0, 1)
+    assert all(row["sampler/logprob_diff_mean"] < 1e-4 for row in rows(theirs))
+    assert all(row["policy/entropy"] > 0 for row in rows(theirs))
+    rewards = [sum(row["reward/mean"] for row in rows(run)) / 5 for run in (ours, theirs)]
+    assert abs(rewards[0] - rewards[1]) < 0.1, rewards
+    if algorithm == "treerpo":
+        assert all(row["sampler/prefix_hits"] > 0.1 for row in rows(theirs))
+
+
+def test_seeds_and_weights(sampler, policy):
+    first = [segment.token_ids for segment in sampler.sample([[5, 6, 7]], 4, SamplingParams(), [3])[0]]
+    assert first == [segment.token_ids for segment in sampler.sample([[5, 6, 7]], 4, SamplingParams(), [3])[0]]
+    assert difference(sampler, policy) < 1e-4
+    moved(policy)
+    assert difference(sampler, policy) > 0.05
+    sampler.sync(policy)
+    assert difference(sampler, policy) < 1e-4
+
+
+def test_a_stale_prefix_cache_shows(sampler, policy, monkeypatch):
+    """The tolerance of a run in fp32 is 0.005."""
+    difference(sampler, policy)  # fills the cache
+    post = VLLMSampler._post
+    monkeypatch.setattr(
+        VLLMSampler, "_post", lambda self, one, path, body: {} if "reset" in path else post(self, one, path, body)
+    )
+    sampler.sync(moved(policy))
+    assert difference(sampler, policy) > 0.005
+
+
+def test_a_stale_tied_head_shows(policy, tmp_path, monkeypatch):
+    """A worker without the renewal of the output layer."""
+    whole = Path(sys.modules[LocalServer.__module__].SERVER) / "stepcredit_worker.py"
+    text = whole.read_text()
+    stale = re.sub(r"        for module in .*?(?=        self\.stepcredit_version)", "", text, flags=re.DOTALL)
+    assert stale != text
+    folder = tmp_path / "server"
+    folder.mkdir()
+    (folder / "stepcredit_worker.py").write_text(stale)
+    (folder / "supervise.py").write_text((whole.parent / "supervise.py").read_text())
+    monkeypatch.setattr(sys.modules[LocalServer.__module__], "SERVER", folder)
+    one = start(tmp_path / "log")
+    try:
+        sampler = VLLMSampler(policy, [one.url], patience_s=60)
+        sampler.sync(moved(policy))
+        assert difference(sampler, policy) > 0.005
+    finally:
+        one.close()
+
+
+def test_a_server_that_is_killed_and_comes_back(policy, tmp_path):
+    """The run reports it, tries again, and goes on with the weights of now."""
+    first = start(tmp_path / "one.log")
+    made: list[LocalServer] = []
+    run = tmp_path / "run"
+
+    def replace() -> None:
+        while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
+            time.sleep(0.1)
+        first.close()
+        made.append(start(tmp_path / "two.log", first.port))
+
+    thread = threading.Thread(target=replace, daemon=True)
+    thread.start()
+    words = ["--sampler.name", "vllm", "--sampler.vllm.servers", first.url, "--eval.num-problems", "4"]
+    words += ["--eval.greedy", "false", "--iterations", "6", "--run-dir", str(run), "--sampler.vllm.patience-s", "200"]
+    try:
+        assert main(["train", *words]) in (0, 1)
+        thread.join()
+    finally:
+        for one in made:
+            one.close()
+    assert len(rows(run)) == 6
+    assert all(row["sampler/logprob_diff_mean"] < 1e-4 for row in rows(run))
+
+
+def test_it_ends_when_the_run_is_killed(tmp_path):
+    run = tmp_path / "run"
+    before = servers()
+    command = [sys.executable, "-m", "stepcredit", "train", *LAUNCH, "--iterations", "500", "--run-dir", str(run)]
+    with subprocess.Popen(command) as job:
+        while not (run / "metrics.jsonl").exists() or not rows(run):
+            assert job.poll() is None
+            time.sleep(0.2)
+        job.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 30
+    while servers() - before and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not servers() - before
+
+
+def servers() -> set[str]:
+    """Processes of vLLM servers that are running."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "vllm.entrypoints" in line or line.startswith("VLLM::"):
+            found.add(path.parent.name)
+    return found
