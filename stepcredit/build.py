@@ -103,7 +103,7 @@ def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
     given = config.sampler
     if given.name == "transformers":
         return TransformersSampler(spread.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
-    from stepcredit.samplers.launch import LocalServer
+    from stepcredit.samplers.launch import LocalServer, lora_args
     from stepcredit.samplers.vllm import VLLMSampler
 
     if bool(given.vllm.servers) == given.vllm.launch:
@@ -111,8 +111,6 @@ def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
             "sampler.name vllm needs running servers (--sampler.vllm.servers http://HOST:PORT,...) or one of its own "
             "(--sampler.vllm.launch true), not both"
         )
-    if config.lora.rank:
-        raise UserError("lora.rank: adapters are not passed on to vLLM; take --sampler.name transformers")
     server: LocalServer | None = None
     urls, options = list(given.vllm.servers), given.vllm
     if options.launch:
@@ -122,7 +120,8 @@ def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
             processed = given.temperature not in (0.0, 1.0) and given.top_p == 1 and given.top_k == 0
             file = Path(tempfile.gettempdir()) / f"stepcredit-vllm-{os.getpid()}.log"
             model, dtype = source_of(config.model), dtype_of(policy)
-            started.append(LocalServer(model, options.python, options.port, dtype, processed, options.args, file))
+            args = [*lora_args(config.lora.rank), *options.args]
+            started.append(LocalServer(model, options.python, options.port, dtype, processed, args, file))
             return started[0].url
 
         urls = [spread.ranks.first(start)]

@@ -36,14 +36,16 @@ from stepcredit.objective import Objective, importance_weights
 from stepcredit.parallel.spread import WHOLE
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import load_policy
+from stepcredit.policy.lora import add_adapters
 from stepcredit.samplers import launch, vllm
-from stepcredit.samplers.launch import LocalServer
+from stepcredit.samplers.launch import LocalServer, lora_args
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.samplers.vllm import VLLMSampler
 from stepcredit.types import Problem, Segment, Tree
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 STOP = 2
 PARAMS = SamplingParams(max_new_tokens=6)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -109,6 +111,7 @@ class Fake:
         self.requests: list[tuple[str, dict]] = []
         self.loads: list[tuple[str, str]] = []
         self.served: list[str] = []
+        self.adapters: dict[str, str] = {}  # by name, their folder
         self.version, self.seen, self.queries, self.hits, self.now, self.most = "", set(), 0, 0, 0, 0
         self.listener = Listener(("127.0.0.1", self.port), Handler)
         self.listener.fake, self.port = self, self.listener.server_port
@@ -134,25 +137,24 @@ class Fake:
             fault = next(self.faults.get(path, iter(())), None)
         answers = {
             "/health": lambda _: b"",
-            "/v1/models": lambda _: {"data": [{"id": self.name}]},
+            "/v1/models": lambda _: {"data": [{"id": name} for name in (self.name, *self.adapters)]},
+            LOAD: lambda body: self.adapters.update({body["lora_name"]: body["lora_path"]}) or b"Success",
+            UNLOAD: lambda body: self.adapters.pop(body["lora_name"]).encode(),
             "/detokenize": lambda body: {"prompt": self.tokenizer.decode(body["tokens"])},
             "/metrics": lambda _: self.metrics().encode(),
             COMPLETIONS: self.completions,
             RPC: self.rpc,
             RESET: self.reset,
         }
-        content = answers[path](body) if path in answers else b"not found"
-        found = (
-            (200 if path in answers else 404),
-            content if isinstance(content, bytes) else json.dumps(content).encode(),
-        )
+        if path not in answers or body.get("model", self.name) not in (self.name, *self.adapters):
+            return 404, b"not found"
+        content = answers[path](body)
+        found = 200, content if isinstance(content, bytes) else json.dumps(content).encode()
         return fault(found) if fault else found
 
     def completions(self, body: dict) -> dict:
-        if body["model"] != self.name:
-            raise Drop
         with self.lock:
-            self.served.append(self.version)
+            self.served.append(self.version or body["model"])
             self.now += 1
             self.most = max(self.most, self.now)
         time.sleep(self.delay)
@@ -247,7 +249,9 @@ def policy() -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, tmp_path_factory):
+    """Short pauses, and a memory of its own."""
+    monkeypatch.setattr(vllm, "MEMORY", tmp_path_factory.mktemp("memory"))
     monkeypatch.setattr(vllm, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(vllm, "LONGEST_PAUSE_S", 0.1)
 
@@ -365,7 +369,10 @@ SHORT = {
     "no choices": (lambda found: (200, b'{"choices": null}'), "0 completions instead of 4"),
     "logprobs": (changed(lambda choices: choices[1]["logprobs"]["token_logprobs"].pop()), "was cut short"),
     "no logprobs": (changed(lambda choices: choices[1].update(logprobs=None)), "was cut short"),
-    "a logprob": (changed(lambda choices: choices[1]["logprobs"]["token_logprobs"].insert(0, None)), "was cut short"),
+    "a logprob": (
+        changed(lambda choices: choices[1]["logprobs"]["token_logprobs"].__setitem__(0, None)),
+        "was cut short",
+    ),
     "no ids": (changed(lambda choices: choices[1].update(token_ids=None)), "0 tokens"),
     "finish": (changed(lambda choices: choices[1].update(finish_reason="abort")), "ended by 'abort'"),
     "no finish": (changed(lambda choices: choices[1].update(finish_reason=None)), "ended by 'None'"),
@@ -415,15 +422,20 @@ def test_a_server_that_only_fails_does_not_keep_others_from_answering(policy, fa
         assert len(sampler.sample(PROMPTS[:1], 2, PARAMS, [1])[0]) == 2
 
 
-def test_a_refusal_ends_at_once(policy, fake):
-    """Also when another request is still being tried."""
+def test_a_refusal_ends_at_once(policy, fake, monkeypatch):
+    """Also when another request is still being tried; that one is given up."""
+    monkeypatch.setattr(vllm, "FIRST_PAUSE_S", 5.0)
+    monkeypatch.setattr(vllm, "LONGEST_PAUSE_S", 5.0)
     with sampling(policy, fake, patience_s=30.0) as sampler:
-        fake.fail(COMPLETIONS, itertools.chain([status(400, "too long"), *[status(500)] * 3000]))
+        fake.fail(COMPLETIONS, [status(500), status(400, "too long")])
         started = time.monotonic()
         with pytest.raises(UserError, match=r"completions refuses \(too long\)"):
             sampler.sample(PROMPTS[:2], 2, PARAMS, [1, 2])
-        assert time.monotonic() - started < 2
-        assert sum(one.waiting for one in sampler.servers) <= 1
+        while any("Executor" in thread.name for thread in threading.enumerate()):
+            assert time.monotonic() - started < 2
+            time.sleep(0.01)
+        assert len(fake.paths(COMPLETIONS)) == 2
+        assert not any(one.waiting for one in sampler.servers)
 
 
 def test_a_run_can_be_stopped_while_no_server_answers(policy, fake):
@@ -456,8 +468,8 @@ def test_a_server_that_goes_down_in_the_middle(policy, fakes, caplog):
         first.load_delay, second.delay = 0.2, 0.02
         sampler.sample(PROMPTS * 10, 2, PARAMS, range(40))
         assert f"{first.url} is back" in caplog.text
-        assert [version for _, version in first.loads] == [sampler.version] == ["2"]
-        assert first.served and set(first.served) == {"2"}  # not one before the weights were there
+        assert [version for _, version in first.loads] == [sampler.version] and sampler.version.endswith("-2")
+        assert first.served and set(first.served) == {sampler.version}  # not one before the weights were there
         assert first.paths(RPC, RESET, COMPLETIONS)[:3] == [RPC, RPC, RESET]
 
 
@@ -469,7 +481,7 @@ def test_the_only_server_goes_down_and_comes_back(policy, fake, caplog):
         thread.start()
         assert ids(sampler.sample(PROMPTS, 2, PARAMS, SEEDS)) == right
         thread.join()
-    assert set(fake.served) == {"1"} and "is back" in caplog.text
+    assert set(fake.served) == {sampler.version} and "is back" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["policy", "another"])
@@ -482,7 +494,7 @@ def test_a_server_that_was_started_anew_between_two_calls(policy, fake, name, ca
         fake.start()
         assert fake.version == ""
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-    assert set(fake.served) == {"1"} and f"{fake.url} was started anew" in caplog.text
+    assert set(fake.served) == {sampler.version} and f"{fake.url} was started anew" in caplog.text
 
 
 def test_no_answer_at_all_ends_with_the_address(policy, fake):
@@ -514,17 +526,11 @@ WRONG = {
 def test_servers_that_do_not_fit_are_refused(policy, fake, name):
     path, fault, why = WRONG[name]
     fake.fail(path, itertools.repeat(fault))
-    before = set(memory())
     with pytest.raises(UserError, match=why) as error:
         VLLMSampler(policy, [fake.url])
     assert fake.url in str(error.value)
     del error
-    assert set(memory()) <= before  # and no folder is left
-
-
-def memory() -> list[Path]:
-    """Folders that runs have for their weights."""
-    return list(Path("/dev/shm").glob("stepcredit-*")) if Path("/dev/shm").is_dir() else []
+    assert not list(vllm.MEMORY.iterdir())  # no folder is left
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:port", "http://"])
@@ -547,7 +553,8 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
     with sampling(policy, fake, folder=tmp_path) as sampler:
         assert fake.paths(RPC, RESET) == [RPC, RPC, RESET, RPC]
         first = Path(fake.loads[0][0])
-        assert first.is_dir() and tmp_path in first.parents
+        assert first.is_dir() and first.parents[1] == tmp_path
+        assert first.parent.stat().st_mode & 0o777 == 0o755  # the server may be another user's
         sampler.sync(other)
         assert fake.paths(RPC, RESET) == [RPC, *[RPC, RESET, RPC] * 2]
         assert [body["method"] for path, body in fake.requests if path == RPC][-2:] == [
@@ -555,21 +562,21 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
             "stepcredit_loaded",
         ]
         second, version = fake.loads[1]
-        assert version == sampler.version == "2" and not first.exists()
+        assert version == sampler.version and version.endswith("-2") and not first.exists()
         assert len(AutoTokenizer.from_pretrained(second)) == len(policy.tokenizer)
         loaded = AutoModelForCausalLM.from_pretrained(second, dtype=torch.float32).state_dict()
         assert all(torch.equal(value, loaded[name]) for name, value in other.model.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="without /dev/shm")
 def test_weights_are_in_memory_and_go_with_the_sampler(policy, fake):
-    before = set(memory())
-    with sampling(policy, fake):
-        made = set(memory()) - before
-        assert str(*made) in fake.loads[0][0]
-        assert next(iter(made)).stat().st_mode & 0o077 == 0
-    assert not set(memory()) - before
+    with sampling(policy, fake) as sampler:
+        assert list(vllm.MEMORY.iterdir()) == [sampler.folder]
+        assert sampler.folder.stat().st_mode & 0o077 == 0
+        sampler.sync(policy)
+        assert sampler.folder.stat().st_mode & 0o077 == 0
+        assert Path(fake.loads[1][0]).parent == sampler.folder
+    assert not list(vllm.MEMORY.iterdir())
 
 
 def test_only_the_first_process_writes(policy, fakes, tmp_path):
@@ -578,18 +585,19 @@ def test_only_the_first_process_writes(policy, fakes, tmp_path):
     class Other:
         main = False
 
-        def first(self, _: Callable) -> Path:
-            return sampler.folder
+        def first(self, _: Callable) -> str | Path:
+            return next(answers)
 
     fake, theirs = fakes(), fakes()
     with sampling(policy, fake, folder=tmp_path) as sampler:
-        theirs.version = "1"
+        theirs.version = sampler.version
+        answers = iter((sampler.token, sampler.folder, None))
         with sampling(policy, theirs, ranks=Other(), folder=tmp_path) as second:
             assert not theirs.loads
             theirs.version = ""
             second.sample(PROMPTS, 2, PARAMS, SEEDS)
-            assert [Path(folder) for folder, _ in theirs.loads] == [sampler.folder / "1"]
-        assert (sampler.folder / "1").is_dir()
+            assert [Path(folder) for folder, _ in theirs.loads] == [sampler.folder / sampler.version]
+        assert (sampler.folder / sampler.version).is_dir()
 
 
 def test_share_of_prompts_that_the_caches_had(policy, fakes):
@@ -633,7 +641,7 @@ def rows(run: Path) -> list[dict]:
 
 def test_a_run(policy, fakes, tmp_path):
     """Two iterations; the server has the weights of each, although it is started anew between them."""
-    fake, before = fakes(model=True), set(memory())
+    fake = fakes(model=True)
 
     def forget(found: Reply) -> Reply:
         fake.version = ""
@@ -648,13 +656,13 @@ def test_a_run(policy, fakes, tmp_path):
         assert row["sampler/logprob_diff_mean"] < 1e-4 and abs(row["sampler/ratio"] - 1) < 1e-4
         assert row["policy/entropy"] > 0 and row["sampler/truncated"] == 0
         assert 0 <= row["sampler/prefix_hits"] < 1
-    assert [version for _, version in fake.loads] == ["1", "2", "2", "3"]
+    assert [version.rsplit("-", 1)[1] for _, version in fake.loads] == ["1", "2", "2", "3"]
     end = load_file(tmp_path / "run" / "checkpoints" / "000002" / "model.safetensors")
     served = fake.sampler.policy.model.state_dict()
     assert all(torch.equal(value, served[name]) for name, value in end.items())
     start = policy.model.state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in end.items())
-    assert set(memory()) <= before
+    assert not list(vllm.MEMORY.iterdir())
 
 
 def test_a_run_with_trees(fakes, tmp_path):
@@ -704,10 +712,37 @@ def test_servers_or_one_of_its_own(policy, options):
         build_sampler(config(**options), policy, WHOLE)
 
 
-def test_adapters_are_refused(policy):
-    given = resolve({"sampler": config(servers="http://127.0.0.1:1").sampler.model_dump(), "lora": {"rank": 4}})
-    with pytest.raises(UserError, match=r"lora.rank: .*--sampler.name transformers"):
-        build_sampler(given, policy, WHOLE)
+def test_adapters_are_models_of_their_own(fakes):
+    """Of a new name after each update, the one before gone; a server that is started anew gets them again."""
+    fake, adapted = fakes(), load_policy("embedded", "cpu")
+    add_adapters(adapted, 4, 8.0, [], seed=0)
+    with sampling(adapted, fake) as sampler:
+        for _ in range(2):
+            sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+            assert list(fake.adapters) == [sampler.version] and set(fake.served) == {sampler.version}
+            folder = Path(fake.adapters[sampler.version])
+            assert (folder / "adapter_model.safetensors").is_file() and not list(folder.glob("model*"))
+            fake.served.clear()
+            sampler.sync(adapted)
+        fake.stop()
+        fake.start()
+        sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+        assert list(fake.adapters) == [sampler.version]
+    assert not fake.loads  # the base stays what it is
+
+
+def test_a_server_that_takes_no_adapters(fakes):
+    fake, adapted = fakes(), load_policy("embedded", "cpu")
+    add_adapters(adapted, 4, 8.0, [], seed=0)
+    fake.fail(LOAD, [status(400, "LoRA is not enabled")])
+    with pytest.raises(UserError, match=r"refuses \(LoRA is not enabled\).*--enable-lora"), sampling(adapted, fake):
+        pass
+
+
+def test_ranks_that_vllm_takes():
+    assert [lora_args(rank)[-1:] for rank in (0, 1, 8, 9, 512)] == [[], ["8"], ["8"], ["16"], ["512"]]
+    with pytest.raises(UserError, match=r"lora.rank: .* up to rank 512"):
+        lora_args(513)
 
 
 # ---------------------------------------------------------------------- importance weights
@@ -782,6 +817,8 @@ starting = [503, 503]
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        if not starting:
+            Path(sys.argv[0]).with_name("ready").touch()
         self.send_response(starting.pop() if starting else 200)
         self.end_headers()
 
@@ -832,6 +869,7 @@ def test_close_ends_all_processes(python, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     with closing(local(python, tmp_path, processed=True)) as server:
         found = told(tmp_path)
+        assert (tmp_path / "ready").exists()
         assert all(map(alive, found["pids"])) and str(server.log_file) in caplog.text
         server.check()
     assert all_gone(found["pids"])

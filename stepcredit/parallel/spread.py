@@ -101,12 +101,17 @@ def whole(value: Tensor) -> Tensor:
 def full_state(policy: Policy, keep: bool = True) -> dict[str, Tensor]:
     """The model's state on the CPU, gathered tensor by tensor; tied ones stay one. All processes call this.
 
+    Of a model with adapters these alone.
+
     Args:
         keep: of which only those with this get it.
     """
     found: dict[str, Tensor] = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    adapted = getattr(policy.model, "_hf_peft_config_loaded", False)
     for name, value in policy.model.state_dict().items():
+        if adapted and "lora_" not in name:
+            continue
         local = value.to_local() if isinstance(value, DTensor) else value
         key = (local.data_ptr(), tuple(value.shape))
         tied = seen.setdefault(key, name) if local.numel() else name

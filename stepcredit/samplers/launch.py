@@ -20,9 +20,10 @@ from stepcredit.errors import UserError
 log = logging.getLogger("stepcredit")
 
 SERVER = Path(__file__).parent / "server"
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 READY_S = 1800.0  # reading a large model takes its time
 ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; other devices ignore them
-ALWAYS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ALWAYS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class LocalServer:
@@ -112,6 +113,14 @@ class LocalServer:
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"\b\w*Error: .{0,300}", "\n".join(x for x in text.splitlines() if "WARNING" not in x))
         return f" ({found[0]})" if found else ""
+
+
+def lora_args(rank: int) -> list[str]:
+    """What lets a server take adapters of this rank."""
+    fitting = [one for one in LORA_RANKS if one >= rank]
+    if rank and not fitting:
+        raise UserError(f"lora.rank: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {rank}")
+    return ["--enable-lora", "--max-lora-rank", str(fitting[0])] if rank else []
 
 
 def _port(port: int) -> int:

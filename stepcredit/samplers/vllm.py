@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,18 +25,27 @@ from stepcredit.parallel.ranks import ALONE, Ranks
 from stepcredit.parallel.spread import full_state
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import save_policy
+from stepcredit.policy.lora import has_adapters
 from stepcredit.samplers.launch import LocalServer
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.types import Segment
 
 log = logging.getLogger("stepcredit")
 
+MEMORY = Path("/dev/shm")
 PROBE = 64  # ids whose text is compared with the server's
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 IDLE_S = 2.0  # connections are kept; servers close theirs after 5 s
 SPACING = 0xD1342543DE82EF95  # a server draws completion i with seed + i; odd, so that seeds stay apart and distinct
 DEVELOPMENT = ("/collective_rpc", "/reset_prefix_cache")  # paths of VLLM_SERVER_DEV_MODE
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+
+
+ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+HINTS = {
+    ("/collective_rpc",): "; is it started with --worker-extension-cls (docs/vllm.md)?",
+    ADAPTERS: "; is it started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (docs/vllm.md)?",
+}
 
 
 class Retry(Exception):
@@ -110,7 +120,8 @@ class VLLMSampler:
         self.client = httpx.Client(timeout=connecting, limits=limits, trust_env=False)  # no proxy stands between
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.lock = threading.Lock()
-        self.number = 0
+        self.token, self.number = ranks.first(lambda: uuid.uuid4().hex[:8]), 0  # a server may know other runs
+        self.adapted = has_adapters(policy)
         self._counted: dict[str, tuple[float, float]] = {}
         for one in self.servers:
             try:
@@ -129,7 +140,7 @@ class VLLMSampler:
     @property
     def version(self) -> str:
         """Of the weights that all servers should have."""
-        return f"{self.number}"
+        return f"stepcredit-{self.token}-{self.number}"
 
     def close(self) -> None:
         self.client.close()
@@ -199,7 +210,7 @@ class VLLMSampler:
             try:
                 if server is None:
                     raise Retry(last or f"no answer of {', '.join(one.url for one in self.servers)}")
-                answer = self._post(server, "/v1/completions", request.body | {"model": server.model})
+                answer = self._post(server, "/v1/completions", request.body | {"model": self._model(server)})
                 found = self._read(answer, request, server.url)
                 self.on_progress(len(found))
                 return found
@@ -284,15 +295,29 @@ class VLLMSampler:
         self.ranks.first(send)
         self.metrics = self._cache_metrics()
 
+    def _model(self, server: Server) -> str:
+        """The name that a request asks for: adapters are models of their own."""
+        return self.version if self.adapted else server.model
+
     def _load(self, server: Server) -> None:
         """Let a server load the weights of `version`, and check that all its workers have."""
-        self._post(server, "/collective_rpc", _rpc("stepcredit_load", str(self.folder / self.version), self.version))
-        self._post(server, "/reset_prefix_cache", {})
+        folder = str(self.folder / self.version)
+        if self.adapted:  # of a new name, so that nothing that was computed with others is found in the prefix cache
+            for old in self._loaded(server) - {self.version}:
+                self._post(server, "/v1/unload_lora_adapter", {"lora_name": old})
+            if self.version not in self._loaded(server):
+                self._post(server, "/v1/load_lora_adapter", {"lora_name": self.version, "lora_path": folder})
+        else:
+            self._post(server, "/collective_rpc", _rpc("stepcredit_load", folder, self.version))
+            self._post(server, "/reset_prefix_cache", {})
         if self._loaded(server) != {self.version}:
             raise UserError(f"sampler: {server.url} has not taken over the weights; restart it as docs/vllm.md says")
 
     def _loaded(self, server: Server) -> set[str]:
-        """The versions that the workers of a server have."""
+        """The versions that the workers of a server have; of adapters those of this run."""
+        if self.adapted:
+            own = self.version.rsplit("-", 1)[0]
+            return {name for name in self._models(server) if name.startswith(own)}
         answer = self._post(server, "/collective_rpc", _rpc("stepcredit_loaded"))
         return {str(version) for version in answer.get("results") or ()}
 
@@ -335,12 +360,7 @@ class VLLMSampler:
             Retry: it does not answer.
             UserError: it is another.
         """
-        try:
-            server.model = self.client.get(f"{server.url}/v1/models", timeout=10.0).json()["data"][0]["id"]
-        except (httpx.TransportError, httpx.InvalidURL, LookupError, TypeError, ValueError) as error:
-            raise Retry(
-                f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"
-            ) from error
+        server.model = self._models(server)[0]
         ids = list(range(min(PROBE, len(self.policy.tokenizer))))
         last = len(self.policy.tokenizer) - 1
         theirs = self._post(server, "/detokenize", {"model": server.model, "tokens": [*ids, last]}).get("prompt")
@@ -349,6 +369,20 @@ class VLLMSampler:
                 f"sampler.vllm.servers: {server.url} serves '{server.model}', whose vocabulary is not the policy's"
             )
         self._loaded(server)
+
+    def _models(self, server: Server) -> list[str]:
+        """The names of a server's models, the base first.
+
+        Raises:
+            Retry: it does not answer.
+        """
+        try:
+            found = self.client.get(f"{server.url}/v1/models", timeout=10.0).json()["data"]
+            return [found[0]["id"], *(str(row["id"]) for row in found[1:])]
+        except (httpx.TransportError, httpx.InvalidURL, LookupError, TypeError, ValueError) as error:
+            raise Retry(
+                f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"
+            ) from error
 
     def _post(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """
@@ -368,8 +402,10 @@ class VLLMSampler:
         if answer.status_code >= 500 and path != "/collective_rpc":
             raise Retry(f"{server.url}{path} failed ({answer.status_code})")
         if answer.status_code >= 400:
-            hint = "; is it started with --worker-extension-cls (docs/vllm.md)?" if path == "/collective_rpc" else ""
+            hint = next((text for paths, text in HINTS.items() if path in paths), "")
             raise UserError(f"sampler.vllm.servers: {server.url}{path} refuses ({answer.text[:300]}){hint}")
+        if path in ADAPTERS:  # which answer in words
+            return {}
         try:
             return dict(answer.json()) if answer.content else {}
         except (TypeError, ValueError) as error:
@@ -395,8 +431,8 @@ def _new_folder(parent: Path | None) -> Path:
     """An empty folder of the run's own; below a parent that was named, other users' servers may read it."""
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-    shm = Path("/dev/shm")
-    made = Path(tempfile.mkdtemp(prefix="stepcredit-", dir=parent or (shm if shm.is_dir() else None))).absolute()
+    where = parent or (MEMORY if MEMORY.is_dir() else None)
+    made = Path(tempfile.mkdtemp(prefix="stepcredit-", dir=where)).absolute()
     if parent is not None:
         made.chmod(0o755)
     return made

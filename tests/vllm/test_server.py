@@ -79,11 +79,11 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "treerpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "treerpo", "grpo --lora.rank 4 --learning-rate 2e-3"])
 def test_five_iterations(algorithm, tmp_path):
     """Weights synced and compared each time; rewards as with the sampler of this program."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    common = ["train", "--algorithm", algorithm, "--sampler.max-rows", "256"]
+    common = ["train", "--algorithm", *algorithm.split(), "--sampler.max-rows", "256"]
     assert main([*common, *LAUNCH, "--run-dir", str(theirs)]) in (0, 1)
     plain = ["--eval.num-problems", "20", "--iterations", "5", "--run-dir", str(ours)]
     assert main([*common, *plain]) in (0, 1)
