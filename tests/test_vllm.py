@@ -739,6 +739,22 @@ def test_a_server_that_takes_no_adapters(fakes):
         pass
 
 
+def test_weights_of_a_killed_run_go(policy, fake):
+    """With the next run; those of a run that lives stay."""
+    code = "import sys; from pathlib import Path; from stepcredit.samplers import vllm\n"
+    code += "vllm.MEMORY = Path(sys.argv[1]); print(vllm._new_folder(None), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(vllm.MEMORY)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as dead, subprocess.Popen(command, **pipes) as alive:
+        left, kept = Path(dead.stdout.readline().strip()), Path(alive.stdout.readline().strip())
+        dead.kill()
+        dead.wait()
+        assert left.is_dir()
+        with sampling(policy, fake) as sampler:
+            assert not left.exists() and set(vllm.MEMORY.iterdir()) == {sampler.folder, kept}
+        alive.stdin.close()
+
+
 def test_ranks_that_vllm_takes():
     assert [lora_args(rank)[-1:] for rank in (0, 1, 8, 9, 512)] == [[], ["8"], ["8"], ["16"], ["512"]]
     with pytest.raises(UserError, match=r"lora.rank: .* up to rank 512"):
@@ -913,16 +929,23 @@ def test_a_server_of_its_own_that_ends_ends_the_run(policy, fake, python, tmp_pa
 
 
 @linux
-def test_a_server_that_does_not_end_is_made_to(python, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["server", "child"])
+def test_what_does_not_end_is_made_to(python, tmp_path, monkeypatch, which):
+    """A server that takes no signals, and what one that died has left running."""
     folder = tmp_path / "server"
     folder.mkdir()
     text = (launch.SERVER / "supervise.py").read_text()
+    assert "GRACE_S = 10.0" in text
     (folder / "supervise.py").write_text(text.replace("GRACE_S = 10.0", "GRACE_S = 0.5"))
     monkeypatch.setattr(launch, "SERVER", folder)
-    server = local(python, tmp_path, more="--stubborn")
-    pids, started = told(tmp_path)["pids"], time.monotonic()
-    server.close()
-    assert all_gone(pids) and 0.5 < time.monotonic() - started < 5
+    with closing(local(python, tmp_path, more="--stubborn")) as server:
+        pids, started = told(tmp_path)["pids"], time.monotonic()
+        if which == "server":
+            server.close()
+            assert time.monotonic() - started > 0.5
+        else:
+            os.kill(pids[0], signal.SIGKILL)
+        assert all_gone(pids)
 
 
 @linux

@@ -5,6 +5,7 @@ answer is left alone and tried again, and gets the weights anew before it is use
 computed from where they part, by the servers' prefix caches.
 """
 
+import fcntl
 import logging
 import shutil
 import tempfile
@@ -14,9 +15,10 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -33,6 +35,7 @@ from stepcredit.types import Segment
 log = logging.getLogger("stepcredit")
 
 MEMORY = Path("/dev/shm")
+LOCKS: list[IO[bytes]] = []  # held open
 PROBE = 64  # ids whose text is compared with the server's
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 IDLE_S = 2.0  # connections are kept; servers close theirs after 5 s
@@ -428,11 +431,22 @@ class VLLMSampler:
 
 
 def _new_folder(parent: Path | None) -> Path:
-    """An empty folder of the run's own; below a parent that was named, other users' servers may read it."""
+    """An empty folder of the run's own; below a parent that was named, other users' servers may read it.
+
+    Its file `lock` is locked as long as this process lives, so that folders of runs that were killed are known and go.
+    """
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-    where = parent or (MEMORY if MEMORY.is_dir() else None)
-    made = Path(tempfile.mkdtemp(prefix="stepcredit-", dir=where)).absolute()
+    where = (parent or (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()))).absolute()
+    for old in where.glob("stepcredit-*/lock"):
+        with suppress(OSError), old.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix="stepcredit-", dir=where))
+    lock = (made / "unlocked").open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (made / "unlocked").rename(made / "lock")
+    LOCKS.append(lock)
     if parent is not None:
         made.chmod(0o755)
     return made
