@@ -25,7 +25,7 @@ from stepcredit.growth import sampling_seed
 from stepcredit.interrupt import Interrupted, StopRequest
 from stepcredit.metrics import forest_metrics
 from stepcredit.objective import TOKEN_SUMS
-from stepcredit.ops import kl_k1, out_of_memory
+from stepcredit.ops import kl_k1
 from stepcredit.parallel.learner import Call, Learner
 from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.batching import unshared_positions
@@ -89,12 +89,17 @@ class Trainer:
         self.models = build_models(config, parts, policy, spread)
         optim = config.optim
         self.learner = Learner(
-            spread.place(policy), spread, optim.learning_rate, optim.betas, optim.weight_decay, optim.grad_clip
+            spread.place(policy),
+            spread,
+            optim.learning_rate,
+            optim.betas,
+            optim.weight_decay,
+            optim.grad_clip,
+            optim.max_tokens_per_micro_batch,
         )
         self.window = build_window(config)
         self.done, self.position = 0, Position()
         self.work: Work | None = None
-        self.max_tokens = config.optim.max_tokens_per_micro_batch
         self.nonfinite = 0  # optimiser steps in a row that were skipped
         self.stop = StopRequest(self.ranks)
         self.resumed = False
@@ -256,11 +261,7 @@ class Trainer:
         return rate
 
     def learn(self, step: Forest) -> dict[str, float]:
-        """One optimiser step, part by part; a step without gradient changes nothing.
-
-        When the memory does not suffice, the token budget of a part is halved for the rest of the run and the step
-        begins again: how a step is cut changes nothing else.
-        """
+        """One optimiser step, part by part; a step without gradient changes nothing."""
         segments = torch.zeros(step.num_segments, dtype=torch.bool)
         segments[step.token["segment"][self.objective.has_gradient(step)]] = True
         if not bool(segments.any()):
@@ -268,35 +269,12 @@ class Trainer:
         whole, step = step, step.select(segments)
         by_node = self.objective.unit == "segment"
         unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
-        while True:
-            parts = self.policy.parts(step, self.max_tokens)
-            try:
-                rows, counted = self.accumulate(parts)
-                break
-            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-                if not out_of_memory(error):
-                    raise
-                if self.ranks.size > 1:  # the others are in the middle of theirs
-                    raise UserError(
-                        f"out of memory with {self.max_tokens} tokens in a micro-batch; lower "
-                        "--optim.max-tokens-per-micro-batch ('stepcredit plan' reckons what fits)"
-                    ) from error
-                alone = len(parts) == int(step.ends.sum())
-            self.learner.optimizer.zero_grad()
-            if alone:
-                raise UserError(
-                    "out of memory with a single completion in a micro-batch; lower --sampler.max-new-tokens or "
-                    "--task.max-prompt-tokens, or take a smaller model"
-                )
-            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
-            log.warning("out of memory: micro-batches have at most %d tokens from now on", self.max_tokens)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        rows, counted = self.accumulate(step)
         norm, finite = self.learner.step(sound=all(math.isfinite(row["optim/loss"]) for row in rows))
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
         return sum_parts(rows, counted) | flags | {"tokens/unshared": float(unshared)}
 
-    def accumulate(self, parts: list[Forest]) -> tuple[list[dict[str, float]], int]:
+    def accumulate(self, step: Forest) -> tuple[list[dict[str, float]], int]:
         """Add up the gradient of an optimiser step; the metrics of its parts and the number of weighted tokens."""
 
         def loss(part: Forest, call: Call) -> tuple[Tensor, tuple[dict[str, float], int]]:
@@ -308,7 +286,8 @@ class Trainer:
             values |= {"optim/loss": float(loss.detach()), "tokens/computed": positions}
             return loss, (values, int((weights != 0).sum()))
 
-        found = [row for rows in self.ranks.gather(self.learner.accumulate(parts, loss)) for row in rows]
+        _, own = self.learner.accumulate(step, loss)
+        found = [row for rows in self.ranks.gather(own) for row in rows]
         return [values for values, _ in found], sum(counted for _, counted in found)
 
     def evaluate(self) -> dict[str, float]:
@@ -329,7 +308,7 @@ class Trainer:
             "position": vars(self.position),
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "random": random_state(),
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.learner.max_tokens,
             "nonfinite": self.nonfinite,
             "config": self.config.model_dump(mode="json", exclude={"run_dir"}),
         }
@@ -350,7 +329,7 @@ class Trainer:
             if name in state["models"]:
                 model.load_state_dict(state["models"][name])
         set_random_state(state["random"])
-        self.max_tokens = min(self.max_tokens, state["max_tokens"])
+        self.learner.max_tokens = min(self.learner.max_tokens, state["max_tokens"])
         self.nonfinite = 0 if state["nonfinite"] >= self.config.optim.max_nonfinite else state["nonfinite"]
         if "work" in state:
             work = state["work"]

@@ -24,10 +24,11 @@ from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.interrupt import Interrupted, StopRequest
+from stepcredit.ops import out_of_memory
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
 from stepcredit.state import load_state, save_state
-from stepcredit.trainer import Trainer, out_of_memory
+from stepcredit.trainer import Trainer
 
 EPOCHS = ("--optim.num-epochs", "2", "--optim.num-minibatches", "2", "--train.problems-per-iteration", "6")
 
@@ -371,10 +372,10 @@ def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error)
 
     monkeypatch.setattr(Policy, "forward", narrow)
     found = other.learn(forest)
-    assert other.max_tokens < 700 and "out of memory" in caplog.text
+    assert other.learner.max_tokens < 700 and "out of memory" in caplog.text
     assert found["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-4)
     assert found["optim/loss"] == pytest.approx(expected["optim/loss"], rel=1e-4, abs=1e-6)
-    assert other.state_dict()["max_tokens"] == other.max_tokens
+    assert other.state_dict()["max_tokens"] == other.learner.max_tokens
 
 
 def test_one_completion_that_does_not_fit_is_an_error(run, monkeypatch, capsys) -> None:

@@ -203,10 +203,10 @@ def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error)
     assert forest.num_tokens > 2 * most
     torch.testing.assert_close(two.observe(forest).token["prm_logprobs"], expected, atol=1e-5, rtol=0)
     assert two.metrics["prm/grad_norm"] == pytest.approx(one.metrics["prm/grad_norm"], rel=1e-4)
-    assert two.max_tokens < forest.num_tokens and "out of memory" in caplog.text
+    assert two.learner.max_tokens < forest.num_tokens and "out of memory" in caplog.text
     one.load_state_dict(two.state_dict())
     two.load_state_dict(prm().state_dict())
-    assert one.max_tokens == two.max_tokens < 4096
+    assert one.learner.max_tokens == two.learner.max_tokens < 4096
     most = 0
     with pytest.raises(UserError, match="process reward model with a single completion"):
         two.observe(forest)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from stepcredit.auxiliary.base import AuxModel
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import out_of_memory
 from stepcredit.parallel.learner import Call, Learner
 from stepcredit.parallel.spread import WHOLE, Spread
 from stepcredit.policy.batching import with_source
@@ -71,10 +70,16 @@ class ImplicitPRM(AuxModel):
         super().__init__()
         self.policy, self.options = spread.place(own_copy(policy, share=not spread.sharded)), options
         self.learner = self.trained = Learner(
-            self.policy, spread, options.learning_rate, options.betas, options.weight_decay, options.grad_clip
+            self.policy,
+            spread,
+            options.learning_rate,
+            options.betas,
+            options.weight_decay,
+            options.grad_clip,
+            options.max_tokens,
+            " in the process reward model",
         )
         self.batches = 0
-        self.max_tokens = options.max_tokens  # less than the options say once memory has run out
 
     def observe(self, forest: Forest) -> Forest:
         """Flat forests with `ref_logprobs`, at temperature 1, and rewards in [0, 1].
@@ -99,14 +104,14 @@ class ImplicitPRM(AuxModel):
         return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "max_tokens": self.max_tokens}
+        return {"batches": self.batches, "max_tokens": self.learner.max_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches = state["batches"]
-        self.max_tokens = min(self.max_tokens, state.get("max_tokens", self.max_tokens))
+        self.learner.max_tokens = min(self.learner.max_tokens, state["max_tokens"])
 
     def _score(self, forest: Forest) -> Tensor:
-        return score(self.policy, forest, 1.0, self.max_tokens).logprobs
+        return score(self.policy, forest, 1.0, self.learner.max_tokens).logprobs
 
     def _learn(self, forest: Forest, outcome: tuple[Tensor, Tensor]) -> Tensor:
         """One optimiser step a minibatch; each token's log-probability as it was before its own minibatch."""
@@ -120,44 +125,13 @@ class ImplicitPRM(AuxModel):
                 scores = call(part, 1.0)
                 return self._loss(part, scores.logprobs) / max(1, judged), scores.logprobs.detach()
 
-            parts, pieces = self._accumulate(step, loss)
+            parts, pieces = self.learner.accumulate(step, loss)
             logprobs[step.token["source"]] = self.policy.collect(step, parts, pieces)
             norm, _ = self.learner.step(sound=judged > 0)
             norms.append(norm)
         self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
         self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)
         return logprobs
-
-    def _accumulate(
-        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, Tensor]]
-    ) -> tuple[list[Forest], list[Tensor]]:
-        """The gradient of a step, its parts and what `loss` gives of each; smaller parts where the memory runs out."""
-        while True:
-            parts = self.policy.parts(step, self.max_tokens)
-            try:
-                return parts, self.learner.accumulate(parts, loss)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                if self.policy.ranks.size > 1:  # the others are in the middle of theirs
-                    raise UserError(
-                        f"out of memory in the process reward model with {self.max_tokens} tokens in a micro-batch; "
-                        "lower --optim.max-tokens-per-micro-batch"
-                    ) from error
-                alone = len(parts) == int(step.ends.sum())
-            self.learner.optimizer.zero_grad()
-            if alone:
-                raise UserError(
-                    "out of memory in the process reward model with a single completion in a micro-batch; lower "
-                    "--sampler.max-new-tokens or --task.max-prompt-tokens, or take a smaller model"
-                )
-            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
-            log.warning(
-                "out of memory: micro-batches of the process reward model have at most %d tokens from now on",
-                self.max_tokens,
-            )
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
         """Sum of the cross-entropies of a part's judged completions."""

@@ -1,5 +1,6 @@
 """A model that learns: gradients over the parts of a step and over the processes, and AdamW."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import TokenScores
+from stepcredit.ops import TokenScores, out_of_memory
 from stepcredit.parallel.spread import Spread, whole
 from stepcredit.policy.forward import Policy
+
+log = logging.getLogger("stepcredit")
 
 T = TypeVar("T")
 
@@ -24,6 +28,8 @@ class Learner:
     Args:
         policy: trained in place; placed by `spread` already.
         grad_clip: largest norm of the gradient.
+        max_tokens: token positions of a micro-batch; halved where the memory does not suffice.
+        where: what messages say of it, such as " in the process reward model".
     """
 
     def __init__(
@@ -34,19 +40,56 @@ class Learner:
         betas: tuple[float, float],
         weight_decay: float,
         grad_clip: float,
+        max_tokens: int,
+        where: str = "",
     ) -> None:
         self.policy, self.spread, self.grad_clip = policy, spread, grad_clip
+        self.max_tokens, self.where = max_tokens, where
         self.call = spread.callable(policy)
         trained = [value for value in policy.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
-    def accumulate(self, parts: Sequence[Forest], loss: Callable[[Forest, Call], tuple[Tensor, T]]) -> list[T]:
-        """Add up the gradient of a step.
+    def accumulate(
+        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, T]]
+    ) -> tuple[list[Forest], list[T]]:
+        """Add up the gradient of a step, part by part.
+
+        When the memory does not suffice, `max_tokens` is halved for good and the step begins again: how a step is cut
+        changes nothing else. With several processes the run ends, because the others are in the middle of theirs.
 
         Args:
-            parts: of this process; as many as every other process has.
             loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
+
+        Returns:
+            This process's parts, and what `loss` gave of each.
         """
+        while True:
+            parts = self.policy.parts(step, self.max_tokens)
+            try:
+                return parts, self._passes(parts, loss)
+            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+                if not out_of_memory(error):
+                    raise
+                if self.spread.ranks.size > 1:
+                    raise UserError(
+                        f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; lower "
+                        "--optim.max-tokens-per-micro-batch ('stepcredit plan' reckons what fits)"
+                    ) from error
+            self.optimizer.zero_grad()
+            if len(parts) == int(step.ends.sum()):
+                raise UserError(
+                    f"out of memory{self.where} with a single completion in a micro-batch; lower "
+                    "--sampler.max-new-tokens or --task.max-prompt-tokens, or take a smaller model"
+                )
+            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+            log.warning(
+                "out of memory%s: micro-batches have at most %d tokens from now on", self.where, self.max_tokens
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _passes(self, parts: Sequence[Forest], loss: Callable[[Forest, Call], tuple[Tensor, T]]) -> list[T]:
+        """A forward and backward for each part; every process has as many."""
         found, ranks = [], self.spread.ranks
         for number, part in enumerate(parts, 1):
             alone = isinstance(self.call, DistributedDataParallel) and number < len(parts)
