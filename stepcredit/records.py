@@ -34,11 +34,23 @@ def read_trees(path: str) -> Iterator[Tree]:
     Raises:
         UserError: naming the file, the line and the field at fault.
     """
+    for _, tree in read_records(path):
+        yield tree
+
+
+def read_records(path: str) -> Iterator[tuple[dict[str, Any], Tree]]:
+    """The trees of a record file, each with the object that it was made of, credit fields included.
+
+    Raises:
+        UserError: naming the file, the line and the field at fault.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     for number, line in enumerate(_read_text(Path(path)).split("\n"), 1):
         if line.strip():
-            yield _tree(line, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            record = _record(line, where)
+            yield record, _tree(record, where)
 
 
 def write_trees(path: Path, forest: Forest, iteration: int | None = None, texts: list[str] | None = None) -> None:
@@ -100,7 +112,7 @@ def _short(value: float) -> float:
     return float(str(numpy.float32(value)))
 
 
-def _tree(line: str, where: str) -> Tree:
+def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -109,6 +121,10 @@ def _tree(line: str, where: str) -> Tree:
         raise UserError(f"{where}: a record is an object with a list 'segments'")
     if record.get("version", VERSION) != VERSION:
         raise UserError(f"{where}: version {record['version']!r} is not known; this program reads version {VERSION}")
+    return record
+
+
+def _tree(record: dict[str, Any], where: str) -> Tree:
     segments = [_segment(segment, f"{where}, segment {index}") for index, segment in enumerate(record["segments"])]
     parents = {segment.parent for segment in segments}
     for index, segment in enumerate(segments):
