@@ -51,7 +51,10 @@ test-vllm: install .venv-vllm/installed
 	$(BIN)/python tests/vllm/install.py .venv-vllm
 	touch $@
 
-bench: install
+bench: install .venv-bench/installed
+	.venv-bench/bin/python benchmarks/versus.py $(ARGS)
+	$(BIN)/python benchmarks/shares.py $(ARGS)
+	$(BIN)/python benchmarks/growth.py $(ARGS)
 	$(BIN)/python benchmarks/sampler.py $(ARGS)
 	$(BIN)/python benchmarks/forest.py $(ARGS)
 	$(BIN)/python benchmarks/treerpo.py $(ARGS)
@@ -60,5 +63,12 @@ bench: install
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py
 
+# What is compared with, apart from what stepcredit needs.
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

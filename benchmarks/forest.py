@@ -52,10 +52,10 @@ CASES = {
 }
 
 
-def make_policy() -> Policy:
-    """A Qwen2 of about 3 million parameters with random weights."""
+def make_policy(vocabulary: int = VOCABULARY) -> Policy:
+    """A Qwen2 of about 3 million parameters, if the vocabulary is small, with random weights."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,

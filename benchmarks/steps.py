@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from forest import VOCABULARY, make_policy
-from tokenizers import Tokenizer, models, pre_tokenizers
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from stepcredit.build import build_parts
@@ -26,6 +26,7 @@ from stepcredit.policy.forward import Policy, choose_path
 from stepcredit.trainer import Trainer
 
 PAD, STOP = 0, 1
+RATE = 1e-9  # of learning: all steps are of one model, and its completions stay as long as they are
 BIAS = 0.3  # first place of every embedding; the noise of the others has a deviation of 0.02
 
 
@@ -48,10 +49,22 @@ class Case:
 
 
 CASES = {
-    "a": Case(prompt=32, tokens=64, prompts=32, length=32),
+    "a": Case(prompt=32, tokens=64, prompts=32, length=24),
     "b": Case(prompt=256, tokens=64, prompts=8),
     "c": Case(prompt=1024, tokens=128, prompts=4),
 }
+
+
+@torch.no_grad()
+def set_stop(model: PreTrainedModel, chance: float) -> None:
+    """Make the stop token so likely after random tokens."""
+    weight = model.get_input_embeddings().weight
+    weight[:, 0] = BIAS
+    ids = torch.randint(2, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(1))
+    for _ in range(4):
+        states = model.base_model(ids).last_hidden_state
+        found = (states @ weight.T).log_softmax(-1)[..., STOP].exp().mean()
+        weight[STOP, 0] += (math.log(chance) - found.log()) / states[..., 0].mean()
 
 
 def make_folder(case: Case, folder: Path, num_prompts: int) -> Path:
@@ -63,11 +76,7 @@ def make_folder(case: Case, folder: Path, num_prompts: int) -> Path:
     model = make_policy().model
     model.set_attn_implementation("sdpa")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = STOP, PAD
-    with torch.no_grad():
-        weight = model.get_input_embeddings().weight
-        weight[:, 0] = BIAS
-        scale = BIAS / math.sqrt((BIAS**2 + weight[0, 1:].square().sum()) / weight.shape[1])  # behind the last norm
-        weight[STOP, 0] += (math.log(VOCABULARY / case.length) if case.length else -30.0) / scale
+    set_stop(model, 1 / case.length if case.length else 1e-12)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
@@ -91,8 +100,13 @@ def make_trainer(case: Case, folder: Path, **given: Any) -> Trainer:
             "task": {"data": str(folder / "prompts.jsonl"), "eval_data": str(folder / "prompts.jsonl")},
             "sampler": {"max_new_tokens": case.tokens},
             "growth": {"group_size": case.group},
-            "reward": {"functions": ["even.share_even"], "gold_check": 0},
+            "reward": {
+                "functions": ["even.share_even"],
+                "gold_check": 0,
+                "workers": 0,
+            },  # in this process, as TRL calls it
             "train": {"problems_per_iteration": case.prompts, "device": "cpu", "iterations": 1000},
+            "optim": {"learning_rate": RATE},
             "eval": {"num_problems": 0},
             **given,
         }

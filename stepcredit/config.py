@@ -200,6 +200,7 @@ class TrackConfig(Section):
 class RecordConfig(Section):
     every: int = Field(10, ge=0)  # iterations between saved rollouts; 0: none
     max_trees: int = Field(16, ge=1)
+    show: int = Field(50, ge=0)  # iterations between completions shown while training; 0: none
 
 
 class Config(Section):

@@ -4,20 +4,38 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from stepcredit.config import Config
 from stepcredit.forest import Forest
 from stepcredit.health import Health
 from stepcredit.parallel.ranks import Ranks
 from stepcredit.records import write_trees
+from stepcredit.report.pieces import Pieces
+from stepcredit.report.terminal import (
+    Shading,
+    Tokens,
+    forgive,
+    glimpse,
+    is_plain,
+    mark,
+    numbers,
+    one_line,
+    signed,
+    spread,
+)
 from stepcredit.sinks import open_sinks
+from stepcredit.types import Segment, Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("stepcredit")
 
@@ -57,13 +75,13 @@ def open_tracker(
     console: Console,
     config: Config,
     done: int | None,
-    decode: Callable[[list[list[int]]], list[str]],
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> Records:
     """The tracker of the first process; the others write and show nothing."""
     made: list[Tracker] = []
 
     def open_first() -> int | None:
-        made.append(Tracker(run_dir, console, config, done, decode))
+        made.append(Tracker(run_dir, console, config, done, tokenizer))
         return made[0].reported
 
     reported = ranks.first(open_first)
@@ -99,7 +117,7 @@ class Tracker:
         run_dir: an existing folder.
         config: of the run.
         done: iterations that are behind it already, when it continues; None for a new run.
-        decode: token ids of segments to their texts, for the saved rollouts.
+        tokenizer: for the texts of saved rollouts and of the completions that are shown.
     """
 
     def __init__(
@@ -108,11 +126,12 @@ class Tracker:
         console: Console,
         config: Config,
         done: int | None,
-        decode: Callable[[list[list[int]]], list[str]],
+        tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
-        self.decode = decode
+        self.tokenizer, self.pieces = tokenizer, Pieces(tokenizer)
         self.run_dir, self.console, self.last = run_dir, console, config.train.iterations
         self.rollouts = config.rollouts
+        self.step_ends = "." if config.task.data == "embedded" else "\n"
         self.health = Health(console)
         self.before: dict[str, float] = {}
         self.latest_eval: dict[str, float] = {}
@@ -120,6 +139,9 @@ class Tracker:
         self.started = time.monotonic()
         self.first = (done or 0) + 1
         self.reported: int | None = None  # the last iteration in metrics.jsonl
+        self.shown: int | None = None  # the last iteration of which a completion was shown; the first one counts as 0
+        for iteration in range(1, self.first):
+            self._is_shown(iteration)
         _forget_after(run_dir / "rollouts", -1 if done is None else done)
         for row in _rows_until(run_dir / "metrics.jsonl", done):
             self.reported = row["iteration"]
@@ -165,10 +187,26 @@ class Tracker:
         self._remember(metrics)
         if forest is not None:
             self.health.observe(iteration, metrics)
-            every = self.rollouts.every
-            if every and (iteration % every == 0 or iteration in (1, self.last)):
+            if self._is_saved(iteration):
                 self.save_rollouts(f"{iteration:06d}", iteration, forest)
         self._show(iteration, row)
+        if forest is not None and self._is_shown(iteration):
+            try:
+                self._show_completion(iteration, forest)
+            except Exception as error:  # of a tokenizer, say; the run goes on
+                log.warning("iteration %d: no completion can be shown (%r)", iteration, error)
+
+    def _is_saved(self, iteration: int) -> bool:
+        every = self.rollouts.every
+        return bool(every) and (iteration % every == 0 or iteration in (1, self.last))
+
+    def _is_shown(self, iteration: int) -> bool:
+        """Whether a completion is due; from the iterations alone, so that a resumed run shows what it would have."""
+        every = self.rollouts.show
+        due = self._is_saved(iteration) and bool(every) and (self.shown is None or iteration - self.shown >= every)
+        if due:
+            self.shown = 0 if iteration == 1 else iteration
+        return due
 
     def _remember(self, metrics: dict[str, float]) -> None:
         self.latest_eval |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
@@ -188,13 +226,34 @@ class Tracker:
                 f"iteration {iteration}/{self.last}  {shown}  {left:.0f}s left", highlight=False, soft_wrap=True
             )
 
+    def _show_completion(self, iteration: int, forest: Forest) -> None:
+        """Print the completion that _telling finds, shaded by its advantages."""
+        tree, path = _telling(forest, self.rollouts.max_trees)
+        segments, leaf = [tree.segments[number] for number in path], tree.segments[path[-1]]
+        texts = self.pieces.of([token for segment in segments for token in segment.token_ids])
+        starts = [0, *(place + 1 for place, text in enumerate(texts[:-1]) if self.step_ends in text)]
+        starts += accumulate(len(segment.token_ids) for segment in segments[:-1])
+        tokens = Tokens(texts, [value for segment in segments for value in _advantages(segment)], starts)
+        ends = spread([_advantages(segment) for segment in tree.segments]) or (0.0, 0.0)
+        shading = Shading("advantage", max(map(abs, ends)), is_plain(self.console))
+        facts = (
+            "unjudged" if leaf.reward is None else f"reward {leaf.reward:.2f}",
+            one_line(tree.problem.id),
+            f"{len(texts)} tokens",
+            f"advantages {' … '.join(dict.fromkeys(signed(end, shading.scale) for end in ends))}",
+        )
+        title = Text(no_wrap=True, overflow="ellipsis").append(f"iteration {iteration} ", "bold")
+        title.append_text(mark(leaf.reward)).append(f" {' · '.join(facts)}")
+        forgive(self.console)
+        self.console.print(glimpse(title, _question(tree), tokens, shading, self.console))
+
     def save_rollouts(self, name: str, iteration: int, forest: Forest) -> Path:
         """Write some trees of a forest to `rollouts/NAME.jsonl.zst`."""
         folder = self.run_dir / "rollouts"
         folder.mkdir(exist_ok=True)
         few = forest.select_trees(torch.arange(min(self.rollouts.max_trees, forest.num_trees)))
         ids = few.token["token_ids"].split(few.segment["length"].tolist())
-        texts = self.decode([piece.tolist() for piece in ids])
+        texts = self.tokenizer.batch_decode([piece.tolist() for piece in ids], skip_special_tokens=True)
         path = folder / f"{name}.jsonl.zst"
         write_trees(path, few, iteration, texts)
         return path
@@ -215,6 +274,31 @@ class Tracker:
             soft_wrap=True,
         )
         return self.health.verdict()
+
+
+def _telling(forest: Forest, most: int) -> tuple[Tree, list[int]]:
+    """The saved tree whose advantages lie furthest apart, and of it the completion with the largest one."""
+    values = forest.token["advantages"].nan_to_num(0.0, 0.0, 0.0)
+    tree_of = forest.segment["tree"][forest.token["segment"]]
+    none = values.new_zeros(forest.num_trees)
+    high, low = (none.scatter_reduce(0, tree_of, values, kind, include_self=False) for kind in ("amax", "amin"))
+    tree = forest.select_trees((high - low)[:most].argmax().view(1)).to_trees()[0]
+    paths: list[list[int]] = []
+    for number, segment in enumerate(tree.segments):
+        paths.append([*(paths[segment.parent] if segment.parent >= 0 else []), number])
+    parents = {segment.parent for segment in tree.segments}
+    largest = [max((abs(value or 0.0) for value in _advantages(segment)), default=0.0) for segment in tree.segments]
+    ends = [path for number, path in enumerate(paths) if number not in parents]
+    return tree, max(ends, key=lambda path: max(largest[number] for number in path))
+
+
+def _advantages(segment: Segment) -> list[float | None]:
+    return numbers(None if segment.pruned else segment.columns["advantages"], len(segment.token_ids))
+
+
+def _question(tree: Tree) -> str:
+    question = tree.problem.question
+    return question if isinstance(question, str) else str(question[-1].get("content", "")) if question else ""
 
 
 def _finite(value: float) -> float | None:

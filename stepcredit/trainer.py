@@ -113,9 +113,8 @@ class Trainer:
             Interrupted: by a signal; what there was is saved.
         """
         last, started = self.config.train.iterations, time.monotonic()
-        decode = partial(self.policy.tokenizer.batch_decode, skip_special_tokens=True)
-        done = self.done if self.resumed else None
-        with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, decode) as tracker:
+        done, tokenizer = self.done if self.resumed else None, self.policy.tokenizer
+        with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, tokenizer) as tracker:
             self.rollouts.sampler.on_progress = self.stop.check_here
             try:
                 if tracker.reported is None:

@@ -63,8 +63,16 @@ def test_help_is_short(capsys, words):
             ("gpus", "gpu-memory-gib")
         )
         own |= {"gold": "false"}
-        if "--prompt" not in rest:
+        if command in ("report", "show", "compare"):
+            assert not {word for word in rest if word.startswith("-")} - set(shown_options(shown)), rest
+        elif "--prompt" not in rest:
             resolve(parse(rest, own, command)[0])
+
+
+def shown_options(shown: list[str]) -> list[str]:
+    """The options that a help text explains."""
+    rows = [line.split() for line in shown if line.startswith("  -")]
+    return [word.strip(",") for words in rows for word in words if word.startswith("-")]
 
 
 def test_help_names_every_command(capsys):

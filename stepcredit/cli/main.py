@@ -16,6 +16,9 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit sample     look at completions and their rewards
   stepcredit score      check a verifier on gold answers, grade a column or saved rollouts
   stepcredit credit     compute advantages of saved rollouts, without a model
+  stepcredit report     one page for the browser: curves, rollouts with the credit of every token, trees
+  stepcredit show       the same in the terminal
+  stepcredit compare    methods at equal sampled tokens, with intervals over seeds
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
   stepcredit warmstart  build the embedded base model anew
@@ -25,6 +28,7 @@ Examples
   stepcredit train --algorithm spro --iterations 50
   stepcredit train --model my-model --data problems.jsonl --learning-rate 1e-6
   stepcredit credit --in rollouts.jsonl --out scored.jsonl --credit.name opo
+  stepcredit report runs/grpo-1 runs/spro-1 -o report.html
 
 'stepcredit COMMAND --help' shows the options of a command."""
 
@@ -71,6 +75,24 @@ def _merge(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _report(words: Sequence[str]) -> int:
+    from stepcredit.cli.report import main
+
+    return main(words)
+
+
+def _show(words: Sequence[str]) -> int:
+    from stepcredit.cli.show import main
+
+    return main(words)
+
+
+def _compare(words: Sequence[str]) -> int:
+    from stepcredit.cli.compare import main
+
+    return main(words)
+
+
 def _plan(words: Sequence[str]) -> int:
     from stepcredit.cli.plan import main
 
@@ -83,6 +105,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": _sample,
     "score": _score,
     "credit": _credit,
+    "report": _report,
+    "show": _show,
+    "compare": _compare,
     "plan": _plan,
     "merge": _merge,
     "warmstart": _warmstart,

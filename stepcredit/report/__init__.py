@@ -1,1 +1,1 @@
-"""What runs have left behind, made visible: in the browser (`page`), in the terminal (`terminal`), in tables (`compare`)."""
+"""What runs have left behind, made visible: a page for the browser, shaded text for the terminal, tables."""

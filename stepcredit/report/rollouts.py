@@ -131,7 +131,8 @@ def _column(segment: dict[str, Any], name: str) -> list[float] | None:
 def _question(question: str | list[dict[str, str]]) -> str:
     if isinstance(question, str):
         return question
-    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in question)
+    said = (message if isinstance(message, dict) else {"content": message} for message in question)
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in said)
 
 
 def _steps(group: Group, delimiter: str) -> Iterator[list[int]]:
@@ -183,7 +184,7 @@ def choose(groups: Sequence[Group], problem: str) -> Group:
             return group
     if problem.isdigit() and 1 <= int(problem) <= len(groups):
         return groups[int(problem) - 1]
-    ids = ", ".join(group.tree.problem.id for group in groups[:6])
+    ids = ", ".join(visible(group.tree.problem.id) for group in groups[:6])
     raise UserError(
         f"no problem '{problem}' among the {len(groups)} saved; give 1 to {len(groups)} or an id ({ids} ...)"
     )

@@ -204,7 +204,7 @@ def _rows(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
     seconds = 0.0
     for iteration in sorted(rows):
         spent = rows[iteration].get("time/iteration")
-        seconds += spent if _is_number(spent) else 0.0
+        seconds += float(spent) if spent is not None and _is_number(spent) else 0.0
         yield rows[iteration] | {"seconds": seconds}
 
 

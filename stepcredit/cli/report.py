@@ -1,0 +1,90 @@
+"""`stepcredit report`: runs as one page for the browser."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from stepcredit.cli.arguments import output_file
+from stepcredit.errors import UserError, did_you_mean
+from stepcredit.report.runs import read_runs
+
+HELP = """\
+usage: stepcredit report RUN [RUN ...] [-o FILE] [--option value ...]
+
+Writes one HTML file that opens from disk, without a network: curves of all runs (runs that differ by their seed alone
+become a mean with a band), the saved rollouts with the credit of every token, trees, the same rollouts under other
+credit functions, options and warnings. A folder that holds runs stands for all of them.
+
+  -o, --out FILE       report.html by default
+  --credits A,B,...    credit functions to compare, names or dotted paths; all that fit the rollouts by default
+  --max-mb X           room for saved rollouts, 10 by default; beyond it iterations are left out evenly, and it is said
+
+Examples
+  stepcredit report runs/grpo-1
+  stepcredit report runs/grpo-1 runs/spro-1 -o grpo-spro.html
+  stepcredit report runs --credits grpo,opo,spro"""
+
+OPTIONS = {"-o": "out", "--out": "out", "--credits": "credits", "--max-mb": "max-mb"}
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(HELP)
+        return 0
+    places, given = _parse(words)
+    out = output_file({"out": given.get("out", "report.html")})
+    assert out is not None
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out: '{out}' does not end in .html")
+    room = _number(given.get("max-mb", "10"))
+    runs = read_runs(places)
+    from stepcredit.report.page import write_page
+
+    console, started = Console(), time.monotonic()
+    credits = [name.strip() for name in given.get("credits", "").split(",") if name.strip()]
+    with console.status("reading") as status:
+        written = write_page(runs, Path(out), credits, room, lambda what: status.update(f"reading {what}"))
+    for run in runs:
+        for remark in run.remarks:
+            console.print(f"{run.name}: {remark}", markup=False, highlight=False, soft_wrap=True)
+    for remark in written.remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    console.print(
+        f"{count} -> {out} ({written.size / 1e6:.1f} MB, {time.monotonic() - started:.0f}s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _parse(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    places: list[str] = []
+    given: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word, _, value = queue.pop(0).partition("=")
+        if not word.startswith("-"):
+            places.append(f"{word}={value}" if value else word)
+            continue
+        if word not in OPTIONS:
+            raise UserError(f"report: unknown option '{word}'; {did_you_mean(word, OPTIONS)}")
+        if not value and (not queue or queue[0].startswith("-")):
+            raise UserError(f"report: {word} needs a value; see 'stepcredit report --help'")
+        given[OPTIONS[word]] = value or queue.pop(0)
+    if not places:
+        raise UserError("report: name at least one run folder, such as runs/grpo-1; see 'stepcredit report --help'")
+    return places, given
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--max-mb: '{text}' is not a number above 0")
+    return value

@@ -1,0 +1,293 @@
+"""`stepcredit show`: a run in the terminal."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from stepcredit.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from stepcredit.report.rollouts import Group
+    from stepcredit.report.runs import Run
+
+HELP = """\
+usage: stepcredit show RUN [--iteration N] [--problem ID] [--column NAME] [--completions N] [--metrics NAMES]
+
+A run in the terminal: its curves, its health, its saved rollouts, and completions whose tokens are shaded by their
+credit: blue above zero, orange and underlined below. A run that is under way, was killed or is damaged is shown as far
+as it can be read.
+
+  RUN                   folder of a run
+  --iteration N         look into the rollouts of this iteration (the last saved one by default)
+  --problem ID          one problem, by its id or its number from 1 on: its completions, or its tree
+  --column NAME         what tokens are shaded by: advantages | process | logprobs | entropy | log_ratio |
+                        prm_log_ratio | token_rewards | weights, those of them that the run has saved
+  --completions N       how many are shown, right and wrong ones in turn; 16 by default, 4 of the example
+  --metrics NAMES       curves of these metrics instead, such as reward/mean,optim/grad_norm (docs/metrics.md)
+
+Examples
+  stepcredit show runs/grpo-1
+  stepcredit show runs/grpo-1 --metrics reward/mean,optim/grad_norm
+  stepcredit show runs/grpo-1 --iteration 20 --problem 3
+  stepcredit show runs/spro-1 --problem train-0-624 --column process --completions 2"""
+OPTIONS = {  # with an example each
+    "iteration": "20",
+    "problem": "1",
+    "column": "process",
+    "completions": "4",
+    "metrics": "reward/mean,policy/entropy",
+}
+METRICS = (
+    "reward/mean",
+    "eval/accuracy",
+    "eval/accuracy_greedy",
+    "completion/length",
+    "policy/entropy",
+    "policy/kl_ref",
+    "policy/kl_ref_update",
+    "credit/std",
+    "credit/process_ratio",
+    "group/kept",
+    "prm/auc",
+)
+EXAMPLE_LINES = 6  # about, of a completion of the example
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(HELP)
+        return 0
+    path, given = _options(words)
+    iteration, most = _whole(given, "iteration"), _whole(given, "completions")
+    if most is not None and most < 1:
+        raise UserError(f"--completions: {most} is less than 1")
+    from stepcredit.report.runs import read_runs
+    from stepcredit.report.terminal import forgive
+
+    runs = read_runs([path])
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs[:8]) + (" ..." if len(runs) > 8 else "")
+        raise UserError(f"'{path}' holds {len(runs)} runs; give one of them ({names})")
+    run, console = runs[0], Console(highlight=False)
+    forgive(console)
+    if iteration is not None and iteration not in run.files:
+        raise UserError(_not_saved(run, iteration))
+    if "metrics" in given:
+        _check_metrics(run, given["metrics"].split(","))
+    looks = "problem" in given or iteration is not None
+    found, groups = _read(run, iteration)
+    if looks and not groups:
+        raise UserError(f"{run.path}: nothing to look into: {'; '.join(run.remarks)}")
+    chosen, column = _choose(groups, given.get("problem")), given.get("column", "")
+    column = _column(groups[chosen], column, f"{run.files[found]}") if chosen is not None else column
+    _heading(run, console)
+    if not looks or "metrics" in given:
+        _curves(run, console, given["metrics"].split(",") if "metrics" in given else None)
+        _health(run, console)
+    if chosen is not None:
+        if "problem" not in given:
+            _table(run, found, groups, console)
+        _group(groups, chosen, found, column, most, "problem" in given, console)
+    return 0
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+def _options(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The run and the options."""
+    queue, runs, found = list(words), list[str](), dict[str, str]()
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            runs.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name not in OPTIONS:
+            raise UserError(f"--{name}: unknown option; {did_you_mean(name, OPTIONS)}")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--{name} needs a value, for example '--{name} {OPTIONS[name]}'")
+            value = queue.pop(0)
+        found[name] = value
+    if len(runs) != 1:
+        what = f"one run at a time, found {', '.join(runs)}" if runs else "the folder of a run is missing"
+        raise UserError(f"show: {what}; for example 'stepcredit show runs/grpo-1'")
+    return runs[0], found
+
+
+def _whole(given: dict[str, str], name: str) -> int | None:
+    try:
+        return int(given[name]) if name in given else None
+    except ValueError:
+        raise UserError(f"--{name}: '{given[name]}' is not a whole number") from None
+
+
+def _not_saved(run: "Run", iteration: int) -> str:
+    near = sorted(run.files, key=lambda saved: abs(saved - iteration))
+    saved = f"saved are {', '.join(map(str, near[:8]))}{' ...' if len(near) > 8 else ''}" if near else "none are"
+    return f"--iteration: rollouts of {iteration} are not saved in {run.path}; {saved} (--rollouts.every)"
+
+
+def _check_metrics(run: "Run", names: Sequence[str]) -> None:
+    present = {name for row in run.rows for name in row if run.column(name)[1]} - {"iteration", "seconds"}
+    for name in names:
+        if name not in present:
+            hint = did_you_mean(name, present) if present else "metrics.jsonl has none yet"
+            raise UserError(f"--metrics: '{name}' is not in {run.path / 'metrics.jsonl'}; {hint}")
+
+
+def _read(run: "Run", iteration: int | None) -> tuple[int, list["Group"]]:
+    """The groups of an iteration; without one, the last that can be read, and remarks on those that cannot."""
+    from stepcredit.report.pieces import pieces_of
+    from stepcredit.report.rollouts import read_groups
+
+    pieces = pieces_of(run) if run.files else None
+    for saved in [iteration] if iteration is not None else sorted(run.files, reverse=True):
+        assert pieces is not None
+        try:
+            groups = read_groups(run, saved, pieces)
+            if groups:
+                return saved, groups
+            raise UserError(f"{run.files[saved]}: holds no rollouts")
+        except UserError as error:
+            if iteration is not None:
+                raise
+            run.remarks.append(str(error))
+    return 0, []
+
+
+def _choose(groups: Sequence["Group"], problem: str | None) -> int | None:
+    """The group that is shown."""
+    from stepcredit.report.rollouts import choose
+    from stepcredit.report.terminal import telling
+
+    if not groups:
+        return None
+    if problem is None:
+        return telling(groups)
+    found = choose(groups, problem)
+    return next(place for place, group in enumerate(groups) if group is found)
+
+
+def _column(group: "Group", column: str, where: str) -> str:
+    """The column that tokens are shaded by: the one asked for, or the first."""
+    from stepcredit.report.rollouts import COLUMNS
+
+    asked, present = column.replace("-", "_"), [name for name in COLUMNS if name in group.columns]
+    if not asked:
+        return present[0] if present else "advantages"
+    if asked not in present:
+        hint = did_you_mean(asked, present) if present else "it has no numbers of tokens"
+        raise UserError(f"--column: no '{column}' in {where}; {hint}")
+    return asked
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def _heading(run: "Run", console: Console) -> None:
+    from stepcredit.report.terminal import one_line
+
+    last = run.rows[-1] if run.rows else {}
+    wanted, tokens = run.config.get("train.iterations"), last.get("tokens/total")
+    facts = [
+        run.algorithm,
+        str(run.config.get("task.data", "unknown task")),
+        f"iteration {last.get('iteration', 0)}" + (f" of {wanted}" if wanted is not None else ""),
+        f"{tokens:,.0f} tokens" if isinstance(tokens, (int, float)) else "",
+        _duration(last.get("seconds", 0.0)),
+    ]
+    console.print(_said(f"{one_line(run.name)}  ", "bold", one_line(" · ".join(filter(None, facts)))))
+    for remark in run.remarks:
+        console.print(_said("remark: ", "bold yellow", one_line(remark)))
+
+
+def _said(name: str, style: str, text: str) -> Text:
+    return Text().append(name, style).append(text)
+
+
+def _duration(seconds: float) -> str:
+    if not seconds:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h of training" if hours else f"{minutes}:{rest:02d} min of training"
+
+
+def _curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
+    from stepcredit.report.terminal import curves
+
+    found = {name: run.column(name) for name in names or METRICS}
+    found = {name: column for name, column in found.items() if column[1]}
+    if found:
+        console.print()
+        console.print(curves(found, console.width))
+
+
+def _health(run: "Run", console: Console) -> None:
+    """What the alarms of training would have said, with the iterations at which they would have."""
+    from stepcredit.health import REASONS, Health
+    from stepcredit.report.terminal import names
+
+    told = io.StringIO()
+    health, warned = Health(Console(file=told, width=10_000)), dict[str, list[int]]()
+    for row in run.rows:
+        if "reward/mean" in row:
+            for name in health.count(_whole_row(row, REASONS)):
+                warned.setdefault(name, []).append(row["iteration"])
+    if not health.iterations:
+        return
+    console.print()
+    if not health.verdict():
+        console.print(_said("warning: ", "bold yellow", told.getvalue().partition(": ")[2].strip()))
+        return
+    remarks = [f"{name} (iteration {names(at, 6)})" for name, at in warned.items()]
+    if health.idle:
+        remarks.append(f"{health.idle} of {health.iterations} iterations had no group with two different rewards")
+    style = "bold yellow" if warned else "bold green"
+    console.print(_said("health: ", style, "; ".join(remarks) or "nothing to remark"))
+
+
+def _whole_row(row: dict[str, Any], reasons: Sequence[str] | dict[str, str]) -> dict[str, Any]:
+    """A line of metrics as health takes it: what older versions lack or wrote as null is as if nothing were wrong."""
+    known = {name: value for name, value in row.items() if value is None or isinstance(value, (int, float))}
+    needed = dict.fromkeys(reasons, 0.0) | {"reward/mean": 0.0, "credit/outcome_rms": 1.0}
+    return known | {name: value if known.get(name) is None else known[name] for name, value in needed.items()}
+
+
+def _table(run: "Run", iteration: int, groups: Sequence["Group"], console: Console) -> None:
+    from stepcredit.report.terminal import names, problems
+
+    console.print()
+    console.print(_said("saved rollouts: ", "bold", f"iterations {names(run.files)}"))
+    console.print(Text(f"the {len(groups)} problems of iteration {iteration}", "dim"))
+    console.print(problems(groups))
+
+
+def _group(
+    groups: Sequence["Group"],
+    chosen: int,
+    iteration: int,
+    column: str,
+    most: int | None,
+    whole: bool,
+    console: Console,
+) -> None:
+    from stepcredit.report.rollouts import COLUMNS
+    from stepcredit.report.terminal import group_view, is_branching, is_plain, one_line, shading_of
+
+    group = groups[chosen]
+    shading = shading_of(group, column, COLUMNS.get(column, column), is_plain(console))
+    console.print()
+    console.rule(
+        Text(f"iteration {iteration} · problem {chosen + 1} of {len(groups)} · {one_line(group.tree.problem.id)}"),
+        align="left",
+        style="dim",
+    )
+    if most is None:
+        most = 16 if whole or is_branching(group) else 4
+    console.print(group_view(group, column, shading, most, console.width, None if whole else EXAMPLE_LINES))
