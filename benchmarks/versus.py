@@ -11,7 +11,8 @@ its step shortest, of the numbers given with `--micro-batches`. malloc keeps wha
 
 Every step of TRL is followed by one of stepcredit; seconds are the least of `--repeats` steps after one that warms up.
 `update` is all that follows the credit. `peak` is the peak of a process of its own that took three steps, `added` what
-these added to its peak before them (model, trainer and imports).
+these added to its peak before them (model, trainer and imports); TRL's depends on the size of its micro-batches, with
+which its seconds hardly change.
 
 python benchmarks/versus.py [--cases a b c] [--prompts N] [--repeats 5] [--micro-batches 2 4] [--threads N]
     [--json FILE]
@@ -217,6 +218,7 @@ def main() -> None:
     for name, case in cases.items():
         print(f"{name}: {case.prompts} prompts of {case.prompt} tokens x {case.group} completions of {case.tokens}")
         found = results[name] = measure(name, case, given.repeats, given.micro_batches)
+        print(f"of these, TRL's steps have micro-batches of {found['micro_batch']} completions")
         print(f"{'case':6}{'part':14}{'TRL':>10}{'stepcredit':>12}{'ratio':>8}")
         show(name, found)
     if given.json:

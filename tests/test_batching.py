@@ -182,3 +182,40 @@ def test_a_part_can_be_cut_again(deep):
     owned = torch.cat([piece.token["source"][piece.token["owned"]] for piece in pieces])
     assert sorted(owned.tolist()) == list(range(half.num_tokens))
     assert all(piece.token["token_ids"].equal(half.token["token_ids"][piece.token["source"]]) for piece in pieces)
+
+
+def trees_of(sizes: list[tuple[int, int, int]]) -> Forest:
+    """Flat trees of (prompt tokens, completions, tokens of each)."""
+    return Forest.from_trees(
+        [
+            Tree(Problem(id=str(number)), [1] * prompt, [Segment([5] * tokens) for _ in range(count)])
+            for number, (prompt, count, tokens) in enumerate(sizes)
+        ]
+    )
+
+
+def test_a_part_that_is_enough_ends_with_its_tree():
+    """Four trees of 160 tokens: with 300 being enough two and two; long prompts are never computed twice for it."""
+    forest = trees_of([(100, 3, 20)] * 4)
+    assert [size(piece) for piece in cut(forest, 10_000, enough=300)] == [320, 320]
+    assert [size(piece) for piece in cut(forest, 10_000, enough=100)] == [160] * 4
+    assert [size(piece) for piece in cut(forest, 10_000, enough=10_000)] == [640]
+
+
+def test_a_part_that_is_enough_ends_inside_a_tree_whose_prompt_is_short():
+    """A prompt of 4 tokens is less than a sixteenth of 100; one of 8 is not."""
+    assert [size(piece) for piece in cut(trees_of([(4, 10, 32)]), 10_000, enough=100)] == [100, 100, 100, 36]
+    assert [size(piece) for piece in cut(trees_of([(8, 10, 32)]), 10_000, enough=100)] == [328]
+
+
+@shapes
+@seeds
+@token_budgets
+def test_what_is_enough_changes_nothing_else(deep, seed, budget):
+    """Owned rows still partition the tokens, and the budget still holds."""
+    forest = random_forest(seed, deep, num_trees=4)
+    pieces = cut(forest, budget, enough=16)
+    owned = torch.cat([piece.token["source"][piece.token["owned"]] for piece in pieces])
+    assert sorted(owned.tolist()) == list(range(forest.num_tokens))
+    assert all(size(piece) <= max(budget, longest_path(forest)) for piece in pieces)
+    assert len(pieces) >= len(cut(forest, budget))

@@ -63,6 +63,7 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
+    from stepcredit.allocator import keep_freed_memory
     from stepcredit.build import build_parts, build_spread, load_model
     from stepcredit.checkpoint import pointed
     from stepcredit.interrupt import Interrupted
@@ -81,6 +82,7 @@ def main(words: Sequence[str]) -> int:
     spread = build_spread(config, ranks)
     policy = load_model(config, config.model, spread)
     if policy.device.type == "cpu":
+        keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)

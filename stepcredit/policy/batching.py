@@ -10,6 +10,8 @@ from torch import Tensor
 from stepcredit.forest import Forest
 
 CALL_OVERHEAD = 256  # what one more forward call costs, in token positions (measured on CPU with the embedded model)
+ENOUGH_ON_CPU = 2048  # token positions beyond which a pass gets no faster per position, but takes more memory
+REPEATED = 1 / 16  # of what is enough: ancestors that may be computed again to end a part there
 BLOCK_OVERHEAD = 1 << 13  # what one more attention call costs, in scores (measured on CPU with 4 heads of 64)
 
 
@@ -81,7 +83,13 @@ def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHE
     return batches[::-1]
 
 
-def cut(forest: Forest, max_tokens: int, shared: bool = True, trees: Sequence[int] | None = None) -> list[Forest]:
+def cut(
+    forest: Forest,
+    max_tokens: int,
+    shared: bool = True,
+    trees: Sequence[int] | None = None,
+    enough: int | None = None,
+) -> list[Forest]:
     """Cut a forest into parts of at most `max_tokens` token positions.
 
     Trees with prompts of similar length come together. A tree over the budget is split between subtrees: the ancestors
@@ -89,6 +97,8 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True, trees: Sequence[in
     budget still makes a part of its own.
 
     Args:
+        enough: token positions after which a part ends where that costs nothing, between trees, or next to nothing,
+            between subtrees whose ancestors are short; None: none are.
         shared: prompts and shared segments count once per part; otherwise once for every completion.
         trees: numbers of those to take; None takes all.
 
@@ -105,10 +115,12 @@ def cut(forest: Forest, max_tokens: int, shared: bool = True, trees: Sequence[in
         if tree[leaf] not in taken:
             continue
         cost, path = _cost(leaf, used, parent, length, tree, prompt)
-        if not groups or budget + cost > max_tokens:
+        alone, whole_path = _cost(leaf, set(), parent, length, tree, prompt)
+        full = enough is not None and budget + cost > enough and alone - cost <= REPEATED * enough
+        if not groups or budget + cost > max_tokens or full:
             groups.append([])
             used, budget = set(), 0
-            cost, path = _cost(leaf, used, parent, length, tree, prompt)
+            cost, path = alone, whole_path
         groups[-1].append(leaf)
         budget += cost
         if shared:

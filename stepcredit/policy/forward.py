@@ -19,7 +19,7 @@ from stepcredit.forest import Forest
 from stepcredit.ops import TokenScores
 from stepcredit.parallel.ranks import ALONE, Ranks, deal
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
-from stepcredit.policy.batching import cut, gather_owned, stand_in, tree_sizes
+from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_in, tree_sizes
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores
@@ -131,13 +131,15 @@ class Policy(nn.Module):
     def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
         """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each.
 
+        A CPU gets them smaller, as large as is fast: fresh memory for larger ones costs more than they save.
         With several processes those of this one; all have equally many, some of them own nothing.
         """
         shared = self.path != "plain"
+        enough = ENOUGH_ON_CPU if self.device.type == "cpu" else None
         if self.ranks.size == 1:
-            return cut(forest, max_tokens, shared)
+            return cut(forest, max_tokens, shared, enough=enough)
         trees = deal(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
-        parts = cut(forest, max_tokens, shared, trees)
+        parts = cut(forest, max_tokens, shared, trees, enough)
         return parts + [stand_in(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
 
     def collect(self, forest: Forest, parts: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
