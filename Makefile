@@ -62,6 +62,7 @@ bench: install .venv-bench/installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py
+	$(BIN)/python benchmarks/report.py
 
 # What is compared with, apart from what stepcredit needs.
 .venv-bench/installed: pyproject.toml constraints.txt
