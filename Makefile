@@ -3,7 +3,7 @@
 # make check   formatting, lint, types, tests
 # make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
 # make test-vllm   a real vLLM server on the CPU, in an environment of its own: some minutes, and 2 GB of packages
-# make bench   ratios of speed, measured in one run
+# make bench   ratios of speed, against TRL too, measured in one run and written to bench.json: half an hour
 # Options of a run: make train ARGS="--algorithm spro --seed 1"
 
 PYTHON ?= python3
@@ -52,13 +52,7 @@ test-vllm: install .venv-vllm/installed
 	touch $@
 
 bench: install .venv-bench/installed
-	.venv-bench/bin/python benchmarks/versus.py $(ARGS)
-	$(BIN)/python benchmarks/shares.py $(ARGS)
-	$(BIN)/python benchmarks/growth.py $(ARGS)
-	$(BIN)/python benchmarks/sampler.py $(ARGS)
-	$(BIN)/python benchmarks/forest.py $(ARGS)
-	$(BIN)/python benchmarks/treerpo.py $(ARGS)
-	$(BIN)/python benchmarks/prime.py
+	.venv-bench/bin/python benchmarks/table.py --json bench.json $(ARGS)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py
