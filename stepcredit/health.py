@@ -1,7 +1,8 @@
 """Runs that look alive and go wrong: what is watched for, and what a user is told to do."""
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,3 +204,34 @@ class Health:
 
     def _warn(self, text: str) -> None:
         self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a run's alarms have said.
+
+    Attributes:
+        warnings: iteration, name of the alarm, what it said.
+        verdict: why nothing was learnt, "" otherwise.
+        idle, iterations: those without two different rewards in a group, and all.
+    """
+
+    warnings: list[tuple[int, str, str]]
+    verdict: str
+    idle: int
+    iterations: int
+
+
+def replay(rows: Iterable[Metrics]) -> Replay:
+    """The alarms over the lines of a metrics.jsonl; what older versions lack counts as if nothing were wrong."""
+    told = io.StringIO()
+    health = Health(Console(file=told, width=10_000))
+    found = []
+    for row in rows:
+        if row.get("iteration") and "reward/mean" in row:
+            known = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            unknown = dict.fromkeys(REASONS, 0.0) | {"reward/mean": 0.0, "credit/outcome_rms": 1.0}
+            seen = {name: None for name, value in row.items() if value is None} | unknown | known
+            found += [(row["iteration"], name, ALARMS[name].say(seen, health.first)) for name in health.count(seen)]
+    nothing = bool(health.iterations) and not health.verdict()
+    return Replay(found, told.getvalue().partition(": ")[2].strip() if nothing else "", health.idle, health.iterations)

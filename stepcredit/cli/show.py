@@ -1,8 +1,7 @@
 """`stepcredit show`: a run in the terminal."""
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -229,34 +228,25 @@ def _curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
 
 
 def _health(run: "Run", console: Console) -> None:
-    """What the alarms of training would have said, with the iterations at which they would have."""
-    from stepcredit.health import REASONS, Health
+    """What the alarms of training have said, with the iterations at which they did."""
+    from stepcredit.health import replay
     from stepcredit.report.terminal import names
 
-    told = io.StringIO()
-    health, warned = Health(Console(file=told, width=10_000)), dict[str, list[int]]()
-    for row in run.rows:
-        if "reward/mean" in row:
-            for name in health.count(_whole_row(row, REASONS)):
-                warned.setdefault(name, []).append(row["iteration"])
-    if not health.iterations:
+    found = replay(run.rows)
+    if not found.iterations:
         return
     console.print()
-    if not health.verdict():
-        console.print(_said("warning: ", "bold yellow", told.getvalue().partition(": ")[2].strip()))
+    if found.verdict:
+        console.print(_said("warning: ", "bold yellow", found.verdict))
         return
+    warned: dict[str, list[int]] = {}
+    for iteration, name, _ in found.warnings:
+        warned.setdefault(name, []).append(iteration)
     remarks = [f"{name} (iteration {names(at, 6)})" for name, at in warned.items()]
-    if health.idle:
-        remarks.append(f"{health.idle} of {health.iterations} iterations had no group with two different rewards")
+    if found.idle:
+        remarks.append(f"{found.idle} of {found.iterations} iterations had no group with two different rewards")
     style = "bold yellow" if warned else "bold green"
     console.print(_said("health: ", style, "; ".join(remarks) or "nothing to remark"))
-
-
-def _whole_row(row: dict[str, Any], reasons: Sequence[str] | dict[str, str]) -> dict[str, Any]:
-    """A line of metrics as health takes it: what older versions lack or wrote as null is as if nothing were wrong."""
-    known = {name: value for name, value in row.items() if value is None or isinstance(value, (int, float))}
-    needed = dict.fromkeys(reasons, 0.0) | {"reward/mean": 0.0, "credit/outcome_rms": 1.0}
-    return known | {name: value if known.get(name) is None else known[name] for name, value in needed.items()}
 
 
 def _table(run: "Run", iteration: int, groups: Sequence["Group"], console: Console) -> None:

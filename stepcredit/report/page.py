@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from rich.console import Console
 
 from stepcredit import __version__
 from stepcredit.errors import UserError
-from stepcredit.health import ALARMS, Health
+from stepcredit.health import replay
 from stepcredit.report.credits import Comparison, compare_credits
 from stepcredit.report.pieces import pieces_of, visible
 from stepcredit.report.rollouts import COLUMNS, Group, read_groups
@@ -191,16 +190,11 @@ def _entry(run: Run, method: int) -> dict[str, Any]:
 
 
 def health_of(run: Run) -> list[str]:
-    """The warnings that the run gave, with their iterations; rows of an older version that lack a metric give none."""
-    health = Health(Console(quiet=True))
-    found = []
-    for row in run.rows:
-        try:
-            due = health.count(row) if row["iteration"] else []
-            found += [f"iteration {row['iteration']}: {ALARMS[name].say(row, health.first)}" for name in due]
-        except (KeyError, TypeError):
-            continue
-    return found
+    """The warnings that the run gave, with their iterations."""
+    found = replay(run.rows)
+    return [f"iteration {iteration}: {text}" for iteration, _, text in found.warnings] + [found.verdict] * bool(
+        found.verdict
+    )
 
 
 def _number(value: Any) -> float | None:
