@@ -6,7 +6,10 @@ reference (SPRO). `precision` is the share that is right, `chance` what a line t
 completion's last line is its answer, and those whose only wrong line is the answer count too. `best AUC` and `late AUC`
 are the reward model's on fresh rollouts: the highest mean of ten iterations within the first 100, and of the last 20.
 
-python benchmarks/first_wrong_line.py RUN [RUN ...] [--last 3]
+With `--credit` the line with the lowest mean advantage is taken instead, under each of these credit functions, as the
+report's credit comparison has it: over all runs together, completions whose lines get different advantages.
+
+python benchmarks/first_wrong_line.py RUN [RUN ...] [--last 3] [--credit treerpo grpo]
 """
 
 import argparse
@@ -17,6 +20,10 @@ from pathlib import Path
 
 from stepcredit.policy.loading import load_policy
 from stepcredit.records import read_trees
+from stepcredit.report.credits import compare_credits
+from stepcredit.report.pieces import pieces_of
+from stepcredit.report.rollouts import read_groups
+from stepcredit.report.runs import read_runs
 from stepcredit.tasks.chain import check_lines
 from stepcredit.types import Segment
 
@@ -66,11 +73,31 @@ def auc(run: Path) -> tuple[float, float]:
     return max(windows), statistics.mean(found[-20:])
 
 
+def by_credit(runs: list[Path], last: int, names: list[str]) -> None:
+    """A line for each credit function: wrong completions, the share told apart, and of those the share found."""
+    total = {name: [0.0] * 4 for name in names}
+    for run in read_runs([str(path) for path in runs]):
+        pieces = pieces_of(run)
+        for iteration in sorted(run.files)[-last:]:
+            for name, blame in compare_credits(run, read_groups(run, iteration, pieces), names).blame.items():
+                told = blame.count * (1 - blame.silent)
+                found = (blame.count, told, told * (blame.found or 0.0), told * (blame.chance or 0.0))
+                total[name] = [one + other for one, other in zip(total[name], found, strict=True)]
+    print(f"{'credit':24}{'wrong':>7}{'told apart':>12}{'found':>8}{'chance':>8}")
+    for name, (count, told, hits, chances) in total.items():
+        shares = f"{hits / told:8.1%}{chances / told:8.1%}" if told else f"{'-':>8}{'-':>8}"
+        print(f"{name:24}{count:7.0f}{told / max(1, count):12.1%}{shares}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--last", type=int, default=3, help="files of rollouts from the end of each run")
+    parser.add_argument("--credit", nargs="+", help="credit functions whose advantages are looked at")
     given = parser.parse_args()
+    if given.credit:
+        by_credit(given.runs, given.last, given.credit)
+        return
     stop = load_policy("embedded", "cpu").tokenizer.convert_tokens_to_ids(".")
     found = []
     print(f"{'run':50}{'wrong':>7}{'precision':>11}{'chance':>8}{'best AUC':>10}{'late AUC':>10}")

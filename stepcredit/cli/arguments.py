@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stepcredit.config import Config, merge, parse_value, read_yaml
-from stepcredit.errors import UserError
+from stepcredit.errors import UserError, did_you_mean
 
 SHORT = {
     "algorithm": "algorithm",
@@ -109,6 +109,37 @@ def _sections() -> Iterator[tuple[str, list[str]]]:
 
 def _example(name: str) -> str:
     return {"data": "problems.jsonl", "model": "embedded", "algorithm": "grpo", "resume": "auto"}.get(name, "1")
+
+
+def split(
+    words: Sequence[str], options: Mapping[str, str], command: str, short: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """What a command that takes no config is given: its places, and its options with their values.
+
+    Args:
+        options: names, with an example each.
+        short: other ways to write them, such as -o.
+
+    Raises:
+        UserError: an unknown option or a missing value.
+    """
+    places: list[str] = []
+    given: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("-"):
+            places.append(word)
+            continue
+        written, equals, value = word.partition("=")
+        name = (short or {}).get(written, written.removeprefix("--"))
+        if name not in options:
+            hint = did_you_mean(name.lstrip("-"), options)
+            raise UserError(f"{command}: unknown option {written}; {hint}")
+        if not equals and (not queue or queue[0].startswith("--")):
+            raise UserError(f"{written} needs a value, for example '{written} {options[name]}'")
+        given[name] = value if equals else queue.pop(0)
+    return places, given
 
 
 def output_file(own: Mapping[str, str], name: str = "out") -> Path | None:

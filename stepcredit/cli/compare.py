@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stepcredit.cli.arguments import output_file
-from stepcredit.errors import UserError, did_you_mean
+from stepcredit.cli.arguments import output_file, split
+from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
     from stepcredit.report.compare import Comparison, Estimate, Row
@@ -52,7 +52,9 @@ def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(HELP)
         return 0
-    folders, own = _split(words)
+    folders, own = split(words, OPTIONS, "compare")
+    if own.get("json") == "-":
+        raise UserError("--json: name a file; only --markdown takes -")
     if not folders:
         raise UserError("compare: name run folders, for example 'stepcredit compare runs/grpo-1 runs/spro-1'")
     at, target = _number(own, "at"), _number(own, "target")
@@ -77,25 +79,6 @@ def main(words: Sequence[str]) -> int:
     if written:
         print(f"written: {', '.join(written)}", file=sys.stderr if on_screen else sys.stdout)
     return 0
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Folders, and options with their values."""
-    folders, own, queue = [], {}, list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("-"):
-            folders.append(word)
-            continue
-        name, equals, value = word.lstrip("-").partition("=")
-        if name not in OPTIONS or not word.startswith("--"):
-            raise UserError(f"compare: unknown option {word.partition('=')[0]}; {did_you_mean(name, OPTIONS)}")
-        if not equals and (not queue or queue[0].startswith("--")):
-            raise UserError(f"--{name} needs a value, for example '--{name} {OPTIONS[name]}'")
-        own[name] = value if equals else queue.pop(0)
-        if name == "json" and own[name] == "-":
-            raise UserError("--json: name a file; only --markdown takes -")
-    return folders, own
 
 
 def _number(own: dict[str, str], name: str) -> float | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcredit.cli.arguments import output_file
-from stepcredit.errors import UserError, did_you_mean
+from stepcredit.cli.arguments import output_file, split
+from stepcredit.errors import UserError
 from stepcredit.report.runs import read_runs
 
 HELP = """\
@@ -26,14 +26,16 @@ Examples
   stepcredit report runs/grpo-1 runs/spro-1 -o grpo-spro.html
   stepcredit report runs --credits grpo,opo,spro"""
 
-OPTIONS = {"-o": "out", "--out": "out", "--credits": "credits", "--max-mb": "max-mb"}
+OPTIONS = {"out": "report.html", "credits": "grpo,opo", "max-mb": "20"}  # with an example each
 
 
 def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(HELP)
         return 0
-    places, given = _parse(words)
+    places, given = split(words, OPTIONS, "report", {"-o": "out"})
+    if not places:
+        raise UserError("report: name at least one run folder, such as runs/grpo-1; see 'stepcredit report --help'")
     out = output_file({"out": given.get("out", "report.html")})
     assert out is not None
     if out.suffix not in (".html", ".htm"):
@@ -59,25 +61,6 @@ def main(words: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _parse(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    places: list[str] = []
-    given: dict[str, str] = {}
-    queue = list(words)
-    while queue:
-        word, _, value = queue.pop(0).partition("=")
-        if not word.startswith("-"):
-            places.append(f"{word}={value}" if value else word)
-            continue
-        if word not in OPTIONS:
-            raise UserError(f"report: unknown option '{word}'; {did_you_mean(word, OPTIONS)}")
-        if not value and (not queue or queue[0].startswith("-")):
-            raise UserError(f"report: {word} needs a value; see 'stepcredit report --help'")
-        given[OPTIONS[word]] = value or queue.pop(0)
-    if not places:
-        raise UserError("report: name at least one run folder, such as runs/grpo-1; see 'stepcredit report --help'")
-    return places, given
 
 
 def _number(text: str) -> float:

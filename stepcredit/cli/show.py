@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from stepcredit.cli.arguments import split
 from stepcredit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -98,20 +99,7 @@ def main(words: Sequence[str]) -> int:
 
 def _options(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The run and the options."""
-    queue, runs, found = list(words), list[str](), dict[str, str]()
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--"):
-            runs.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        if name not in OPTIONS:
-            raise UserError(f"--{name}: unknown option; {did_you_mean(name, OPTIONS)}")
-        if not equals:
-            if not queue or queue[0].startswith("--"):
-                raise UserError(f"--{name} needs a value, for example '--{name} {OPTIONS[name]}'")
-            value = queue.pop(0)
-        found[name] = value
+    runs, found = split(words, OPTIONS, "show")
     if len(runs) != 1:
         what = f"one run at a time, found {', '.join(runs)}" if runs else "the folder of a run is missing"
         raise UserError(f"show: {what}; for example 'stepcredit show runs/grpo-1'")
