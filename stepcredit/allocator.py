@@ -1,7 +1,7 @@
 """Memory that is freed stays with the process: the next micro-batch needs as much again.
 
-By default glibc gives large blocks back to the kernel at once and gets fresh, zeroed pages for the next ones. With
-tensors of some MiB that took 10% to 20% of a training step on a CPU (benchmarks/versus.py, docs/performance.md).
+By default glibc gives large blocks back to the kernel at once and gets fresh, zeroed pages for the next ones; with
+tensors of some MiB that can take a fifth of a training step on a CPU (benchmarks/choices.py).
 """
 
 import ctypes

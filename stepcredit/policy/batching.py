@@ -10,7 +10,7 @@ from torch import Tensor
 from stepcredit.forest import Forest
 
 CALL_OVERHEAD = 256  # what one more forward call costs, in token positions (measured on CPU with the embedded model)
-ENOUGH_ON_CPU = 2048  # token positions beyond which a pass gets no faster per position, but takes more memory
+ENOUGH_ON_CPU = 2048  # token positions beyond which a pass is hardly faster per position, but takes more memory
 REPEATED = 1 / 16  # of what is enough: ancestors that may be computed again to end a part there
 BLOCK_OVERHEAD = 1 << 13  # what one more attention call costs, in scores (measured on CPU with 4 heads of 64)
 

@@ -131,7 +131,7 @@ class Policy(nn.Module):
     def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
         """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each.
 
-        A CPU gets them smaller, as large as is fast: fresh memory for larger ones costs more than they save.
+        A CPU gets them smaller: larger ones take more memory and save little.
         With several processes those of this one; all have equally many, some of them own nothing.
         """
         shared = self.path != "plain"
