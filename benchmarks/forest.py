@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from stepcredit.allocator import keep_freed_memory
 from stepcredit.forest import Forest
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import Path, Policy
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the numbers here")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as in training
     policy, results = make_policy(), {}
     print(f"update, seconds; rows: one per completion (groups) or node (trees); {given.threads} threads")
     print(f"{'case':14}{'rows':>9}{'cached':>9}{'forest':>9}{'ratio':>8}{'arithmetic':>12}{'share of floor':>16}")

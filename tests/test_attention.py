@@ -49,8 +49,9 @@ def test_blocks_cover_every_pair_of_a_path_once(monkeypatch, deep, seed, alone):
     monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
     forest = numbered_forest(seed, deep)
     packed, before = Packing.of_forest(forest)
-    total = len(packed.token_ids)
-    assert packed.token_ids.sort().values.equal(torch.arange(total))  # everything once
+    last = {path[-1] for path in paths(forest)}
+    total = len(packed.token_ids) + len(last)
+    assert packed.token_ids.sort().values.tolist() == [token for token in range(total) if token not in last]
     met = torch.zeros(total, total, dtype=torch.long)
     for block in packed.blocks:
         queries, keys = (rows.take(packed.token_ids[:, None])[:, 0] for rows in (block.queries, block.keys))
@@ -71,7 +72,7 @@ def test_blocks_cover_every_pair_of_a_path_once(monkeypatch, deep, seed, alone):
         distance = position[queries][:, :, None] - position[keys][:, None]
         assert block.reach >= int(distance[shown].max())
     expected = torch.zeros_like(met)
-    for path in map(torch.tensor, paths(forest)):
+    for path in (torch.tensor(path[:-1]) for path in paths(forest)):
         expected[path[:, None], path[None]] |= torch.ones(len(path), len(path), dtype=torch.long).tril()
     assert met.equal(expected)
     previous = {token: up for path in paths(forest) for up, token in pairwise(path)}
@@ -83,14 +84,24 @@ def test_positions_count_along_the_path(deep):
     packed, _ = Packing.of_forest(numbered_forest(7, deep))
     position = dict(zip(packed.token_ids.tolist(), packed.position.tolist(), strict=True))
     for path in paths(numbered_forest(7, deep)):
-        assert [position[token] for token in path] == list(range(len(path)))
+        assert [position[token] for token in path[:-1]] == list(range(len(path) - 1))
 
 
 def test_only_children_join_the_run_of_their_parent():
     """Example: a dialogue of three turns is one causal square, whatever its segments."""
     segments = [Segment([3, 4]), Segment([5], parent=0, sampled=False), Segment([6, 7], parent=1)]
     packed, _ = Packing.of_forest(Forest.from_trees([Tree(Problem(), [1, 2], segments)]))
-    assert packed.squares == [(0, 7)] and packed.rectangles == []
+    assert packed.squares == [(0, 6)] and packed.rectangles == []
+
+
+def test_last_tokens_are_left_out():
+    """Completions of one token need nothing but their prompt, or what they continue, alone or not."""
+    segments = [Segment([3]), Segment([4, 5], finish="cut"), Segment([6], parent=1), Segment([7], parent=1)]
+    packed, before = Packing.of_forest(Forest.from_trees([Tree(Problem(), [1, 2], segments)]))
+    assert packed.token_ids.tolist() == [1, 2, 4, 5] and before.tolist() == [1, 1, 2, 3, 3]
+    assert sorted(packed.squares) == [(0, 2), (2, 4)] and packed.rectangles == [[(0, 2, 4)]]
+    packed, before = Packing.of_forest(Forest.from_trees([Tree(Problem(), [1, 2], [Segment([3])])]))
+    assert packed.token_ids.tolist() == [1, 2] and packed.squares == [(0, 2)] and before.tolist() == [1]
 
 
 def test_rows_do_not_see_each_other():

@@ -149,7 +149,8 @@ class Policy(nn.Module):
     def num_positions(self, forest: Forest) -> int:
         """Token positions that the forward of a forest computes."""
         if self.path != "plain":
-            return forest.num_tokens + len(forest.prompt_ids)
+            last = int(forest.ends.sum()) if self.path == "forest" else 0  # tokens whose state nothing reads
+            return len(forest.prompt_ids) + forest.num_tokens - last
         return int(forest.ends.sum()) * int(forest.path_length.max())
 
     def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """`Packing`: a forest as one row of tokens, each prompt and each segment once, with what each token may attend to.
 
+The last token of a completion is not among them: nothing comes after it that its state could predict.
+
 Trees stand one after the other and every tree in depth-first order, so that what follows a run of tokens on any path is
 one range behind it. A *run* is a prompt or segment together with its only children: tokens attend causally inside their
 run, and to all of every run above it. Those are two kinds of blocks of the score matrix, and no other part of it is
@@ -14,9 +16,9 @@ Example: a prompt of 3 tokens with completions of 2 and 4.
 >>> forest = Forest.from_trees([Tree(Problem(), [1, 2, 3], [Segment([4, 5]), Segment([6, 7, 8, 9])])])
 >>> packing, before = Packing.of_forest(forest)
 >>> packing.token_ids.tolist(), packing.position.tolist()
-([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 3, 4, 5, 6])
+([1, 2, 3, 4, 6, 7, 8], [0, 1, 2, 3, 3, 4, 5])
 >>> packing.squares, packing.rectangles, before.tolist()
-([(3, 5), (0, 3), (5, 9)], [[(0, 3, 9)]], [2, 3, 2, 5, 6, 7])
+([(3, 4), (0, 3), (4, 7)], [[(0, 3, 7)]], [2, 3, 2, 4, 5, 6])
 """
 
 from collections import defaultdict
@@ -159,7 +161,8 @@ class Packing:
         def close(level: int) -> None:
             """The runs from this level on end here: everything after their own tokens continues them."""
             for number, (first, end) in enumerate(open_runs[level:], level):
-                squares.append((first, end))
+                if end > first:
+                    squares.append((first, end))
                 if at > end:
                     rectangles[number].append((first, end, at))
             del open_runs[level:]
@@ -177,7 +180,7 @@ class Packing:
                     at += prompt_length[tree]
                 else:
                     start[node], above[node] = at, last
-                    at += length[node]
+                    at += length[node] - (not children[node])
                 below = children[node]
                 only_child = len(below) == 1
                 if not only_child:
@@ -196,9 +199,10 @@ class Packing:
         )
         prompt_row = torch.tensor(prompt_start).repeat_interleave(prompt_lengths) + prompt_offset
         token_ids, position = torch.empty(2, at, dtype=torch.long)
-        token_ids[prompt_row], token_ids[row] = forest.prompt_ids, forest.token["token_ids"]
-        position[prompt_row] = prompt_offset
-        position[row] = (prompt_lengths[forest.segment["tree"]] + forest.path_offset)[of] + offset
+        token_ids[prompt_row], position[prompt_row] = forest.prompt_ids, prompt_offset
+        position_of = (prompt_lengths[forest.segment["tree"]] + forest.path_offset)[of] + offset
+        read = ~forest.ends[of] | (offset + 1 < forest.segment["length"][of])
+        token_ids[row[read]], position[row[read]] = forest.token["token_ids"][read], position_of[read]
         return cls(token_ids, position, squares, list(rectangles.values()), device), before.to(device)
 
     def _blocks(self, position: Tensor, alone: int) -> Iterator[Block]:
