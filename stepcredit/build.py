@@ -128,7 +128,15 @@ def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
         server = started[0] if started else None
     folder = Path(options.folder) if options.folder else None
     return VLLMSampler(
-        policy, urls, given.max_rows, options.timeout_s, options.patience_s, folder, spread.ranks, server
+        policy,
+        urls,
+        given.max_rows,
+        options.timeout_s,
+        options.patience_s,
+        folder,
+        spread.ranks,
+        server,
+        options.transfer,
     )
 
 

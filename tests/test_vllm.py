@@ -1,5 +1,6 @@
 """The vLLM sampler and what belongs to it, against a server in a thread that answers as vLLM does."""
 
+import copy
 import itertools
 import json
 import logging
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +25,7 @@ import pytest
 import torch
 from builders import is_near
 from safetensors.torch import load_file
+from tiny_models import fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepcredit.auxiliary.frozen import OldPolicy
@@ -33,13 +36,16 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.interrupt import Interrupted
 from stepcredit.objective import Objective, importance_weights
-from stepcredit.parallel.spread import WHOLE
+from stepcredit.parallel.spread import WHOLE, full_state
 from stepcredit.policy.forward import Policy, score
-from stepcredit.policy.loading import load_policy
+from stepcredit.policy.loading import checkpoint_tensors, load_policy, save_policy
 from stepcredit.policy.lora import add_adapters
 from stepcredit.samplers import launch, vllm
 from stepcredit.samplers.launch import LocalServer, lora_args
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.server import stepcredit_worker
+from stepcredit.samplers.server.stepcredit_worker import Extension
+from stepcredit.samplers.transfer import TransferError
 from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.samplers.vllm import VLLMSampler
 from stepcredit.types import Problem, Segment, Tree
@@ -67,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
             status, content = self.server.fake.reply(self.path, body)
         except Drop:
             return
+        except RuntimeError as error:  # as vLLM tells of a worker's
+            status, content = 500, json.dumps({"error": str(error)}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -86,6 +94,38 @@ class Listener(ThreadingHTTPServer):
         pass  # the other end has gone
 
 
+class Worker(Extension):
+    """Our part of a worker, on a model runner that keeps what it is given.
+
+    Attributes:
+        given: the tensors of the last load.
+        fault: raised in the middle of the next load.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, fake: "Fake") -> None:
+        self.fake, self.model_runner, self.given, self.fault = fake, self, {}, None
+        self.place: dict = {}
+
+    def stepcredit_place(self, folder: str) -> dict:
+        return super().stepcredit_place(folder) | self.place
+
+    def get_model(self) -> torch.nn.Module:
+        return torch.nn.Module()
+
+    def reload_weights(self, weights_path: str = "", weights_iterator: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+        self.given = load_file(Path(weights_path) / "model.safetensors") if weights_path else {}
+        for name, tensor in weights_iterator:
+            self.given[name] = tensor.clone()
+            if self.fault:
+                raise self.fault
+        if self.fake.sampler and self.fake.takes and self is self.fake.workers[0]:
+            with self.fake.lock:
+                self.fake.sampler.policy.model.load_state_dict(self.given, strict=False)
+                self.fake.sampler.kept.clear()
+
+
 class Fake:
     """A server without vLLM; its completions follow from their seeds, or are a model's.
 
@@ -93,7 +133,8 @@ class Fake:
         faults: by path, what happens to the next replies.
         requests: path and body of each.
         served: the version of the weights at each completion request.
-        loads: (folder, version) of each load.
+        workers: two, as of a server with tensor parallelism.
+        loads: (folder, or entries of a broadcast, and version) of each load.
         delay: seconds that a completion request takes; `most` is how many there were at once.
         takes: False: says that it has loaded weights, and has not.
     """
@@ -112,7 +153,8 @@ class Fake:
         self.loads: list[tuple[str, str]] = []
         self.served: list[str] = []
         self.adapters: dict[str, str] = {}  # by name, their folder
-        self.version, self.seen, self.queries, self.hits, self.now, self.most = "", set(), 0, 0, 0, 0
+        self.workers = [Worker(self), Worker(self)]
+        self.seen, self.queries, self.hits, self.now, self.most = set(), 0, 0, 0, 0
         self.listener = Listener(("127.0.0.1", self.port), Handler)
         self.listener.fake, self.port = self, self.listener.server_port
         threading.Thread(target=self.listener.serve_forever, args=(0.01,), daemon=True).start()
@@ -181,18 +223,23 @@ class Fake:
         params = SamplingParams(body["temperature"], body["top_p"], max(0, body["top_k"]), body["max_tokens"])
         return self.sampler.sample([body["prompt"]], body["n"], params, [body["seed"]])[0]
 
+    @property
+    def version(self) -> str:
+        return self.workers[0].stepcredit_version
+
+    @version.setter
+    def version(self, version: str) -> None:
+        for worker in self.workers:
+            worker.stepcredit_version = version
+
     def rpc(self, body: dict) -> dict:
-        if body["method"] == "stepcredit_load":
-            folder, version = body["args"]
-            self.loads.append((folder, version))
+        method, args = body["method"], body["args"]
+        if method in ("stepcredit_load", "stepcredit_receive"):
+            self.loads.append(tuple(args))
             time.sleep(self.load_delay)
-            if self.sampler and self.takes:
-                loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-                with self.lock:
-                    self.sampler.policy.model.load_state_dict(loaded.state_dict())
-                    self.sampler.kept.clear()
-            self.version = version
-        return {"results": [self.version, self.version]}
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            answers = [pool.submit(getattr(worker, method), *args) for worker in self.workers]
+            return {"results": [answer.result() for answer in answers]}
 
     def reset(self, _: dict) -> bytes:
         self.seen.clear()
@@ -551,12 +598,12 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
         for weight in other.parameters():
             weight.mul_(1.5)
     with sampling(policy, fake, folder=tmp_path) as sampler:
-        assert fake.paths(RPC, RESET) == [RPC, RPC, RESET, RPC]
+        assert fake.paths(RPC, RESET) == [RPC, RPC, RPC, RESET, RPC]  # which version, where it is, load, which version
         first = Path(fake.loads[0][0])
         assert first.is_dir() and first.parents[1] == tmp_path
         assert first.parent.stat().st_mode & 0o777 == 0o755  # the server may be another user's
         sampler.sync(other)
-        assert fake.paths(RPC, RESET) == [RPC, *[RPC, RESET, RPC] * 2]
+        assert fake.paths(RPC, RESET) == [RPC, RPC, *[RPC, RESET, RPC] * 2]
         assert [body["method"] for path, body in fake.requests if path == RPC][-2:] == [
             "stepcredit_load",
             "stepcredit_loaded",
@@ -591,13 +638,188 @@ def test_only_the_first_process_writes(policy, fakes, tmp_path):
     fake, theirs = fakes(), fakes()
     with sampling(policy, fake, folder=tmp_path) as sampler:
         theirs.version = sampler.version
-        answers = iter((sampler.token, sampler.folder, None))
+        answers = iter((sampler.token, sampler.folder, ["folder"]))
         with sampling(policy, theirs, ranks=Other(), folder=tmp_path) as second:
             assert not theirs.loads
             theirs.version = ""
             second.sample(PROMPTS, 2, PARAMS, SEEDS)
             assert [Path(folder) for folder, _ in theirs.loads] == [sampler.folder / sampler.version]
         assert (sampler.folder / sampler.version).is_dir()
+
+
+# ---------------------------------------------------------------------- weights by broadcast
+
+
+def bigger(policy: Policy) -> Policy:
+    """Other weights."""
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    return other
+
+
+def has(fake: Fake, policy: Policy, folder: Path) -> bool:
+    """Whether all workers of a server were given what a saved model holds."""
+    save_policy(policy, folder)
+    saved = load_file(folder / "model.safetensors")
+    return all(
+        worker.given.keys() == saved.keys() and all(torch.equal(worker.given[name], saved[name]) for name in saved)
+        for worker in fake.workers
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 28])
+def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
+    """The tensors that a folder would hold, to all workers of all servers, and nothing is written."""
+    monkeypatch.setattr(stepcredit_worker, "CHUNK", chunk)
+    first, second = fakes(), fakes()
+    with sampling(policy, first, second, way="gloo") as sampler:
+        assert has(first, policy, tmp_path / "a") and has(second, policy, tmp_path / "a")
+        other = bigger(policy)
+        sampler.sync(other)
+        assert has(first, other, tmp_path / "b") and has(second, other, tmp_path / "b")
+        assert [path.name for path in sampler.folder.iterdir()] == ["lock"]
+        assert {first.version, second.version} == {sampler.version}
+        assert first.paths(RPC, RESET)[-3:] == [RPC, RESET, RPC]  # the group of before, and forget
+        sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+    assert set(first.served + second.served) == {sampler.version}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mixtral", "qwen3_moe"])
+def test_tensors_are_those_of_a_saved_model(family, tmp_path):
+    """Experts one by one, as checkpoints have them, and a tied output layer not twice."""
+    model = fresh(family)
+    found = checkpoint_tensors(model, full_state(model))
+    model.model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_tensors_of_all_types_and_shapes():
+    """Example: pieces of a chunk start where any type can be read."""
+    given = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.randn(5, 2, dtype=torch.float64),
+        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "c": torch.randn(7),
+    }
+    entries = [(name, str(one.dtype).removeprefix("torch."), list(one.shape)) for name, one in given.items()]
+    flat = torch.empty(sum(map(stepcredit_worker.room, entries)), dtype=torch.uint8)
+    for name, piece in stepcredit_worker.pieces(flat, entries):
+        piece.copy_(given[name])
+    found = dict(stepcredit_worker.pieces(flat, entries))
+    assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in given.items())
+
+
+def placed(fake: Fake, **place: object) -> Fake:
+    for worker in fake.workers:
+        worker.place = place
+    return fake
+
+
+def test_the_way_of_the_weights(policy, fakes, caplog, monkeypatch):
+    """Through the folder where the server sees it, by the network where not, between GPUs only if they are two."""
+    caplog.set_level(logging.INFO, "stepcredit")
+    near, far = fakes(), placed(fakes(), sees=False)
+    with sampling(policy, near, far) as sampler:
+        assert [one.way for one in sampler.servers] == ["folder", "gloo"]
+        assert len(near.loads) == len(far.loads) == 1
+    assert f"weights go to {far.url} by gloo" in caplog.text
+    with sampling(policy, placed(fakes(), gpu="GPU-1")) as sampler:
+        assert sampler.servers[0].way == "folder"  # the policy has none
+    monkeypatch.setattr(vllm, "gpu_of", lambda _: "GPU-1")
+    with sampling(policy, placed(fakes(), gpu="GPU-1")) as sampler:
+        assert sampler.servers[0].way == "folder"  # the same
+    tried: list[str] = []
+
+    def transfer(url: str, backend: str, *_: object) -> None:
+        tried.append(backend)
+        raise TransferError(f"{backend}: not today")
+
+    monkeypatch.setattr(vllm, "Transfer", transfer)
+    caplog.clear()
+    with sampling(policy, placed(fakes(), gpu="GPU-2")) as sampler:
+        assert sampler.servers[0].way == "folder" and tried == ["nccl"]
+    assert "by nccl: not today" in caplog.text
+    with pytest.raises(UserError, match=r"sampler\.vllm\.folder.*gloo: not today"):
+        VLLMSampler(policy, [placed(fakes(), sees=False).url])
+
+
+def test_ways_that_cannot_be(policy, fakes):
+    adapted = load_policy("embedded", "cpu")
+    add_adapters(adapted, 4, 8.0, [], seed=0)
+    for one, way, why in [
+        (policy, "nccl", "from GPU to GPU"),
+        (adapted, "gloo", "adapters go through a folder"),
+        (policy, "folder", "sampler.vllm.folder"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            VLLMSampler(one, [placed(fakes(), sees=False).url], way=way)
+        assert not list(vllm.MEMORY.iterdir())
+
+
+def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplog):
+    with sampling(policy, fake, way="gloo") as sampler:
+        fake.stop()
+        fake.start()
+        sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+        assert has(fake, policy, tmp_path / "a") and set(fake.served) == {sampler.version}
+        assert f"{fake.url} was started anew" in caplog.text
+        other = bigger(policy)
+        sampler.sync(other)
+        assert has(fake, other, tmp_path / "b")
+
+
+def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, caplog, monkeypatch):
+    """It is left alone, the other goes on; when it is back it is given them from the start."""
+    monkeypatch.setattr(stepcredit_worker, "CHUNK", 1 << 12)
+    first, second = fakes(), fakes()
+    with sampling(policy, first, second, way="gloo") as sampler:
+        for worker in first.workers:
+            worker.fault = RuntimeError("out of room")
+        other = bigger(policy)
+        sampler.sync(other)
+        assert f"{first.url} has not got the weights" in caplog.text and "out of room" in caplog.text
+        assert sampler.servers[0].down and has(second, other, tmp_path / "a")
+        assert first.version == ""  # neither those of before
+        for worker in first.workers:
+            worker.fault = None
+        sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
+        assert f"{first.url} is back" in caplog.text and has(first, other, tmp_path / "a")
+        assert set(first.served + second.served) == {sampler.version}
+
+
+def test_only_the_first_process_broadcasts(policy, fake, caplog):
+    """Others wait until a server that was started anew has been given the weights."""
+
+    class Other:
+        main = False
+
+        def first(self, _: Callable) -> object:
+            return next(answers)
+
+    with sampling(policy, fake, way="gloo") as sampler:
+        answers = iter((sampler.token, sampler.folder, ["gloo"]))
+        with sampling(policy, fake, ranks=Other(), way="gloo") as second:
+            fake.stop()
+            fake.start()
+            later = threading.Timer(0.3, lambda: sampler.sample(PROMPTS, 1, PARAMS, SEEDS))
+            later.start()
+            second.sample(PROMPTS, 2, PARAMS, SEEDS)
+            later.join()
+    assert set(fake.served) == {sampler.version} and len(fake.loads) == 1
+    assert "waits for the first process" in caplog.text
+
+
+def test_a_run_by_broadcast(policy, fakes, tmp_path):
+    fake = placed(fakes(model=True), sees=False)
+    assert train(fake, tmp_path / "run", "--group-size", "4") == 0
+    assert all(row["sampler/logprob_diff_mean"] < 1e-4 for row in rows(tmp_path / "run")[1:])
+    end = load_file(tmp_path / "run" / "checkpoints" / "000002" / "model.safetensors")
+    served = fake.sampler.policy.model.state_dict()
+    assert all(torch.equal(value, served[name]) for name, value in end.items())
 
 
 def test_share_of_prompts_that_the_caches_had(policy, fakes):

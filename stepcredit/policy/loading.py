@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, choose_path
@@ -105,6 +106,18 @@ def _check_folder(folder: Path, config_only: bool) -> None:
 def frozen_copy(policy: Policy) -> Policy:
     """A copy that is never trained: the reference."""
     return copy.deepcopy(policy).requires_grad_(False)
+
+
+def checkpoint_tensors(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names, and in the pieces, of a folder that `save_policy` writes; tied ones once."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, value in state.items():
+        key = (value.data_ptr(), tuple(value.shape))
+        if key not in seen or not value.numel():
+            found[name] = value
+        seen.add(key)
+    return revert_weight_conversion(policy.model, found)
 
 
 def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:

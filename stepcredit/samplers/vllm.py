@@ -1,4 +1,4 @@
-"""Sampling by vLLM servers: token ids in and out by HTTP, weights through a folder that they load.
+"""Sampling by vLLM servers: token ids in and out by HTTP, weights through a folder that they load or by broadcast.
 
 A request is a prompt with all its completions. Servers are taken by how little they have to do; one that does not
 answer is left alone and tried again, and gets the weights anew before it is used. Prompts that continue others are
@@ -17,22 +17,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import httpx
+import torch
+from torch import Tensor
 
 from stepcredit.errors import UserError
 from stepcredit.parallel.ranks import ALONE, Ranks
 from stepcredit.parallel.spread import full_state
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.loading import save_policy
+from stepcredit.policy.loading import checkpoint_tensors, save_policy
 from stepcredit.policy.lora import has_adapters
 from stepcredit.samplers.launch import LocalServer
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transfer import Transfer, TransferError
 from stepcredit.types import Segment
 
 log = logging.getLogger("stepcredit")
+
+Way = Literal["auto", "folder", "nccl", "gloo"]
 
 MEMORY = Path("/dev/shm")
 LOCKS: list[IO[bytes]] = []  # held open
@@ -62,6 +68,8 @@ class Server:
         waiting: requests that it has.
         down: it has not answered; it is asked again later.
         lock: of the one that asks.
+        way: how it gets weights: "folder", or a backend of `Transfer`; empty: not yet decided.
+        transfer: of a way that needs one.
     """
 
     url: str
@@ -69,6 +77,8 @@ class Server:
     waiting: int = 0
     down: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    way: str = ""
+    transfer: Transfer | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,10 @@ class VLLMSampler:
         max_rows: completions in flight at once, over all servers.
         timeout_s: of a request.
         patience_s: how long a request that failed is tried again before the run ends.
-        folder: weights are written below it; all servers see it. None: in memory where there is a /dev/shm.
+        folder: weights are written below it for servers that see it. None: in memory where there is a /dev/shm.
+        way: of the weights: "folder", "nccl" (from GPU to GPU), "gloo" (between any devices, over the network) or
+            "auto": nccl where trainer and server have GPUs of their own, else the folder if the server sees it, else
+            gloo.
         ranks: the processes of the run; the first sends the weights.
         server: one of the run's own, to be ended with it.
 
@@ -113,6 +126,7 @@ class VLLMSampler:
         folder: Path | None = None,
         ranks: Ranks = ALONE,
         server: LocalServer | None = None,
+        way: Way = "auto",
     ) -> None:
         self.policy, self.max_rows, self.ranks, self.server = policy, max_rows, ranks, server
         self.timeout_s, self.patience_s = timeout_s, patience_s
@@ -122,10 +136,15 @@ class VLLMSampler:
         connecting = httpx.Timeout(timeout_s, connect=10.0)
         self.client = httpx.Client(timeout=connecting, limits=limits, trust_env=False)  # no proxy stands between
         self.servers = [Server(url.rstrip("/")) for url in urls]
-        self.lock = threading.Lock()
+        self.lock, self.writing = threading.Lock(), threading.Lock()
         self.token, self.number = ranks.first(lambda: uuid.uuid4().hex[:8]), 0  # a server may know other runs
-        self.adapted = has_adapters(policy)
+        self.adapted, self.way = has_adapters(policy), way
+        self.state: dict[str, Tensor] = {}  # what servers are given; of the first process
         self._counted: dict[str, tuple[float, float]] = {}
+        if way == "nccl" and policy.device.type != "cuda":
+            raise UserError("sampler.vllm.transfer: nccl goes from GPU to GPU, and the policy is on the CPU; take gloo")
+        if self.adapted and way not in ("auto", "folder"):
+            raise UserError(f"sampler.vllm.transfer: adapters go through a folder, not by {way}")
         for one in self.servers:
             try:
                 self._check(one)
@@ -133,7 +152,11 @@ class VLLMSampler:
                 raise UserError(f"sampler.vllm.servers: {error}") from error
         self.folder = ranks.first(lambda: _new_folder(folder))
         self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True) if ranks.main else None
-        self.sync(policy)  # now, because all processes take part, and some may have nothing to sample
+        try:
+            self.sync(policy)  # now, because all processes take part, and some may have nothing to sample
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -147,6 +170,8 @@ class VLLMSampler:
 
     def close(self) -> None:
         self.client.close()
+        for one in self.servers:
+            self._drop(one)
         if self.server is not None:
             self.server.close()
         if self._remove is not None:
@@ -281,21 +306,24 @@ class VLLMSampler:
         Raises:
             UserError: a server does not take them.
         """
-        state = full_state(policy, keep=self.ranks.main)
+        self.state = full_state(policy, keep=self.ranks.main)
         self.number += 1
 
-        def send() -> None:
+        def send() -> list[str]:
             for old in self.folder.iterdir():
                 shutil.rmtree(old, ignore_errors=True)
-            save_policy(policy, self.folder / self.version, state)
             for server in self.servers:
                 try:
                     self._load(server)
                 except Retry as error:
                     server.down = True
                     log.warning("vLLM: %s; it gets the weights when it is back", error)
+            return [server.way for server in self.servers]
 
-        self.ranks.first(send)
+        for server, way in zip(self.servers, self.ranks.first(send), strict=True):
+            server.way = way
+        if all(server.way == "folder" for server in self.servers) and (self.folder / self.version).exists():
+            self.state = {}  # the folder holds them
         self.metrics = self._cache_metrics()
 
     def _model(self, server: Server) -> str:
@@ -304,25 +332,101 @@ class VLLMSampler:
 
     def _load(self, server: Server) -> None:
         """Let a server load the weights of `version`, and check that all its workers have."""
-        folder = str(self.folder / self.version)
+        if not server.way:
+            self._find_way(server)
         if self.adapted:  # of a new name, so that nothing that was computed with others is found in the prefix cache
             for old in self._loaded(server) - {self.version}:
                 self._post(server, "/v1/unload_lora_adapter", {"lora_name": old})
             if self.version not in self._loaded(server):
-                self._post(server, "/v1/load_lora_adapter", {"lora_name": self.version, "lora_path": folder})
+                adapters = {"lora_name": self.version, "lora_path": str(self._written())}
+                self._post(server, "/v1/load_lora_adapter", adapters)
         else:
-            self._post(server, "/collective_rpc", _rpc("stepcredit_load", folder, self.version))
+            if server.way == "folder":
+                self._call(server, "stepcredit_load", str(self._written()), self.version)
+            else:
+                self._broadcast(server)
             self._post(server, "/reset_prefix_cache", {})
         if self._loaded(server) != {self.version}:
-            raise UserError(f"sampler: {server.url} has not taken over the weights; restart it as docs/vllm.md says")
+            raise _not_taken(server)
+
+    def _find_way(self, server: Server) -> None:
+        """The first of the possible ways by which weights get to a server; only the first process opens one.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.ranks.main:
+            raise Retry(f"{server.url} waits for the first process to give it the weights")
+        why = ""
+        for way in self._ways(server):
+            try:
+                if way != "folder":
+                    server.transfer = Transfer(server.url, way, self.policy.device, partial(self._call, server))
+            except TransferError as error:
+                why += f"; {error}"
+                log.warning("vLLM: weights do not get to %s by %s", server.url, error)
+                continue
+            server.way = way
+            log.info("vLLM: weights go to %s by %s", server.url, way)
+            return
+        raise UserError(
+            f"sampler.vllm.transfer: no way for the weights to {server.url}; name a folder that it sees "
+            f"(--sampler.vllm.folder), or let it reach this machine{why}"
+        )
+
+    def _ways(self, server: Server) -> list[str]:
+        if self.adapted:
+            return ["folder"]
+        places = self._call(server, "stepcredit_place", str(self.folder)).get("results")
+        if not places or not all(isinstance(place, dict) for place in places):
+            raise _not_taken(server)
+        seen = self.way in ("auto", "folder") and all(place.get("sees") for place in places)
+        if not self.state:
+            return ["folder"] if seen else []
+        if self.way != "auto":
+            return [self.way] if self.way != "folder" or seen else []
+        gpus = {place.get("gpu") for place in places}
+        apart = gpu_of(self.policy.device) not in gpus | {""} and "" not in gpus
+        return ["nccl"] * apart + ["folder"] * seen + ["gloo"]
+
+    def _broadcast(self, server: Server) -> None:
+        if not self.ranks.main:
+            raise Retry(f"{server.url} waits for the first process to give it the weights")
+        assert server.transfer is not None
+        try:
+            server.transfer.send(checkpoint_tensors(self.policy, self.state), self.version)
+        except TransferError as error:
+            self._drop(server)
+            raise Retry(f"{server.url} has not got the weights ({error})") from error
+
+    def _drop(self, server: Server) -> None:
+        """Forget how a server got weights: it may be another now."""
+        if server.transfer is not None:
+            server.transfer.close()
+            server.transfer, server.way = None, ""
+
+    def _written(self) -> Path:
+        """The folder with the weights; the first process writes it when it is needed."""
+        folder = self.folder / self.version
+        with self.writing:
+            if self.ranks.main and not folder.exists():
+                part = folder.with_suffix(".part")
+                save_policy(self.policy, part, self.state)
+                part.rename(folder)
+        if not folder.exists():
+            raise Retry(f"{folder} is not there yet")
+        return folder
+
+    def _call(self, server: Server, method: str, *args: str) -> dict[str, Any]:
+        """Let all workers of a server run a method of their extension."""
+        return self._post(server, "/collective_rpc", {"method": method, "args": list(args)})
 
     def _loaded(self, server: Server) -> set[str]:
         """The versions that the workers of a server have; of adapters those of this run."""
         if self.adapted:
             own = self.version.rsplit("-", 1)[0]
             return {name for name in self._models(server) if name.startswith(own)}
-        answer = self._post(server, "/collective_rpc", _rpc("stepcredit_loaded"))
-        return {str(version) for version in answer.get("results") or ()}
+        return {str(version) for version in self._call(server, "stepcredit_loaded").get("results") or ()}
 
     def _ensure(self) -> None:
         """All servers have the weights that they should have; one that was restarted gets them."""
@@ -332,6 +436,7 @@ class VLLMSampler:
             try:
                 if self._loaded(server) != {self.version}:
                     log.warning("vLLM: %s was started anew; it gets the weights", server.url)
+                    self._drop(server)
                     self._check(server)
                     self._load(server)
             except Retry as error:
@@ -345,8 +450,9 @@ class VLLMSampler:
         try:
             if not server.down or self.client.get(f"{server.url}/health", timeout=5.0).status_code != 200:
                 return
-            self._check(server)
-            self._load(server)
+            if self._check(server) != {self.version}:
+                self._drop(server)
+                self._load(server)
             server.down = False  # not before: other threads would take it with other weights
             log.warning("vLLM: %s is back", server.url)
         except (Retry, httpx.TransportError):
@@ -356,8 +462,8 @@ class VLLMSampler:
 
     # ------------------------------------------------------------------ servers
 
-    def _check(self, server: Server) -> None:
-        """A server runs a model of the policy's vocabulary, and has our methods.
+    def _check(self, server: Server) -> set[str]:
+        """A server runs a model of the policy's vocabulary, and has our methods; the versions of its weights.
 
         Raises:
             Retry: it does not answer.
@@ -371,7 +477,7 @@ class VLLMSampler:
             raise UserError(
                 f"sampler.vllm.servers: {server.url} serves '{server.model}', whose vocabulary is not the policy's"
             )
-        self._loaded(server)
+        return self._loaded(server)
 
     def _models(self, server: Server) -> list[str]:
         """The names of a server's models, the base first.
@@ -452,8 +558,13 @@ def _new_folder(parent: Path | None) -> Path:
     return made
 
 
-def _rpc(method: str, *args: str) -> dict[str, Any]:
-    return {"method": method, "args": list(args)}
+def _not_taken(server: Server) -> UserError:
+    return UserError(f"sampler: {server.url} has not taken over the weights; restart it as docs/vllm.md says")
+
+
+def gpu_of(device: torch.device) -> str:
+    """What tells a GPU from all others; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _counter(text: str, name: str) -> float:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(PYTHON is None, reason="make test-vllm sets up v
 
 LAUNCH = ["--sampler.name", "vllm", "--sampler.vllm.launch", "true", "--sampler.vllm.python", str(PYTHON)]
 LAUNCH += ["--sampler.vllm.args=" + ",".join(ARGS), "--eval.num-problems", "20", "--iterations", "5"]
+LORA = "grpo --lora.rank 4 --learning-rate 2e-3"
 PROBLEMS = problems("held_out", 0, 8)
 
 
@@ -48,12 +49,12 @@ def policy() -> Policy:
     return load_policy("embedded", "cpu")
 
 
-@pytest.fixture
-def sampler(server, policy):
-    one = VLLMSampler(policy, [server.url], patience_s=60)
+@pytest.fixture(params=["folder", "gloo"])
+def sampler(server, policy, request):
+    one = VLLMSampler(policy, [server.url], patience_s=60, way=request.param)
     one.sync(policy)
     yield one
-    one.client.close()
+    one.close()
 
 
 def moved(policy: Policy) -> Policy:
@@ -79,7 +80,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "treerpo", "grpo --lora.rank 4 --learning-rate 2e-3"])
+@pytest.mark.parametrize("algorithm", ["grpo", "treerpo --sampler.vllm.transfer gloo", LORA])
 def test_five_iterations(algorithm, tmp_path):
     """Weights synced and compared each time; rewards as with the sampler of this program."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -91,7 +92,7 @@ def test_five_iterations(algorithm, tmp_path):
     assert all(row["policy/entropy"] > 0 for row in rows(theirs))
     rewards = [sum(row["reward/mean"] for row in rows(run)) / 5 for run in (ours, theirs)]
     assert abs(rewards[0] - rewards[1]) < 0.1, rewards
-    if algorithm == "treerpo":
+    if algorithm.startswith("treerpo"):
         assert all(row["sampler/prefix_hits"] > 0.1 for row in rows(theirs))
 
 
@@ -136,7 +137,8 @@ def test_a_stale_tied_head_shows(policy, tmp_path, monkeypatch):
         one.close()
 
 
-def test_a_server_that_is_killed_and_comes_back(policy, tmp_path):
+@pytest.mark.parametrize("way", ["folder", "gloo"])
+def test_a_server_that_is_killed_and_comes_back(way, policy, tmp_path):
     """The run reports it, tries again, and goes on with the weights of now."""
     first = start(tmp_path / "one.log")
     made: list[LocalServer] = []
@@ -152,6 +154,7 @@ def test_a_server_that_is_killed_and_comes_back(policy, tmp_path):
     thread.start()
     words = ["--sampler.name", "vllm", "--sampler.vllm.servers", first.url, "--eval.num-problems", "4"]
     words += ["--eval.greedy", "false", "--iterations", "6", "--run-dir", str(run), "--sampler.vllm.patience-s", "200"]
+    words += ["--sampler.vllm.transfer", way]
     try:
         assert main(["train", *words]) in (0, 1)
         thread.join()
