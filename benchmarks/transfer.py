@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy, save_policy
@@ -20,20 +20,21 @@ from stepcredit.samplers.vllm import VLLMSampler
 
 
 def make_policy(layers: int) -> Policy:
-    """A Qwen2 of the width of Qwen2.5-0.5B with random weights and the embedded model's vocabulary."""
+    """A Qwen3 of the width of Qwen2.5-0.5B with random weights and the embedded model's vocabulary."""
     tokenizer = load_policy("embedded", "cpu").tokenizer
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=896,
         intermediate_size=4864,
         num_hidden_layers=layers,
         num_attention_heads=14,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return Policy(Qwen2ForCausalLM(config), tokenizer)
+    return Policy(Qwen3ForCausalLM(config), tokenizer)
 
 
 def best(work, repeats: int) -> float:

@@ -672,7 +672,7 @@ def has(fake: Fake, policy: Policy, folder: Path) -> bool:
 @pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 28])
 def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
     """The tensors that a folder would hold, to all workers of all servers, and nothing is written."""
-    monkeypatch.setattr(stepcredit_worker, "CHUNK", chunk)
+    monkeypatch.setitem(stepcredit_worker.CHUNK, "gloo", chunk)
     first, second = fakes(), fakes()
     with sampling(policy, first, second, way="gloo") as sampler:
         assert has(first, policy, tmp_path / "a") and has(second, policy, tmp_path / "a")
@@ -774,7 +774,7 @@ def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplo
 
 def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, caplog, monkeypatch):
     """It is left alone, the other goes on; when it is back it is given them from the start."""
-    monkeypatch.setattr(stepcredit_worker, "CHUNK", 1 << 12)
+    monkeypatch.setitem(stepcredit_worker.CHUNK, "gloo", 1 << 12)
     first, second = fakes(), fakes()
     with sampling(policy, first, second, way="gloo") as sampler:
         for worker in first.workers:

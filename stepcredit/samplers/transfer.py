@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepcredit.errors import UserError
-from stepcredit.samplers.server.stepcredit_worker import Entry, chunks, open_group, own_address, pieces, room
+from stepcredit.samplers.server.stepcredit_worker import CHUNK, Entry, chunks, open_group, own_address, pieces, room
 
 TIMEOUT_S = 60.0  # for a chunk, or for the others to come
 PAUSE_S = 0.0005
@@ -77,7 +77,7 @@ class Transfer:
         ]
 
         def broadcast() -> None:
-            for chunk in chunks(entries):
+            for chunk in chunks(entries, CHUNK[self.backend]):
                 flat = torch.empty(sum(map(room, chunk)), dtype=torch.uint8, device=self.device)
                 for name, piece in pieces(flat, chunk):
                     piece.copy_(tensors[name])

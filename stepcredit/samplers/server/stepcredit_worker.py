@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 1 << 28  # bytes that are sent at once
+CHUNK = {"gloo": 1 << 24, "nccl": 1 << 28}  # bytes that are sent at once
 ALIGNED = 16  # bytes, so that a piece of a chunk can be read as any type
 
 Entry = tuple[str, str, list[int]]  # name, type and shape of a tensor
@@ -66,10 +66,11 @@ class Extension:
         """Take over the weights that the trainer broadcasts in this order."""
         if self.stepcredit_group is None:
             raise RuntimeError("this worker is in no group with the trainer")
-        where = self.device if self.stepcredit_group.name() == "nccl" else torch.device("cpu")
+        backend = self.stepcredit_group.name()
+        where = self.device if backend == "nccl" else torch.device("cpu")
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for chunk in chunks(json.loads(entries)):
+            for chunk in chunks(json.loads(entries), CHUNK[backend]):
                 flat = torch.empty(sum(map(room, chunk)), dtype=torch.uint8, device=where)
                 self.stepcredit_group.broadcast(flat, 0).wait()
                 yield from pieces(flat, chunk)
@@ -123,12 +124,12 @@ def room(entry: Entry) -> int:
     return -(-prod(shape) * getattr(torch, dtype).itemsize // ALIGNED) * ALIGNED
 
 
-def chunks(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """Tensors that are sent together; a large one goes alone."""
+def chunks(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
+    """Tensors that are sent together, at most `limit` bytes; a larger one goes alone."""
     held: list[Entry] = []
     taken = 0
     for entry in entries:
-        if held and taken + room(entry) > CHUNK:
+        if held and taken + room(entry) > limit:
             yield held
             held, taken = [], 0
         held.append(entry)
