@@ -53,13 +53,13 @@ CASES = {
 }
 
 
-def make_policy(vocabulary: int = VOCABULARY) -> Policy:
-    """A Qwen2 of about 3 million parameters, if the vocabulary is small, with random weights."""
+def make_policy(vocabulary: int = VOCABULARY, layers: int = 4) -> Policy:
+    """A Qwen2 of about 3 million parameters, if the vocabulary is small and the layers are 4, with random weights."""
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,

@@ -1,8 +1,10 @@
-"""Peak memory, each form in a process of its own: the output layer in chunks, and a prompt's keys held once.
+"""Peak memory, each form in a process of its own: the output layer, a prompt's keys, layers that are computed again.
 
 head     8 x 512 tokens at a vocabulary of 152,000, forward and backward: what log-softmax of all logits adds to the
          memory of the process, and what the chunked head adds
 cache    a prompt of 1024 tokens x 8 completions of 64: bytes of keys and values that are held
+layers   24 layers of hidden size 256, 4 prompts of 512 tokens x 4 completions of 128, forward and backward: what is
+         added to the memory with all activations kept, and with train.gradient_checkpointing; and the seconds
 
 python benchmarks/memory.py [--json FILE]
 """
@@ -13,10 +15,11 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
-from forest import make_policy
+from forest import Case, make_forest, make_policy
 
 from stepcredit.policy.decoding import ForestRows
 from stepcredit.policy.head import score_logits, score_states
@@ -61,24 +64,51 @@ def cache_mib() -> tuple[float, float]:
     return (8 * prompt + size) / 2**20, (prompt + size) / 2**20
 
 
+def layers_mib(again: bool) -> tuple[float, float]:
+    """MiB that a forward and backward adds to the peak, and the seconds of the second one."""
+    policy = make_policy(layers=24)
+    if again:
+        policy.checkpoint_layers()
+    forest = make_forest(Case(prompt=512, branches=4, depth=1, tokens=128, trees=4))
+    for value in policy.parameters():
+        value.grad = torch.zeros_like(value)
+    before = peak_mib()
+    for _ in range(2):
+        started = time.perf_counter()
+        policy(forest).logprobs.sum().backward()
+    return peak_mib() - before, time.perf_counter() - started
+
+
+FORMS = {
+    "all-logits": lambda: head_mib(False),
+    "chunked": lambda: head_mib(True),
+    "kept": lambda: layers_mib(False),
+    "again": lambda: layers_mib(True),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the numbers here")
-    parser.add_argument("--only", choices=("all-logits", "chunked"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=FORMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        print(head_mib(given.only == "chunked"))
+        print(json.dumps(FORMS[given.only]()))
         return
     run = [sys.executable, __file__, "--only"]
-    whole, chunked = (
-        float(subprocess.run([*run, form], check=True, capture_output=True, text=True).stdout)
-        for form in ("all-logits", "chunked")
+    whole, chunked, (kept, kept_s), (again, again_s) = (
+        json.loads(subprocess.run([*run, form], check=True, capture_output=True, text=True).stdout) for form in FORMS
     )
     repeated, held = cache_mib()
-    results = {"head": {"repeated": whole, "ours": chunked}, "cache": {"repeated": repeated, "ours": held}}
+    results = {
+        "head": {"repeated": whole, "ours": chunked},
+        "cache": {"repeated": repeated, "ours": held},
+        "layers": {"repeated": kept, "ours": again},
+    }
     print(f"{'MiB':8}{'usual':>10}{'stepcredit':>12}{'share':>8}")
     for name, found in results.items():
         print(f"{name:8}{found['repeated']:10,.0f}{found['ours']:12,.0f}{found['ours'] / found['repeated']:8.0%}")
+    print(f"layers computed again take {again_s / kept_s:.2f} times as long ({kept_s:.2f} s and {again_s:.2f} s)")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as out_file:
             json.dump(results, out_file, indent=1)

@@ -321,7 +321,10 @@ def build_spread(config: Config, ranks: Ranks) -> Spread:
 def load_model(config: Config, model: str, spread: Spread) -> Policy:
     """A model of the config, on the device; one that will be sharded in the CPU's memory."""
     device, home = ("cpu", spread.device) if spread.sharded else (config.train.device, None)
-    return load_policy(model, device, config.train.dtype, config.trust_remote_code, home)
+    policy = load_policy(model, device, config.train.dtype, config.trust_remote_code, home)
+    if config.train.gradient_checkpointing:
+        policy.checkpoint_layers()
+    return policy
 
 
 def build_adapters(config: Config, policy: Policy) -> None:

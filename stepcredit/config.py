@@ -167,6 +167,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; weights are always fp32
+    gradient_checkpointing: bool = False  # keep only what goes into the layers; a backward computes them again
 
 
 class DistributedConfig(Section):

@@ -19,7 +19,7 @@ from tiny_models import (
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.policy import packing, reference
+from stepcredit.policy import forward, packing, reference
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import choose_path, score
 from stepcredit.types import Problem, Segment, Tree
@@ -249,6 +249,38 @@ def test_order_of_trees_and_siblings_does_not_matter(deep, seed):
         found, expected = policy(Forest.from_trees(shuffled)), policy(Forest.from_trees(trees))
     torch.testing.assert_close(found.logprobs, expected.logprobs[order], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(found.entropy, expected.entropy[order], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["forest", "plain"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "mixtral"])
+def test_layers_computed_again_give_the_same_gradient(family, autocast, path):
+    """To the last bit; each layer runs twice where there is a gradient, and once where there is none."""
+    policy = on_path(family, path)
+    policy.autocast = autocast
+    forest = random_forest(5, deep=True)
+    expected = gradients(policy, policy(forest).logprobs.sum())
+    policy.checkpoint_layers()
+    layers, runs = list(policy.model.base_model.layers), []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: runs.append(module))
+    scores = policy(forest)
+    assert len(runs) == len(layers) and not any(module.training for module in policy.model.modules())
+    found = gradients(policy, scores.logprobs.sum())
+    assert len(runs) == 2 * len(layers) and torch.equal(found, expected)
+    score(policy, forest, 1.0, 10**6)
+    assert len(runs) == 3 * len(layers)
+
+
+def test_what_cannot_be_computed_again(monkeypatch):
+    policy = fresh("qwen2")
+    policy.path = "cached"
+    with pytest.raises(UserError, match="the cached form"):
+        policy.checkpoint_layers()
+    policy.path = "forest"
+    monkeypatch.setattr(forward, "GradientCheckpointingLayer", int)
+    with pytest.raises(UserError, match="the layers of this model"):
+        policy.checkpoint_layers()
 
 
 @paths

@@ -16,7 +16,16 @@ from stepcredit.cli.main import main
 from stepcredit.config import read_yaml, resolve
 from stepcredit.forest import Forest
 from stepcredit.parallel import memory
-from stepcredit.parallel.memory import ALWAYS, GIB, PASS, SAMPLING, reckon, saved_by_layer, saved_outside
+from stepcredit.parallel.memory import (
+    ALWAYS,
+    GIB,
+    PASS,
+    SAMPLING,
+    reckon,
+    saved_by_checkpoint,
+    saved_by_layer,
+    saved_outside,
+)
 from stepcredit.parallel.ranks import Ranks
 from stepcredit.parallel.spread import Spread
 from stepcredit.policy.decoding import ForestRows
@@ -118,6 +127,21 @@ def test_activations_are_those_that_autograd_keeps(family, mixed, width) -> None
     assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03)
     # Norms are not cast, and the output layer's cast is not kept.
     assert casts == pytest.approx(2 * (size.weights - size.outside) if mixed else 0, rel=0.03)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("width", WIDTHS, ids=str)
+def test_activations_of_checkpointed_layers(width, mixed) -> None:
+    """Autograd keeps what goes into them, and nothing that is inside."""
+    policy = shaped("qwen2", width)
+    policy.autocast = torch.bfloat16 if mixed else None
+    policy.checkpoint_layers()
+    forest = groups()
+    found, casts = kept(policy, forest)
+    size = memory.size_of_network(policy.model)
+    angles = 8 * size.head_dim  # are held by the layers' calls, which nobody counts here
+    expected = size.layers * saved_by_checkpoint(size, mixed) + saved_outside(size, mixed) - angles
+    assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03) and casts == 0
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])

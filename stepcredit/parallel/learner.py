@@ -73,13 +73,15 @@ class Learner:
                 if self.spread.ranks.size > 1:
                     raise UserError(
                         f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; lower "
-                        "--optim.max-tokens-per-micro-batch ('stepcredit plan' reckons what fits)"
+                        "--optim.max-tokens-per-micro-batch or set --train.gradient-checkpointing true ('stepcredit "
+                        "plan' reckons what fits)"
                     ) from error
             self.optimizer.zero_grad()
             if len(parts) == int(step.ends.sum()):
                 raise UserError(
-                    f"out of memory{self.where} with a single completion in a micro-batch; lower "
-                    "--sampler.max-new-tokens or --task.max-prompt-tokens, or take a smaller model"
+                    f"out of memory{self.where} with a single completion in a micro-batch; set "
+                    "--train.gradient-checkpointing true, lower --sampler.max-new-tokens or --task.max-prompt-tokens, "
+                    "or take a smaller model"
                 )
             self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
             log.warning(

@@ -138,6 +138,11 @@ def saved_by_layer(size: Size, mixed: bool = True, sharded: bool = False) -> int
     return found
 
 
+def saved_by_checkpoint(size: Size, mixed: bool = True, sharded: bool = False) -> int:
+    """Bytes a token that a checkpointed layer keeps: what goes into it."""
+    return (2 if mixed and sharded else 4) * size.hidden
+
+
 def saved_outside(size: Size, mixed: bool = True, sharded: bool = False) -> int:
     """Bytes a token that autograd keeps outside the layers: the last norm, states, rotary angles, numbers of tokens."""
     return (8 if mixed and sharded else 12) * size.hidden + 8 * size.head_dim + 32
@@ -295,9 +300,12 @@ def _pass(config: Config, model: _Learning, gpus: int, sharded: bool, tokens: in
     head = size.vocabulary * size.hidden
     layer, outside = saved_by_layer(size, mixed, sharded), saved_outside(size, mixed, sharded)
     # One layer more than is kept, for what its backward holds at a time.
+    kept = (size.layers + 1) * layer
+    if config.train.gradient_checkpointing:
+        kept = min(kept, size.layers * saved_by_checkpoint(size, mixed, sharded) + 2 * layer)
     found = [
         Part(PASS, "gradients, fp32", 4 * model.trained / (gpus if sharded else 1) * here),
-        Part(PASS, f"activations of {tokens} tokens", tokens * ((size.layers + 1) * layer + outside)),
+        Part(PASS, f"activations of {tokens} tokens", tokens * (kept + outside)),
     ]
     if sharded:
         share = model.trained / size.weights  # of a layer's weights, those that have a gradient
@@ -404,9 +412,10 @@ class Advice:
 def advise(config: Config, gpus: int, memory: float) -> list[Advice]:
     """Changes that make a run fit that does not, each checked by its own plan; the simplest first."""
     shards: dict[str, Any] = {"distributed.strategy": "fsdp"}
-    changes: list[tuple[dict[str, Any], int]] = [({}, gpus)]
+    again: dict[str, Any] = {"train.gradient_checkpointing": True}
+    changes: list[tuple[dict[str, Any], int]] = [({}, gpus), (again, gpus)]
     if gpus > 1:
-        changes.append((shards, gpus))
+        changes += [(shards, gpus), (shards | again, gpus)]
     changes.append((shards | {"distributed.cpu_offload": True}, gpus))
     if not config.lora.rank:
         changes += [({"lora.rank": LORA_RANK}, gpus), (shards | {"lora.rank": LORA_RANK}, gpus)]

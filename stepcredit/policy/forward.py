@@ -6,13 +6,16 @@ module calls. Models for which that does not hold are scored in another way (`re
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -60,6 +63,7 @@ class Policy(nn.Module):
         self.rule = LogitRule.of(model.config.get_text_config())
         self.steady = _steady_length(model.config.get_text_config())
         self._ordinary = model.config._attn_implementation
+        self._checkpointed: list[GradientCheckpointingLayer] = []
         self.path = path
 
     @property
@@ -108,7 +112,7 @@ class Policy(nn.Module):
         wanted = forest.token_sampled
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
-        with self.autocast_context():
+        with self.autocast_context(), self._checkpointing():
             if self.path == "plain":
                 scores, order = plain_scores(self.model, forest, wanted, temperature, entropy_grad)
             else:
@@ -118,6 +122,32 @@ class Policy(nn.Module):
                 scores = score_states(states, targets, head, temperature, rule=self.rule, entropy_grad=entropy_grad)
         order = order.to(self.device)
         return TokenScores(*(value.new_zeros(forest.num_tokens).index_copy(0, order, value) for value in scores))
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of the layers for a backward, which then computes each layer again.
+
+        Raises:
+            UserError: the model cannot.
+        """
+        self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not self._checkpointed or self.path == "cached":
+            what = "the layers of this model cannot be" if not self._checkpointed else "the cached form cannot be"
+            raise UserError(f"train.gradient_checkpointing: {what} computed again; leave it out")
+        for layer in self._checkpointed:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """transformers checkpoints layers that are in training mode; what they consist of stays as it is."""
+        layers = self._checkpointed if torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def check_length(self, longest: int) -> None:
         """Refuse paths on which the model's rotary embedding would depend on what else is computed beside them."""
