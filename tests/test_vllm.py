@@ -356,6 +356,17 @@ def test_what_is_sent_and_what_comes_back(policy, fake):
     assert sum(counted) == 16
 
 
+def test_greedy_sampling_is_asked_for_once(policy, fake):
+    """vLLM refuses several; they are copies of one."""
+    with sampling(policy, fake) as sampler:
+        counted: list[int] = []
+        sampler.on_progress = counted.append
+        groups = sampler.sample(PROMPTS, 3, SamplingParams(temperature=0.0, max_new_tokens=6), SEEDS)
+    assert all(body["n"] == 1 for path, body in fake.requests if path == COMPLETIONS)
+    assert all(len(group) == 3 and group[0] == group[1] == group[2] for group in groups) and sum(counted) == 12
+    assert groups[0][0].token_ids is not groups[0][1].token_ids
+
+
 def test_the_models_own_stop_ids_and_limit(policy, fake):
     with sampling(policy, fake) as sampler:
         sampler.sample(PROMPTS[:1], 1, SamplingParams(max_new_tokens=5, top_k=3, top_p=0.5), [1])

@@ -5,6 +5,7 @@ answer is left alone and tried again, and gets the weights anew before it is use
 computed from where they part, by the servers' prefix caches.
 """
 
+import copy
 import fcntl
 import logging
 import shutil
@@ -87,12 +88,14 @@ class Request:
     Attributes:
         stop: ids that end a completion.
         full: the log-probabilities are of the full distribution.
+        copies: of each completion that is asked for: vLLM takes greedy sampling for one at a time.
         over: set when nobody waits for the answer any more.
     """
 
     body: dict[str, Any]
     stop: frozenset[int]
     full: bool
+    copies: int
     over: threading.Event
 
 
@@ -196,10 +199,11 @@ class VLLMSampler:
         limits = [params.max_new_tokens] * len(prompts) if limits is None else limits
         stop = self.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids
         full, over = params.temperature in (0, 1) or not params.truncates, threading.Event()
+        drawn = 1 if params.temperature == 0 else n
         bodies: list[dict[str, Any]] = [
             {
                 "prompt": list(prompt),
-                "n": n,
+                "n": drawn,
                 "max_tokens": limit,
                 "temperature": params.temperature,
                 "top_p": params.top_p,
@@ -220,7 +224,7 @@ class VLLMSampler:
         self._ensure()
         pool = ThreadPoolExecutor(max(1, self.max_rows // n))
         try:
-            requests = [Request(body, frozenset(stop), full, over) for body in bodies]
+            requests = [Request(body, frozenset(stop), full, n // drawn, over) for body in bodies]
             futures = [pool.submit(self._complete, request) for request in requests]
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
@@ -240,6 +244,7 @@ class VLLMSampler:
                     raise Retry(last or f"no answer of {', '.join(one.url for one in self.servers)}")
                 answer = self._post(server, "/v1/completions", request.body | {"model": self._model(server)})
                 found = self._read(answer, request, server.url)
+                found = [copy.deepcopy(segment) for segment in found for _ in range(request.copies)]
                 self.on_progress(len(found))
                 return found
             except Retry as error:

@@ -19,6 +19,7 @@ from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
 from stepcredit.samplers.launch import LocalServer
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.samplers.vllm import VLLMSampler
 from stepcredit.tasks.chain import problems
 from stepcredit.types import Tree
@@ -104,6 +105,16 @@ def test_seeds_and_weights(sampler, policy):
     assert difference(sampler, policy) > 0.05
     sampler.sync(policy)
     assert difference(sampler, policy) < 1e-4
+
+
+def test_greedy(sampler, policy):
+    """Several copies of what the sampler of this program gives."""
+    prompts, greedy = [[5, 6, 7], [8, 9]], SamplingParams(temperature=0.0, max_new_tokens=8)
+    theirs = sampler.sample(prompts, 2, greedy, [1, 2])
+    ours = TransformersSampler(policy).sample(prompts, 2, greedy, [1, 2])
+    assert [[one.token_ids for one in group] for group in theirs] == [
+        [one.token_ids for one in group] for group in ours
+    ]
 
 
 def test_a_stale_prefix_cache_shows(sampler, policy, monkeypatch):
