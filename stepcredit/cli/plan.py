@@ -29,6 +29,7 @@ Any option of 'stepcredit train' works too. Most depends on
 
   --algorithm NAME      a reference and a reward model take memory
   --optim.max-tokens-per-micro-batch N    activations; a completion with its prompt is never split
+  --train.gradient-checkpointing true     a fraction of them, for a third more arithmetic
   --sampler.max-rows N  --max-new-tokens N  --task.max-prompt-tokens N   keys and values while sampling
   --distributed.strategy NAME  --distributed.cpu-offload true  --lora.rank N
 
