@@ -137,6 +137,7 @@ def build_sampler(config: Config, policy: Policy, spread: Spread) -> Sampler:
         spread.ranks,
         server,
         options.transfer,
+        spread.device if spread.sharded else None,
     )
 
 

@@ -156,8 +156,9 @@ def test_a_plan_with_checkpointed_layers(folders) -> None:
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_activations_in_shards(family, mixed) -> None:
+def test_activations_in_shards(family, again, mixed) -> None:
     """FSDP2 on one process: the residual stream is bf16 too."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -166,11 +167,14 @@ def test_activations_in_shards(family, mixed) -> None:
         policy = shaped(family, WIDTHS[1])
         policy.autocast = torch.bfloat16 if mixed else None
         size = memory.size_of_network(policy.model)
+        if again:
+            policy.checkpoint_layers()
         forest = groups()
         found, _ = kept(Spread(ranks, "fsdp").place(policy), forest)
     finally:
         dist.destroy_process_group()
-    expected = size.layers * saved_by_layer(size, mixed, True) + saved_outside(size, mixed, True)
+    by_layer, angles = (saved_by_checkpoint, 8 * size.head_dim) if again else (saved_by_layer, 0)
+    expected = size.layers * by_layer(size, mixed, True) + saved_outside(size, mixed, True) - angles
     assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03)
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ from stepcredit.parallel.spread import WHOLE, full_state
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import checkpoint_tensors, load_policy, save_policy
 from stepcredit.policy.lora import add_adapters
-from stepcredit.samplers import launch, vllm
+from stepcredit.samplers import launch, transfer, vllm
 from stepcredit.samplers.launch import LocalServer, lora_args
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.server import stepcredit_worker
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(size)) if size else {}
         try:
-            status, content = self.server.fake.reply(self.path, body)
+            status, content = self.server.fake.reply(self.path.split("?")[0], body)
         except Drop:
             return
         except RuntimeError as error:  # as vLLM tells of a worker's
@@ -99,13 +100,14 @@ class Worker(Extension):
 
     Attributes:
         given: the tensors of the last load.
-        fault: raised in the middle of the next load.
+        fault, late: raised in the middle of a load, or at its end.
     """
 
     device = torch.device("cpu")
+    parallel_config = SimpleNamespace(world_size=2, data_parallel_size=1)
 
     def __init__(self, fake: "Fake") -> None:
-        self.fake, self.model_runner, self.given, self.fault = fake, self, {}, None
+        self.fake, self.model_runner, self.given, self.fault, self.late = fake, self, {}, None, None
         self.place: dict = {}
 
     def stepcredit_place(self, folder: str) -> dict:
@@ -120,6 +122,8 @@ class Worker(Extension):
             self.given[name] = tensor.clone()
             if self.fault:
                 raise self.fault
+        if self.late:
+            raise self.late
         if self.fake.sampler and self.fake.takes and self is self.fake.workers[0]:
             with self.fake.lock:
                 self.fake.sampler.policy.model.load_state_dict(self.given, strict=False)
@@ -137,12 +141,14 @@ class Fake:
         loads: (folder, or entries of a broadcast, and version) of each load.
         delay: seconds that a completion request takes; `most` is how many there were at once.
         takes: False: says that it has loaded weights, and has not.
+        answers: of its workers that are passed on; of data parallel ones 1.
     """
 
     def __init__(self, policy: Policy, model: bool = False) -> None:
         self.tokenizer = policy.tokenizer
         self.sampler = TransformersSampler(load_policy("embedded", "cpu")) if model else None
         self.port, self.delay, self.load_delay, self.takes, self.name = 0, 0.0, 0.0, True, "policy"
+        self.answers = 2
         self.lock = threading.Lock()
         self.start()
 
@@ -230,16 +236,16 @@ class Fake:
     @version.setter
     def version(self, version: str) -> None:
         for worker in self.workers:
-            worker.stepcredit_version = version
+            worker.stepcredit_taken = worker.stepcredit_version = version
 
     def rpc(self, body: dict) -> dict:
         method, args = body["method"], body["args"]
         if method in ("stepcredit_load", "stepcredit_receive"):
-            self.loads.append(tuple(args))
+            self.loads.append(tuple(args[-2:]))
             time.sleep(self.load_delay)
         with ThreadPoolExecutor(len(self.workers)) as pool:
             answers = [pool.submit(getattr(worker, method), *args) for worker in self.workers]
-            return {"results": [answer.result() for answer in answers]}
+            return {"results": [answer.result() for answer in answers][: self.answers]}
 
     def reset(self, _: dict) -> bytes:
         self.seen.clear()
@@ -609,16 +615,15 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
         for weight in other.parameters():
             weight.mul_(1.5)
     with sampling(policy, fake, folder=tmp_path) as sampler:
-        assert fake.paths(RPC, RESET) == [RPC, RPC, RPC, RESET, RPC]  # which version, where it is, load, which version
+        # Which version, where it is, load, forget, commit, which version.
+        assert fake.paths(RPC, RESET) == [RPC, RPC, RPC, RESET, RPC, RPC]
         first = Path(fake.loads[0][0])
         assert first.is_dir() and first.parents[1] == tmp_path
         assert first.parent.stat().st_mode & 0o777 == 0o755  # the server may be another user's
         sampler.sync(other)
-        assert fake.paths(RPC, RESET) == [RPC, RPC, *[RPC, RESET, RPC] * 2]
-        assert [body["method"] for path, body in fake.requests if path == RPC][-2:] == [
-            "stepcredit_load",
-            "stepcredit_loaded",
-        ]
+        assert fake.paths(RPC, RESET) == [RPC, RPC, *[RPC, RESET, RPC, RPC] * 2]
+        methods = [body["method"] for path, body in fake.requests if path == RPC]
+        assert methods[-3:] == ["stepcredit_load", "stepcredit_commit", "stepcredit_loaded"]
         second, version = fake.loads[1]
         assert version == sampler.version and version.endswith("-2") and not first.exists()
         assert len(AutoTokenizer.from_pretrained(second)) == len(policy.tokenizer)
@@ -683,7 +688,7 @@ def has(fake: Fake, policy: Policy, folder: Path) -> bool:
 @pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 28])
 def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
     """The tensors that a folder would hold, to all workers of all servers, and nothing is written."""
-    monkeypatch.setitem(stepcredit_worker.CHUNK, "gloo", chunk)
+    monkeypatch.setitem(transfer.CHUNK, "gloo", chunk)
     first, second = fakes(), fakes()
     with sampling(policy, first, second, way="gloo") as sampler:
         assert has(first, policy, tmp_path / "a") and has(second, policy, tmp_path / "a")
@@ -692,7 +697,7 @@ def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
         assert has(first, other, tmp_path / "b") and has(second, other, tmp_path / "b")
         assert [path.name for path in sampler.folder.iterdir()] == ["lock"]
         assert {first.version, second.version} == {sampler.version}
-        assert first.paths(RPC, RESET)[-3:] == [RPC, RESET, RPC]  # the group of before, and forget
+        assert first.paths(RPC, RESET)[-4:] == [RPC, RESET, RPC, RPC]  # the group of before
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
     assert set(first.served + second.served) == {sampler.version}
 
@@ -745,11 +750,11 @@ def test_the_way_of_the_weights(policy, fakes, caplog, monkeypatch):
         assert sampler.servers[0].way == "folder"  # the same
     tried: list[str] = []
 
-    def transfer(url: str, backend: str, *_: object) -> None:
+    def refused(url: str, backend: str, *_: object) -> None:
         tried.append(backend)
         raise TransferError(f"{backend}: not today")
 
-    monkeypatch.setattr(vllm, "Transfer", transfer)
+    monkeypatch.setattr(vllm, "Transfer", refused)
     caplog.clear()
     with sampling(policy, placed(fakes(), gpu="GPU-2")) as sampler:
         assert sampler.servers[0].way == "folder" and tried == ["nccl"]
@@ -785,7 +790,7 @@ def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplo
 
 def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, caplog, monkeypatch):
     """It is left alone, the other goes on; when it is back it is given them from the start."""
-    monkeypatch.setitem(stepcredit_worker.CHUNK, "gloo", 1 << 12)
+    monkeypatch.setitem(transfer.CHUNK, "gloo", 1 << 12)
     first, second = fakes(), fakes()
     with sampling(policy, first, second, way="gloo") as sampler:
         for worker in first.workers:
@@ -800,6 +805,94 @@ def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, c
         sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
         assert f"{first.url} is back" in caplog.text and has(first, other, tmp_path / "a")
         assert set(first.served + second.served) == {sampler.version}
+
+
+FAILURES = {
+    "in the middle": ("fault", (0, 1), 2),
+    "at the end": ("late", (0, 1), 2),
+    "one worker": ("fault", (1,), 2),
+    "one worker at the end": ("late", (1,), 2),
+    "one that is not heard of": ("late", (1,), 1),
+}
+
+
+@pytest.mark.parametrize("way", ["gloo", "folder"])
+@pytest.mark.parametrize("raises", [False, True], ids=["says", "raises"])
+@pytest.mark.parametrize("name", FAILURES)
+def test_workers_that_fail_to_load(policy, fakes, tmp_path, caplog, monkeypatch, name, raises, way):
+    """Soon noticed and said, whatever fails when; nothing is sampled with what they have then.
+
+    A broadcast is tried again, because it may have been the network; what lies in a folder is not.
+    """
+    where, numbers, answers = FAILURES[name]
+    if way == "folder" and (where == "fault" or (answers == 1 and not raises)):
+        return  # there is no middle, and a folder is not taken where failures are not heard of
+    monkeypatch.setitem(transfer.CHUNK, "gloo", 1 << 12)
+    monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=1 if raises else 2, data_parallel_size=2))
+    first, second = fakes(), fakes()
+    first.answers = answers
+    other = bigger(policy)
+    with sampling(policy, second, first, way="gloo" if way == "gloo" else "auto") as sampler:
+        for number in numbers:
+            setattr(first.workers[number], where, RuntimeError("out of room"))
+        started = time.monotonic()
+        if way == "folder":
+            monkeypatch.setattr(sampler.servers[1], "way", "folder")
+            with pytest.raises(UserError, match="out of room"):
+                sampler.sync(other)
+            return
+        sampler.sync(other)
+        assert time.monotonic() - started < 10
+        assert f"{first.url} has not got the weights" in caplog.text
+        if not (raises and name == "one worker"):  # this server passes on that the other was left alone
+            assert ("1 of 2 workers" if answers == 1 and not raises else "out of room") in caplog.text
+        assert sampler.servers[1].down and first.version != sampler.version
+        sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+        assert not first.served
+        for number in numbers:
+            setattr(first.workers[number], where, None)
+        sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
+        assert has(first, other, tmp_path / "a") and set(first.served) <= {sampler.version}
+
+
+def test_a_start_at_which_no_server_takes_the_weights(policy, fake):
+    for worker in fake.workers:
+        worker.late = RuntimeError("out of room")
+    with pytest.raises(UserError, match="out of room"):
+        VLLMSampler(policy, [fake.url], way="gloo")
+
+
+@pytest.mark.parametrize("answer", [status(503), lambda _: (200, b'{"success": false}')], ids=["down", "in use"])
+@pytest.mark.parametrize("way", ["folder", "gloo"])
+def test_a_cache_that_is_not_emptied_is_emptied_before_the_server_is_used(policy, fake, caplog, way, answer):
+    with sampling(policy, fake, way=way) as sampler:
+        sampler.sample(PROMPTS, 1, PARAMS, SEEDS)
+        assert fake.seen
+        fake.fail(RESET, [answer])
+        sampler.sync(bigger(policy))
+        assert fake.version == "" and sampler.servers[0].down
+        fake.seen = {tuple(PROMPTS[1])}  # it was not emptied
+        fake.served.clear()
+        before = len(fake.paths(RESET))
+        sampler.sample([PROMPTS[0]], 1, PARAMS, SEEDS[:1])
+        assert len(fake.paths(RESET)) > before and fake.seen == {tuple(PROMPTS[0])}
+        assert fake.served == [sampler.version]
+
+
+def test_two_trainers_of_one_server(policy, fake, tmp_path, caplog):
+    """A worker takes weights from the one that it met last; the other notices, and meets it again."""
+    with sampling(policy, fake, way="gloo") as one, sampling(policy, fake, way="gloo"):
+        other = bigger(policy)
+        one.sync(other)
+        assert "another trainer" in caplog.text and one.servers[0].down
+        one.sample(PROMPTS, 1, PARAMS, SEEDS)
+        assert has(fake, other, tmp_path / "a") and fake.version == one.version
+
+
+def test_the_gpu_is_the_one_that_a_sharded_policy_will_be_on(policy, fake):
+    """It is on the CPU when the sampler is made."""
+    with pytest.raises(UserError, match="nccl, which this torch does not have"):
+        VLLMSampler(policy, [fake.url], way="nccl", device=torch.device("cuda"))
 
 
 def test_only_the_first_process_broadcasts(policy, fake, caplog):

@@ -47,13 +47,14 @@ PROBE = 64  # ids whose text is compared with the server's
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 IDLE_S = 2.0  # connections are kept; servers close theirs after 5 s
 SPACING = 0xD1342543DE82EF95  # a server draws completion i with seed + i; odd, so that seeds stay apart and distinct
-DEVELOPMENT = ("/collective_rpc", "/reset_prefix_cache")  # paths of VLLM_SERVER_DEV_MODE
+RPC, RESET = "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true"
+DEVELOPMENT = (RPC, RESET)  # paths of VLLM_SERVER_DEV_MODE
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 
 
 ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 HINTS = {
-    ("/collective_rpc",): "; is it started with --worker-extension-cls (docs/vllm.md)?",
+    (RPC,): "; is it started with --worker-extension-cls (docs/vllm.md)?",
     ADAPTERS: "; is it started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (docs/vllm.md)?",
 }
 
@@ -112,6 +113,7 @@ class VLLMSampler:
         way: of the weights: "folder", "nccl" (from GPU to GPU), "gloo" (between any devices, over the network) or
             "auto": nccl where trainer and server have GPUs of their own, else the folder if the server sees it, else
             gloo.
+        device: on which the policy will compute; None: where it is.
         ranks: the processes of the run; the first sends the weights.
         server: one of the run's own, to be ended with it.
 
@@ -130,6 +132,7 @@ class VLLMSampler:
         ranks: Ranks = ALONE,
         server: LocalServer | None = None,
         way: Way = "auto",
+        device: torch.device | None = None,
     ) -> None:
         self.policy, self.max_rows, self.ranks, self.server = policy, max_rows, ranks, server
         self.timeout_s, self.patience_s = timeout_s, patience_s
@@ -144,7 +147,8 @@ class VLLMSampler:
         self.adapted, self.way = has_adapters(policy), way
         self.state: dict[str, Tensor] = {}  # what servers are given; of the first process
         self._counted: dict[str, tuple[float, float]] = {}
-        if way == "nccl" and policy.device.type != "cuda":
+        self.device = device or policy.device
+        if way == "nccl" and self.device.type != "cuda":
             raise UserError("sampler.vllm.transfer: nccl goes from GPU to GPU, and the policy is on the CPU; take gloo")
         if self.adapted and way not in ("auto", "folder"):
             raise UserError(f"sampler.vllm.transfer: adapters go through a folder, not by {way}")
@@ -315,14 +319,17 @@ class VLLMSampler:
         self.number += 1
 
         def send() -> list[str]:
+            why = ""
             for old in self.folder.iterdir():
                 shutil.rmtree(old, ignore_errors=True)
             for server in self.servers:
                 try:
                     self._load(server)
                 except Retry as error:
-                    server.down = True
+                    server.down, why = True, str(error)
                     log.warning("vLLM: %s; it gets the weights when it is back", error)
+            if self.number == 1 and all(server.down for server in self.servers):
+                raise UserError(f"sampler.vllm.servers: {why}")
             return [server.way for server in self.servers]
 
         for server, way in zip(self.servers, self.ranks.first(send), strict=True):
@@ -350,7 +357,10 @@ class VLLMSampler:
                 self._call(server, "stepcredit_load", str(self._written()), self.version)
             else:
                 self._broadcast(server)
-            self._post(server, "/reset_prefix_cache", {})
+            if self._post(server, RESET, {}).get("success") is False:
+                raise Retry(f"{server.url} keeps its prefix cache, because others use it")
+            if self._call(server, "stepcredit_commit", self.version).get("results") in (None, []):
+                raise _not_taken(server)
         if self._loaded(server) != {self.version}:
             raise _not_taken(server)
 
@@ -366,7 +376,7 @@ class VLLMSampler:
         for way in self._ways(server):
             try:
                 if way != "folder":
-                    server.transfer = Transfer(server.url, way, self.policy.device, partial(self._call, server))
+                    server.transfer = Transfer(server.url, way, self.device, partial(self._call, server))
             except TransferError as error:
                 why += f"; {error}"
                 log.warning("vLLM: weights do not get to %s by %s", server.url, error)
@@ -391,7 +401,7 @@ class VLLMSampler:
         if self.way != "auto":
             return [self.way] if self.way != "folder" or seen else []
         gpus = {place.get("gpu") for place in places}
-        apart = gpu_of(self.policy.device) not in gpus | {""} and "" not in gpus
+        apart = gpu_of(self.device) not in gpus | {""} and "" not in gpus
         return ["nccl"] * apart + ["folder"] * seen + ["gloo"]
 
     def _broadcast(self, server: Server) -> None:
@@ -423,8 +433,16 @@ class VLLMSampler:
         return folder
 
     def _call(self, server: Server, method: str, *args: str) -> dict[str, Any]:
-        """Let all workers of a server run a method of their extension."""
-        return self._post(server, "/collective_rpc", {"method": method, "args": list(args)})
+        """Let all workers of a server run a method of their extension.
+
+        Raises:
+            UserError: one of them cannot.
+        """
+        found = self._post(server, RPC, {"method": method, "args": list(args)})
+        results = [result for result in found.get("results") or () if isinstance(result, dict)]
+        if errors := list(dict.fromkeys(str(result["error"])[:300] for result in results if "error" in result)):
+            raise UserError(f"sampler: a worker of {server.url} has failed ({'; '.join(errors)})")
+        return found
 
     def _loaded(self, server: Server) -> set[str]:
         """The versions that the workers of a server have; of adapters those of this run."""
@@ -513,10 +531,12 @@ class VLLMSampler:
             raise UserError(
                 f"sampler.vllm.servers: {server.url} has no {path}; start it with VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
             )
-        if answer.status_code >= 500 and path != "/collective_rpc":
+        if answer.status_code >= 500 and path != RPC:
             raise Retry(f"{server.url}{path} failed ({answer.status_code})")
         if answer.status_code >= 400:
             hint = next((text for paths, text in HINTS.items() if path in paths), "")
+            if path == RPC and body["method"] != "stepcredit_loaded" and "no attribute" not in answer.text:
+                hint = ""  # the method is there, and has failed
             raise UserError(f"sampler.vllm.servers: {server.url}{path} refuses ({answer.text[:300]}){hint}")
         if path in ADAPTERS:  # which answer in words
             return {}
