@@ -56,11 +56,11 @@ class Transfer:
             raise TransferError("nccl, which this torch does not have")
         there, limit = urlsplit(url), timedelta(seconds=TIMEOUT_S)
         address = own_address(there.hostname or "127.0.0.1", there.port or 80)
-        self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
         try:
+            self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
             self.call("stepcredit_arrive", self.key, address, str(self.store.port), str(TIMEOUT_S))
-        except UserError as error:
-            raise TransferError(f"{backend}: {error}") from error
+        except (UserError, RuntimeError) as error:
+            raise TransferError(f"{backend}: {_first_line(error)}") from error
         self.size = 1 + int(self.store.add("arrived", 0))
 
         def meet(answer: "Future[Any]") -> None:
@@ -102,26 +102,25 @@ class Transfer:
     def _together(self, work: Callable[["Future[Any]"], None], method: str, *args: str) -> None:
         """Do our part while the workers do theirs."""
         answer = _started(lambda: self.call(method, *args), daemon=True)
-        why = ""
+        failure: str | None = None
         try:
             work(answer)
         except RuntimeError as error:
-            why = str(error).strip()
+            failure = _first_line(error)
         except BaseException:
             self.close()
             raise
-        if why:
+        if failure is not None:
             self.close()  # now that nothing else holds it, so that the workers' part ends too
             wait([answer], TIMEOUT_S)
-        try:
-            if why and not answer.done():
-                raise TransferError(f"{self.backend}: {why.splitlines()[0]}")
-            answer.result()
-        except (UserError, RuntimeError) as error:  # their end says more
-            self.close()
-            raise TransferError(f"{self.backend}: {str(error).strip().splitlines()[0]}") from error
-        if why:
-            raise TransferError(f"{self.backend}: {why.splitlines()[0]}")
+        if failure is None or answer.done():
+            try:
+                answer.result()
+            except (UserError, RuntimeError) as error:  # their end says more
+                self.close()
+                failure = _first_line(error)
+        if failure is not None:
+            raise TransferError(f"{self.backend}: {failure}")
 
     def _send(self, tensor: Tensor, answer: "Future[Any]") -> None:
         group = [self.group]  # its last holder is not to be a thread that is left behind
@@ -161,6 +160,10 @@ def _beside(answer: "Future[Any]", function: Callable[[], Any]) -> Any:
         if answer.done() and answer.exception() and not own.done():
             raise RuntimeError("the workers have given up")
     return own.result()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _leave(held: list[Any], backend: str) -> None:
