@@ -666,6 +666,9 @@ def test_only_the_first_process_writes(policy, fakes, tmp_path):
 # ---------------------------------------------------------------------- weights by broadcast
 
 
+JOIN_S = 60.0  # a TCPStore looks up names, and where name servers do not answer that takes seconds
+
+
 def bigger(policy: Policy) -> Policy:
     """Other weights."""
     other = copy.deepcopy(policy)
@@ -690,7 +693,7 @@ def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
     """The tensors that a folder would hold, to all workers of all servers, and nothing is written."""
     monkeypatch.setitem(transfer.CHUNK, "gloo", chunk)
     first, second = fakes(), fakes()
-    with sampling(policy, first, second, way="gloo") as sampler:
+    with sampling(policy, first, second, way="gloo", patience_s=JOIN_S) as sampler:
         assert has(first, policy, tmp_path / "a") and has(second, policy, tmp_path / "a")
         other = bigger(policy)
         sampler.sync(other)
@@ -777,7 +780,7 @@ def test_ways_that_cannot_be(policy, fakes):
 
 
 def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplog):
-    with sampling(policy, fake, way="gloo") as sampler:
+    with sampling(policy, fake, way="gloo", patience_s=JOIN_S) as sampler:
         fake.stop()
         fake.start()
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
@@ -792,7 +795,7 @@ def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, c
     """It is left alone, the other goes on; when it is back it is given them from the start."""
     monkeypatch.setitem(transfer.CHUNK, "gloo", 1 << 12)
     first, second = fakes(), fakes()
-    with sampling(policy, first, second, way="gloo") as sampler:
+    with sampling(policy, first, second, way="gloo", patience_s=JOIN_S) as sampler:
         for worker in first.workers:
             worker.fault = RuntimeError("out of room")
         other = bigger(policy)
@@ -832,7 +835,7 @@ def test_workers_that_fail_to_load(policy, fakes, tmp_path, caplog, monkeypatch,
     first, second = fakes(), fakes()
     first.answers = answers
     other = bigger(policy)
-    with sampling(policy, second, first, way="gloo" if way == "gloo" else "auto") as sampler:
+    with sampling(policy, second, first, way="gloo" if way == "gloo" else "auto", patience_s=JOIN_S) as sampler:
         for number in numbers:
             setattr(first.workers[number], where, RuntimeError("out of room"))
         started = time.monotonic()
@@ -865,7 +868,7 @@ def test_a_start_at_which_no_server_takes_the_weights(policy, fake):
 @pytest.mark.parametrize("answer", [status(503), lambda _: (200, b'{"success": false}')], ids=["down", "in use"])
 @pytest.mark.parametrize("way", ["folder", "gloo"])
 def test_a_cache_that_is_not_emptied_is_emptied_before_the_server_is_used(policy, fake, caplog, way, answer):
-    with sampling(policy, fake, way=way) as sampler:
+    with sampling(policy, fake, way=way, patience_s=JOIN_S) as sampler:
         sampler.sample(PROMPTS, 1, PARAMS, SEEDS)
         assert fake.seen
         fake.fail(RESET, [answer])
@@ -881,7 +884,10 @@ def test_a_cache_that_is_not_emptied_is_emptied_before_the_server_is_used(policy
 
 def test_two_trainers_of_one_server(policy, fake, tmp_path, caplog):
     """A worker takes weights from the one that it met last; the other notices, and meets it again."""
-    with sampling(policy, fake, way="gloo") as one, sampling(policy, fake, way="gloo"):
+    with (
+        sampling(policy, fake, way="gloo", patience_s=JOIN_S) as one,
+        sampling(policy, fake, way="gloo", patience_s=JOIN_S),
+    ):
         other = bigger(policy)
         one.sync(other)
         assert "another trainer" in caplog.text and one.servers[0].down
@@ -904,9 +910,9 @@ def test_only_the_first_process_broadcasts(policy, fake, caplog):
         def first(self, _: Callable) -> object:
             return next(answers)
 
-    with sampling(policy, fake, way="gloo") as sampler:
+    with sampling(policy, fake, way="gloo", patience_s=JOIN_S) as sampler:
         answers = iter((sampler.token, sampler.folder, ["gloo"]))
-        with sampling(policy, fake, ranks=Other(), way="gloo") as second:
+        with sampling(policy, fake, ranks=Other(), way="gloo", patience_s=JOIN_S) as second:
             fake.stop()
             fake.start()
             later = threading.Timer(0.3, lambda: sampler.sample(PROMPTS, 1, PARAMS, SEEDS))
