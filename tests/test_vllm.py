@@ -819,31 +819,20 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("way", ["gloo", "folder"])
 @pytest.mark.parametrize("raises", [False, True], ids=["says", "raises"])
 @pytest.mark.parametrize("name", FAILURES)
-def test_workers_that_fail_to_load(policy, fakes, tmp_path, caplog, monkeypatch, name, raises, way):
-    """Soon noticed and said, whatever fails when; nothing is sampled with what they have then.
-
-    A broadcast is tried again, because it may have been the network; what lies in a folder is not.
-    """
+def test_workers_that_fail_in_a_broadcast(policy, fakes, tmp_path, caplog, monkeypatch, name, raises):
+    """Soon noticed and said, whatever fails when; nothing is sampled with what they have; it is tried again."""
     where, numbers, answers = FAILURES[name]
-    if way == "folder" and (where == "fault" or (answers == 1 and not raises)):
-        return  # there is no middle, and a folder is not taken where failures are not heard of
     monkeypatch.setitem(transfer.CHUNK, "gloo", 1 << 12)
     monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=1 if raises else 2, data_parallel_size=2))
     first, second = fakes(), fakes()
     first.answers = answers
     other = bigger(policy)
-    with sampling(policy, second, first, way="gloo" if way == "gloo" else "auto", patience_s=JOIN_S) as sampler:
+    with sampling(policy, second, first, way="gloo", patience_s=JOIN_S) as sampler:
         for number in numbers:
             setattr(first.workers[number], where, RuntimeError("out of room"))
         started = time.monotonic()
-        if way == "folder":
-            monkeypatch.setattr(sampler.servers[1], "way", "folder")
-            with pytest.raises(UserError, match="out of room"):
-                sampler.sync(other)
-            return
         sampler.sync(other)
         assert time.monotonic() - started < 10
         assert f"{first.url} has not got the weights" in caplog.text
@@ -856,6 +845,31 @@ def test_workers_that_fail_to_load(policy, fakes, tmp_path, caplog, monkeypatch,
             setattr(first.workers[number], where, None)
         sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
         assert has(first, other, tmp_path / "a") and set(first.served) <= {sampler.version}
+
+
+@pytest.mark.parametrize(
+    "name, raises",
+    [("at the end", False), ("one worker at the end", False), ("at the end", True), ("one that is not heard of", True)],
+)
+def test_workers_that_fail_to_load_a_folder(policy, fake, monkeypatch, name, raises):
+    """That ends the run: what lies there will not change."""
+    where, numbers, fake.answers = FAILURES[name]
+    monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=1 if raises else 2, data_parallel_size=1))
+    with sampling(policy, fake) as sampler:
+        assert sampler.servers[0].way == "folder"
+        for number in numbers:
+            setattr(fake.workers[number], where, RuntimeError("out of room"))
+        with pytest.raises(UserError, match="out of room"):
+            sampler.sync(policy)
+        assert fake.version == ""
+
+
+def test_a_folder_of_engines_that_are_not_heard_must_be_asked_for(policy, fakes, monkeypatch):
+    """Several engines of several workers each."""
+    monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=2, data_parallel_size=2))
+    for way, taken in (("auto", "gloo"), ("folder", "folder")):
+        with sampling(policy, fakes(), way=way, patience_s=JOIN_S) as sampler:
+            assert sampler.servers[0].way == taken
 
 
 def test_a_start_at_which_no_server_takes_the_weights(policy, fake):

@@ -395,11 +395,12 @@ class VLLMSampler:
         places = self._call(server, "stepcredit_place", str(self.folder)).get("results")
         if not places or not all(isinstance(place, dict) for place in places):
             raise _not_taken(server)
-        seen = self.way in ("auto", "folder") and all(place.get("sees") for place in places)
-        if not self.state:
-            return ["folder"] if seen else []
+        seen = all(place.get("sees") for place in places)
+        if self.way == "folder" or not self.state:
+            return ["folder"] * seen
         if self.way != "auto":
-            return [self.way] if self.way != "folder" or seen else []
+            return [self.way]
+        seen = seen and all(place.get("heard") for place in places)
         gpus = {place.get("gpu") for place in places}
         apart = gpu_of(self.device) not in gpus | {""} and "" not in gpus
         return ["nccl"] * apart + ["folder"] * seen + ["gloo"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,46 @@ def test_a_server_that_is_killed_and_comes_back(way, policy, tmp_path):
             one.close()
     assert len(rows(run)) == 6
     assert all(row["sampler/logprob_diff_mean"] < 1e-4 for row in rows(run))
+
+
+FAILS_ONCE = """
+
+class Faulty(Extension):
+    def _stepcredit_take(self, version, **weights):
+        config, number = self.parallel_config, int(os.environ["FAULT_AT"])
+        last = self.rank % config.world_size == config.world_size - 1
+        last = last and getattr(config, "data_parallel_index", 0) == config.data_parallel_size - 1
+        self.loads = getattr(self, "loads", 0) + 1
+        if last and self.loads == number:
+            next(weights["weights_iterator"])
+            raise RuntimeError("out of room")
+        return super()._stepcredit_take(version, **weights)
+
+
+Extension = Faulty
+"""
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data"])
+def test_the_second_of_two_workers_fails_once(kind, policy, tmp_path, monkeypatch, caplog):
+    """Both get the weights; the failure is noticed, and mended before anything is sampled."""
+    launch = sys.modules[LocalServer.__module__]
+    folder = tmp_path / "server"
+    shutil.copytree(launch.SERVER, folder)
+    (folder / "stepcredit_worker.py").open("a").write(FAILS_ONCE)
+    monkeypatch.setattr(launch, "SERVER", folder)
+    monkeypatch.setenv("FAULT_AT", "2")
+    args = [*ARGS, f"--{kind}-parallel-size", "2"]
+    one = LocalServer(str(EMBEDDED_MODEL), PYTHON, 0, "float32", False, args, tmp_path / "log")
+    try:
+        sampler = VLLMSampler(policy, [one.url], patience_s=60, way="gloo")
+        assert sampler.servers[0].transfer.size == 3 and difference(sampler, policy) < 1e-4
+        sampler.sync(moved(policy))
+        assert sampler.servers[0].down and "out of room" in caplog.text
+        assert difference(sampler, policy, 16) < 1e-4
+        sampler.close()
+    finally:
+        one.close()
 
 
 def test_it_ends_when_the_run_is_killed(tmp_path):

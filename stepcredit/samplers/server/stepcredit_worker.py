@@ -78,14 +78,14 @@ class Extension:
 
     @answering
     def stepcredit_place(self, folder: str) -> dict[str, Any]:
-        """Where this worker is: the GPU that it has, or none, and whether it can read a folder.
+        """Where this worker is: the GPU that it has, or none; whether it can read a folder, and would be heard if not.
 
-        Of several engines of several workers each, a failure to read it would not be noticed.
+        Of several engines of several workers each nobody hears that the workers of the second one have failed.
         """
         on_gpu, config = self.device.type == "cuda", self.parallel_config
         gpu = str(torch.cuda.get_device_properties(self.device).uuid) if on_gpu else ""
-        noticed = config.world_size == 1 or config.data_parallel_size == 1
-        return {"gpu": gpu, "sees": noticed and os.access(folder, os.R_OK | os.X_OK)}
+        heard = config.world_size == 1 or config.data_parallel_size == 1
+        return {"gpu": gpu, "sees": os.access(folder, os.R_OK | os.X_OK), "heard": heard}
 
     @answering
     def stepcredit_arrive(self, key: str, host: str, port: str, timeout_s: str) -> int:
