@@ -849,7 +849,13 @@ def test_workers_that_fail_in_a_broadcast(policy, fakes, tmp_path, caplog, monke
 
 @pytest.mark.parametrize(
     "name, raises",
-    [("at the end", False), ("one worker at the end", False), ("at the end", True), ("one that is not heard of", True)],
+    [
+        ("at the end", False),
+        ("at the end", True),
+        ("one worker at the end", False),
+        ("one worker at the end", True),
+        ("one that is not heard of", True),
+    ],
 )
 def test_workers_that_fail_to_load_a_folder(policy, fake, monkeypatch, name, raises):
     """That ends the run: what lies there will not change."""
