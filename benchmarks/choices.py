@@ -22,8 +22,8 @@ import torch
 from memory import peak_mib
 from steps import CASES, make_folder, make_trainer, take_step
 
-from stepcredit.allocator import keep_freed_memory
 from stepcredit.policy import forward
+from stepcredit.run.allocator import keep_freed_memory
 
 FORMS = ("plain", "parts", "kept", "bfloat16", "one thread")
 

@@ -18,14 +18,14 @@ import math
 import statistics
 from pathlib import Path
 
+from stepcredit.demo.chain import check_lines
+from stepcredit.display.pieces import pieces_of
+from stepcredit.display.rollouts import read_groups
+from stepcredit.display.runs import read_runs
+from stepcredit.forest.records import read_trees
+from stepcredit.forest.types import Segment
 from stepcredit.policy.loading import load_policy
-from stepcredit.records import read_trees
 from stepcredit.report.credits import compare_credits
-from stepcredit.report.pieces import pieces_of
-from stepcredit.report.rollouts import read_groups
-from stepcredit.report.runs import read_runs
-from stepcredit.tasks.chain import check_lines
-from stepcredit.types import Segment
 
 
 def lines_of(ids: list[int], stop: int) -> list[tuple[int, int]]:

@@ -17,12 +17,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from stepcredit.allocator import keep_freed_memory
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import Path, Policy
 from stepcredit.policy.packing import Packing
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.run.allocator import keep_freed_memory
 
 VOCABULARY = 512
 ROW_BUDGET = 1 << 14  # token positions of one micro-batch, for all forms

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stepcredit.judging import Judge
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.workers import Workers
 
 HANGS = """

@@ -17,18 +17,20 @@ from collections.abc import Callable
 import torch
 from forest import Case, make_forest, make_policy
 
-from stepcredit.auxiliary import ImplicitPRM, PRMOptions, Reference
 from stepcredit.credit import CREDIT, assign
+from stepcredit.estimators.frozen import Reference
+from stepcredit.estimators.options import PRMOptions
+from stepcredit.estimators.prm import ImplicitPRM
 from stepcredit.forest import Forest
-from stepcredit.objective import Objective
+from stepcredit.losses.objective import Objective
 from stepcredit.policy.forward import Policy
 
 BUDGET = 1 << 14
 CASE = Case(prompt=128, branches=8, depth=1, tokens=64, trees=8, ragged=True)
 UPDATES = {
-    "after": PRMOptions(max_tokens=BUDGET),
-    "after, 2 minibatches": PRMOptions(max_tokens=BUDGET, num_minibatches=2),
-    "before": PRMOptions(update="before", max_tokens=BUDGET),
+    "after": PRMOptions(),
+    "after, 2 minibatches": PRMOptions(num_minibatches=2),
+    "before": PRMOptions(update="before"),
 }
 
 
@@ -78,7 +80,7 @@ def main() -> None:
     print(f"seconds, medians of {given.repeats}; {given.threads} threads")
     print(f"{'order of updates':22}{'RLOO':>9}{'PRIME':>9}{'once':>9}{'share':>8}")
     for name, options in UPDATES.items():
-        prm = ImplicitPRM(policy, options)
+        prm = ImplicitPRM(policy, options, max_tokens=BUDGET)
 
         def prime(prm: ImplicitPRM = prm) -> None:
             found = prm.observe(reference.observe(forest))

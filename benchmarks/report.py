@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from stepcredit.cli.main import main as stepcredit
+from stepcredit.display.runs import read_runs
 from stepcredit.report.page import write_page
-from stepcredit.report.runs import read_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from screenshots import WIDE, chromium, empty_page, show

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from forest import make_policy, matrix_rate
 
+from stepcredit.demo.chain import problems
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.tasks.chain import problems
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from stepcredit import trainer
 from stepcredit.cli.main import main as stepcredit
+from stepcredit.run import trainer
 
 
 def main() -> None:

@@ -27,11 +27,11 @@ from forest import matrix_rate, operations
 from steps import CASES, Case, Step, make_folder, make_trainer, take_step
 from torch.profiler import ProfilerActivity, profile
 
-from stepcredit.build import build_credit
 from stepcredit.config import resolve
 from stepcredit.credit import CREDIT, assign, needs_of
 from stepcredit.forest import Forest
-from stepcredit.trainer import Trainer
+from stepcredit.run.build import build_credit
+from stepcredit.run.trainer import Trainer
 
 PHASES = ("sample", "judge", "observe", "learn")
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from stepcredit.build import build_parts
-from stepcredit.collecting import Position
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, choose_path
-from stepcredit.trainer import Trainer
+from stepcredit.run.build import build_parts
+from stepcredit.run.collecting import Position
+from stepcredit.run.trainer import Trainer
 
 PAD, STOP = 0, 1
 RATE = 1e-9  # of learning: all steps are of one model, and its completions stay as long as they are

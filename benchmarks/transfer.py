@@ -15,8 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy, save_policy
-from stepcredit.samplers.launch import LocalServer
-from stepcredit.samplers.vllm import VLLMSampler
+from stepcredit.samplers.remote.launch import LocalServer
+from stepcredit.samplers.remote.vllm import VLLMSampler
 
 
 def make_policy(layers: int) -> Policy:

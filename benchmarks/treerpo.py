@@ -19,12 +19,14 @@ from forest import ROW_BUDGET, VOCABULARY, make_policy, one_row_per_node, parts_
 from memory import peak_mib
 
 from stepcredit.forest import Forest
-from stepcredit.growth import StepRule, TreeShape, flat, tree
+from stepcredit.forest.types import Problem
+from stepcredit.growth.flat import flat
+from stepcredit.growth.steps import StepRule
+from stepcredit.growth.tree import TreeShape, tree
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.types import Problem
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from stepcredit.display.runs import Run, read_runs
 from stepcredit.report.page import write_page
-from stepcredit.report.runs import Run, read_runs
 
 VIEWS = ("curves", "rollouts", "trees", "credit", "setup")
 WIDE, PHONE = (1440, 900), (390, 844)

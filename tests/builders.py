@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.types import Problem, Segment, Tree
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME

@@ -75,7 +75,7 @@ def run(job: dict) -> list[int]:
 if __name__ == "__main__":
     import torch  # not above: worker processes of reward functions would import it anew
 
-    import stepcredit.trainer  # noqa: F401
+    import stepcredit.run.trainer  # noqa: F401
     from stepcredit.policy.loading import load_policy
 
     torch.set_num_threads(1)  # a process that forks may have no other threads

@@ -11,7 +11,7 @@ from math import fsum, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from stepcredit.types import Tree
+from stepcredit.forest.types import Tree
 
 EPS = 1e-6
 

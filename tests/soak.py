@@ -25,9 +25,9 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from stepcredit.checkpoint import checkpoints
 from stepcredit.cli.main import main as stepcredit
 from stepcredit.policy.loading import load_policy
+from stepcredit.run.checkpoint import checkpoints
 
 COMMON = "--train.problems-per-iteration 4 --eval.num-problems 4 --sampler.max-new-tokens 40"
 COMMON += " --iterations 5 --save-every 1 --eval-every 2 --rollouts.every 1"

@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from stepcredit.allocator import keep_freed_memory
+from stepcredit.run.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 def work():
     held = [torch.empty(1 << 20).fill_(1.0) for _ in range(64)]  # 4 MiB each, as a pass holds them for its backward

@@ -7,11 +7,11 @@ import torch
 from tiny_models import random_trees
 
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy import attention, packing
 from stepcredit.policy.attention import FUSED, PLAIN, Rule, fused_agrees, hide, kernel_for, merge
 from stepcredit.policy.batching import cheapest_runs
 from stepcredit.policy.packing import Packing
-from stepcredit.types import Problem, Segment, Tree
 
 shapes = pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
 HEADS, KV_HEADS, SIZE = 4, 2, 8

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import random_forest
 
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.batching import cut, gather_owned, length_buckets
-from stepcredit.types import Problem, Segment, Tree
 
 lengths_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 budgets = st.integers(1, 200)

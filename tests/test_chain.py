@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from stepcredit.tasks.chain import (
+from stepcredit.demo.chain import (
     DISTRACTORS,
     LEVELS,
     MAX_VALUE,
@@ -19,8 +19,8 @@ from stepcredit.tasks.chain import (
     problems,
     verify,
 )
-from stepcredit.tasks.demonstrations import Demonstrator
-from stepcredit.tasks.embedded import EmbeddedTask
+from stepcredit.demo.demonstrations import Demonstrator
+from stepcredit.demo.task import EmbeddedTask
 
 QUESTION = "Ivy = 14 . Mia = Ivy - 1 . Jim = Ivy * 2 . Fay = Mia + 5 . Fay ?"
 LINES = ["Mia = Ivy - 1 = 14 - 1 = 13 .", "Fay = Mia + 5 = 13 + 5 = 18 ."]

@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from test_resume import TINY, train
 from tiny_models import random_trees
 
-from stepcredit import checkpoint
-from stepcredit.build import build_parts
-from stepcredit.checkpoint import checkpoints, newest_checkpoint, pointed, verify
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
-from stepcredit.interrupt import Interrupted, StopRequest
-from stepcredit.ops import out_of_memory
+from stepcredit.forest.ops import out_of_memory
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
-from stepcredit.state import load_state, save_state
-from stepcredit.trainer import Trainer
+from stepcredit.run import checkpoint
+from stepcredit.run.build import build_parts
+from stepcredit.run.checkpoint import checkpoints, newest_checkpoint, pointed, verify
+from stepcredit.run.interrupt import Interrupted, StopRequest
+from stepcredit.run.state import load_state, save_state
+from stepcredit.run.trainer import Trainer
 
 EPOCHS = ("--optim.num-epochs", "2", "--optim.num-minibatches", "2", "--train.problems-per-iteration", "6")
 
@@ -228,7 +228,7 @@ def test_a_forest_comes_back(tmp_path, deep) -> None:
 def test_the_best_checkpoint_stays(tmp_path, monkeypatch) -> None:
     """Beside the last ones; of equal scores the newer one is the best."""
     scores = iter([0.0, 0.3, 0.9, 0.1, 0.2])  # iteration 0, then one each
-    accuracy = "stepcredit.trainer.Trainer.evaluate"
+    accuracy = "stepcredit.run.trainer.Trainer.evaluate"
     monkeypatch.setattr(accuracy, lambda self: {"eval/accuracy": next(scores), "eval/accuracy_greedy": 0.0})
     words = ("--iterations", "4", "--eval-every", "1", "--checkpoint.keep", "1")
     assert train(tmp_path / "run", *words) in (0, 1)
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_between_checkpoints(run, monkeypatch, capsys) -> N
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("stepcredit.tracking.write_trees", full)
+    monkeypatch.setattr("stepcredit.run.tracking.write_trees", full)
     assert main(["train", "--resume", str(run), "--iterations", "4"]) == 2
     assert "the disk is full; make room" in capsys.readouterr().err
     assert newest_checkpoint(run) == run / "checkpoints" / "000003"
@@ -411,7 +411,7 @@ def test_numbers_that_stay_bad_stop_the_run(tmp_path, monkeypatch, capsys) -> No
     saved = list((run / "rollouts").glob("nonfinite-*"))
     assert "3 optimiser steps in a row" in error and len(saved) == 1 and str(saved[0]) in error
     newest = newest_checkpoint(run)
-    start = load_file(Path(checkpoint.__file__).parent / "embedded_model" / "model.safetensors")
+    start = load_file(Path(checkpoint.__file__).parents[1] / "demo" / "model" / "model.safetensors")
     assert all(tensor.equal(start[name]) for name, tensor in load_file(newest / "model.safetensors").items())
 
 
@@ -429,7 +429,7 @@ def test_what_makes_another_run_is_refused(run, capsys, words) -> None:
 def test_another_start_of_the_reference_is_found(tmp_path, capsys) -> None:
     """A model folder that changed while the run stood still would give another reference."""
     model = tmp_path / "model"
-    shutil.copytree(Path(checkpoint.__file__).parent / "embedded_model", model)
+    shutil.copytree(Path(checkpoint.__file__).parents[1] / "demo" / "model", model)
     words = ["train", *TINY, "--model", str(model), "--algorithm", "spro", "--data", "embedded"]
     assert main([*words, "--iterations", "1", "--run-dir", str(tmp_path / "run")]) in (0, 1)
     policy = load_policy(str(model), "cpu")

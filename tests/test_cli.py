@@ -10,12 +10,12 @@ import pytest
 from pydantic import BaseModel
 
 import stepcredit
-from stepcredit.algorithms import ALGORITHMS
 from stepcredit.cli.arguments import parse
 from stepcredit.cli.main import COMMANDS, main
 from stepcredit.config import Config, resolve
+from stepcredit.config.algorithms import ALGORITHMS
 
-EMBEDDED = Path(stepcredit.__file__).parent / "embedded_model"
+EMBEDDED = Path(stepcredit.__file__).parent / "demo" / "model"
 TINY = ["--iterations", "1", "--train.problems-per-iteration", "2", "--group-size", "2", "--num-problems", "2",
         "--max-new-tokens", "8", "--device", "cpu", "--run-dir", "run"]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepcredit.errors import UserError
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 from stepcredit.verifiers import code, sandbox
 from stepcredit.verifiers.code import extract, gold, same_output, verify
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from stepcredit.collecting import Position, Window, collect
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
-from stepcredit.trainer import Clock, Work
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.run.collecting import Position, Window, collect
+from stepcredit.run.trainer import Clock, Work
 
 RIGHT = {0: 0, 1: 4, 2: 2, 3: 1, 4: 0, 5: 3}  # of four completions, by number of the problem modulo 6
 

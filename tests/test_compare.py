@@ -14,10 +14,10 @@ import yaml
 
 from stepcredit.cli import compare as command
 from stepcredit.cli.main import COMMANDS, main
+from stepcredit.display.runs import read_runs
 from stepcredit.errors import UserError
 from stepcredit.report import compare as report
 from stepcredit.report.compare import compare, difference, first_reach, interval, over_seeds, resampled
-from stepcredit.report.runs import read_runs
 
 A = [(0, 0.2), (100, 0.3), (200, 0.6)]
 B = [(0, 0.2), (80, 0.6), (240, 0.4)]

@@ -3,18 +3,10 @@
 import pytest
 import yaml
 
-from stepcredit.algorithms import ALGORITHMS
 from stepcredit.cli.arguments import SHORT, parse
-from stepcredit.config import (
-    EMBEDDED_CREDIT,
-    EMBEDDED_RECIPE,
-    Config,
-    dump_yaml,
-    merge,
-    parse_value,
-    read_yaml,
-    resolve,
-)
+from stepcredit.config import Config, dump_yaml, merge, parse_value, read_yaml, resolve
+from stepcredit.config.algorithms import ALGORITHMS
+from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE
 from stepcredit.errors import UserError
 
 OWN = {"config": None, "resume": "never"}

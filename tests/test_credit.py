@@ -20,7 +20,7 @@ from stepcredit.credit import CREDIT, assign, check_options, credit, needs_of
 from stepcredit.credit.spro import cumulative_process_reward
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.types import Problem, Segment, Tree
 
 # ---------------------------------------------------------------------- by hand
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from stepcredit.credit import CREDIT
 from stepcredit.credit.spro import cumulative_process_reward, masked_step_advantage
 from stepcredit.forest import Forest
-from stepcredit.ops import kl_k2, mean_by, segment_sum
-from stepcredit.types import Segment, Tree
+from stepcredit.forest.ops import kl_k2, mean_by, segment_sum
+from stepcredit.forest.types import Segment, Tree
 
 close = torch.testing.assert_close
 

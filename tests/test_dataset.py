@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stepcredit.errors import UserError
+from stepcredit.forest.types import Problem
 from stepcredit.tasks.dataset import DatasetTask, load_problems, split_held_out
 from stepcredit.tasks.prompts import PromptFormat, PromptTooLong
-from stepcredit.types import Problem
 from stepcredit.verifiers.math import verify
 
 ROWS = [{"question": f"{n} + 1 ?", "answer": str(n + 1), "level": n % 3} for n in range(6)]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, fresh, tiny
 
+from stepcredit.forest.types import Segment
 from stepcredit.policy import decoding
 from stepcredit.policy.decoding import ForestRows
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.types import Segment
 
 TOLERANCE = 1e-4
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "mistral"])

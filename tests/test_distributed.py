@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepcredit.checkpoint import newest_checkpoint, verify
 from stepcredit.cli.main import main
-from stepcredit.parallel.ranks import deal
 from stepcredit.policy.batching import cut, stand_in, tree_sizes
 from stepcredit.policy.forward import random_forest
+from stepcredit.processes.ranks import deal
+from stepcredit.run.checkpoint import newest_checkpoint, verify
 
 HERE = Path(__file__).parent
 COMMON = "--eval.num-problems 10 --sampler.max-new-tokens 48 --optim.schedule constant --learning-rate 1e-4"

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from stepcredit.cli.main import main
-from stepcredit.growth import flat
-from stepcredit.judging import Judge
+from stepcredit.demo.chain import problems, verify
+from stepcredit.growth.flat import flat
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.tasks.chain import problems, verify
 from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.verifiers.judging import Judge
 
 
 @pytest.fixture(scope="module")

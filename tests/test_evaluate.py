@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stepcredit.cli.main import main
-from stepcredit.evaluate import Sample, bootstrap, majority, pass_at_k, summarise
+from stepcredit.run.evaluate import Sample, bootstrap, majority, pass_at_k, summarise
 
 
 def sample(id: str, number: int, correct: bool, answer: str | None = None, **rest) -> Sample:
@@ -155,7 +155,7 @@ def test_what_was_cut_off_is_done_again_and_nothing_else(monkeypatch) -> None:
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 12 * 3
     path.write_text("".join(lines[: 1 + 4 * 3 + 2]) + lines[-1][:20])
-    import stepcredit.evaluate as module
+    import stepcredit.run.evaluate as module
 
     sampled = []
     flat = module.flat

@@ -7,7 +7,7 @@ from reference_credit import paths
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest, Table
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.types import Problem, Segment, Tree
 
 KINDS = ("flat", "chain", "deep")
 

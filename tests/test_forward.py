@@ -19,10 +19,10 @@ from tiny_models import (
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy import forward, packing, reference
 from stepcredit.policy.batching import cut
 from stepcredit.policy.forward import choose_path, score
-from stepcredit.types import Problem, Segment, Tree
 
 TOLERANCE = 1e-5
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -10,13 +10,14 @@ from tiny_models import STOP, fresh, tiny
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.growth import StepRule, TreeShape, flat, tree
-from stepcredit.growth.steps import step_rule
+from stepcredit.forest.types import Problem, Segment
+from stepcredit.growth.flat import flat
+from stepcredit.growth.steps import StepRule, step_rule
+from stepcredit.growth.tree import TreeShape, tree
 from stepcredit.policy.forward import score
 from stepcredit.policy.loading import load_policy
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.types import Problem, Segment
 
 MODES = ("complete", "stepwise")
 modes = pytest.mark.parametrize("mode", MODES)

@@ -7,11 +7,11 @@ import torch
 from stepcredit.credit.returns import reward_to_go
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.judging import Judge
-from stepcredit.metrics import forest_metrics
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.loading import load_policy
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.run.metrics import forest_metrics
 from stepcredit.verifiers import Reward, reward_function
+from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.workers import Workers
 
 

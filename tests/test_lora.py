@@ -8,15 +8,17 @@ import torch
 from test_resume import TINY, train
 from transformers import AutoModelForCausalLM
 
-from stepcredit.auxiliary import Base, ImplicitPRM, PRMOptions
-from stepcredit.build import build_models, build_parts
-from stepcredit.checkpoint import newest_checkpoint
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
+from stepcredit.estimators.frozen import Base
+from stepcredit.estimators.options import PRMOptions
+from stepcredit.estimators.prm import ImplicitPRM
+from stepcredit.learn.adapters import adapters_off, add_adapters, own_copy
 from stepcredit.policy.forward import Policy, random_forest, score
 from stepcredit.policy.loading import load_policy
-from stepcredit.policy.lora import adapters_off, add_adapters, own_copy
+from stepcredit.run.build import build_models, build_parts
+from stepcredit.run.checkpoint import newest_checkpoint
 
 ADAPTED = ("--lora.rank", "4", "--learning-rate", "1e-2", "--objective.kl.coef", "0.01")
 

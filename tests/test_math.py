@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from math_pairs import PAIRS
 
-from stepcredit.judging import Judge
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.math import final_answer, gold, verify
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -8,10 +8,10 @@ from builders import flat_forest, is_near, random_forest
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.objective import AGGREGATORS, Objective, clipped_surrogate
-from stepcredit.ops import TokenScores
+from stepcredit.forest.ops import TokenScores
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.losses.objective import AGGREGATORS, Objective, clipped_surrogate
 from stepcredit.policy.batching import cut
-from stepcredit.types import Problem, Segment, Tree
 
 close = torch.testing.assert_close
 

@@ -9,8 +9,17 @@ from reference_credit import paths
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import KL_ESTIMATORS, cumsum_along_path, kl_k1, kl_k2, kl_k3, mean_by, segment_sum, sum_to_end
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.ops import (
+    KL_ESTIMATORS,
+    cumsum_along_path,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    mean_by,
+    segment_sum,
+    sum_to_end,
+)
+from stepcredit.forest.types import Problem, Segment, Tree
 
 close = torch.testing.assert_close
 

@@ -11,12 +11,13 @@ from tiny_models import fresh
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from stepcredit.build import _check_growth, build_credit, build_objective
 from stepcredit.cli.main import main
 from stepcredit.config import read_yaml, resolve
 from stepcredit.forest import Forest
-from stepcredit.parallel import memory
-from stepcredit.parallel.memory import (
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.learn.placement import Placement
+from stepcredit.plan import memory
+from stepcredit.plan.memory import (
     ALWAYS,
     GIB,
     PASS,
@@ -26,10 +27,9 @@ from stepcredit.parallel.memory import (
     saved_by_layer,
     saved_outside,
 )
-from stepcredit.parallel.ranks import Ranks
-from stepcredit.parallel.spread import Spread
 from stepcredit.policy.decoding import ForestRows
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.processes.ranks import Ranks
+from stepcredit.run.build import _check_growth, build_credit, build_objective
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "scale").glob("*.yaml"))
@@ -170,7 +170,7 @@ def test_activations_in_shards(family, again, mixed) -> None:
         if again:
             policy.checkpoint_layers()
         forest = groups()
-        found, _ = kept(Spread(ranks, "fsdp").place(policy), forest)
+        found, _ = kept(Placement(ranks, "fsdp").place(policy), forest)
     finally:
         dist.destroy_process_group()
     by_layer, angles = (saved_by_checkpoint, 8 * size.head_dim) if again else (saved_by_layer, 0)

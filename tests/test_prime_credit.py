@@ -11,15 +11,15 @@ import torch
 from builders import LOGPROBS, VERL, flat_forest, is_near, judge_only_sampled, random_forest, random_trees, run
 from torch import Tensor
 
-from stepcredit.build import build_credit, build_prm_options
 from stepcredit.cli.main import main
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, assign
 from stepcredit.credit.prime import implicit_rewards
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, sum_to_end
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.ops import mean_by, sum_to_end
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.run.build import build_credit, prm_beta
 
 close = torch.testing.assert_close
 
@@ -387,7 +387,7 @@ def test_the_reward_model_has_the_scale_of_the_credit(tmp_path, monkeypatch, cre
     """Where it is not given it is the function's own default."""
     write_credits(tmp_path, monkeypatch)
     config = Config(credit=CreditConfig(**{"name": "my_credit.fussy"} | credit))
-    assert build_prm_options(config, build_credit(config.credit)[0]).beta == beta
+    assert prm_beta(config, build_credit(config.credit)[0]) == beta
 
 
 def write_credits(folder: Path, monkeypatch) -> None:

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM
 
-from stepcredit.auxiliary import ImplicitPRM, OldPolicy, PRMOptions, Reference, SameAsOld
-from stepcredit.auxiliary.prm import prediction_metrics, sums
 from stepcredit.cli.main import main
 from stepcredit.credit import CREDIT, assign
 from stepcredit.errors import UserError
+from stepcredit.estimators.frozen import OldPolicy, Reference, SameAsOld
+from stepcredit.estimators.options import PRMOptions
+from stepcredit.estimators.prm import ImplicitPRM, prediction_metrics, sums
 from stepcredit.forest import Forest
+from stepcredit.forest.records import read_trees
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import load_policy
-from stepcredit.records import read_trees
 
 RATE = 1e-3
 
@@ -32,7 +33,8 @@ def observed(kind: str = "chain", seed: int = 0, **options) -> Forest:
 
 
 def prm(**options) -> ImplicitPRM:
-    return ImplicitPRM(fresh("qwen3"), PRMOptions(**{"learning_rate": RATE, "beta": 0.5} | options))
+    own = {name: options.pop(name) for name in ("beta", "max_tokens", "seed") if name in options}
+    return ImplicitPRM(fresh("qwen3"), PRMOptions(**{"learning_rate": RATE} | options), **{"beta": 0.5} | own)
 
 
 def weights(model: ImplicitPRM) -> list[Tensor]:
@@ -65,7 +67,7 @@ def test_the_gradient_is_that_of_plain_autograd(kind, max_tokens, monkeypatch):
     caught: list[Tensor] = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: caught.extend(q.grad.clone() for q in p))
     monkeypatch.setattr(model.learner.optimizer, "step", lambda: None)
-    model.options = PRMOptions(beta=0.5, max_tokens=max_tokens)
+    model.options = PRMOptions()
     with pytest.raises(TypeError):  # no norm
         model.observe(forest)
     totals, labels = [], []

@@ -9,8 +9,8 @@ import zstandard
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.records import check_columns, read_trees, to_records, write_trees
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.records import check_columns, read_trees, to_records, write_trees
+from stepcredit.forest.types import Problem, Segment, Tree
 
 
 def record(**changes):

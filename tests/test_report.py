@@ -18,15 +18,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from stepcredit.algorithms import ALGORITHMS
 from stepcredit.cli.main import main
+from stepcredit.config.algorithms import ALGORITHMS
+from stepcredit.display.pieces import Pieces, pieces_of, visible
+from stepcredit.display.rollouts import choose, read_groups
+from stepcredit.display.runs import Run, essence, methods, read_runs
 from stepcredit.forest import Forest
-from stepcredit.records import read_records
+from stepcredit.forest.records import read_records
 from stepcredit.report.credits import compare_credits, unfold
 from stepcredit.report.page import _spread, chunk_of, write_page
-from stepcredit.report.pieces import Pieces, pieces_of, visible
-from stepcredit.report.rollouts import choose, read_groups
-from stepcredit.report.runs import Run, essence, methods, read_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from screenshots import CHROMIUM, chromium, empty_page, show

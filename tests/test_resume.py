@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from stepcredit.auxiliary import ImplicitPRM
-from stepcredit.build import build_parts
-from stepcredit.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
+from stepcredit.estimators.prm import ImplicitPRM
 from stepcredit.policy.loading import load_policy
-from stepcredit.trainer import Trainer
+from stepcredit.run.build import build_parts
+from stepcredit.run.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
+from stepcredit.run.trainer import Trainer
 
 TINY = ["--train.problems-per-iteration", "2", "--group-size", "4", "--num-problems", "2"]
 TINY += ["--max-new-tokens", "48", "--save-every", "1"]

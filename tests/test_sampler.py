@@ -5,11 +5,11 @@ import torch
 from tiny_models import FAMILIES, OTHERS, STOP, VOCABULARY, fresh, tiny
 
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers import transformers
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler, draw
-from stepcredit.types import Problem, Segment, Tree
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23]]
 STOPS = tuple(range(12))  # many stop tokens: completions of many lengths

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stepcredit.cli.main import main
-from stepcredit.records import read_trees
+from stepcredit.forest.records import read_trees
 
 CHAIN = "Ivy = 14 . Mia = Ivy - 1 . Mia ?"
 ROWS = [

@@ -4,9 +4,9 @@ import pytest
 from builders import flat_forest, random_forest, run
 
 from stepcredit.forest import Forest
-from stepcredit.objective import Objective
-from stepcredit.shaping import SHAPERS, drop_uniform, mask_truncated, shuffle_rewards
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.losses.objective import Objective
+from stepcredit.shaping.shapers import SHAPERS, drop_uniform, mask_truncated, shuffle_rewards
 
 
 def test_truncated_completions_are_masked_over_all_their_segments():

@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.text import Text
 from test_train import train
 
-import stepcredit.report.pieces
+import stepcredit.display.pieces
 from stepcredit.cli.main import main as command
 from stepcredit.cli.show import HELP, main
 from stepcredit.config import resolve
-from stepcredit.errors import UserError
-from stepcredit.forest import Forest
-from stepcredit.parallel.ranks import Ranks
-from stepcredit.report.pieces import Pieces
-from stepcredit.report.rollouts import groups_of
-from stepcredit.report.terminal import (
+from stepcredit.display.pieces import Pieces
+from stepcredit.display.rollouts import groups_of
+from stepcredit.display.terminal import (
     MINUS,
     Shading,
     Tokens,
@@ -37,8 +34,11 @@ from stepcredit.report.terminal import (
     style_of,
     telling,
 )
-from stepcredit.tracking import Tracker, open_tracker
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.errors import UserError
+from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.processes.ranks import Ranks
+from stepcredit.run.tracking import Tracker, open_tracker
 
 VOCABULARY = ["Ann", " =", " 3", " .", " Bob", "\n", " [red]x[/red]", " \x1b[31mred", "\u202eabc", "<end>", " 4"]
 ESCAPE = "\x1b"
@@ -62,7 +62,7 @@ class Words:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Texts of the tokens above, on a terminal of 100 columns."""
-    monkeypatch.setattr(stepcredit.report.pieces, "pieces_of", lambda run: Pieces(Words()))
+    monkeypatch.setattr(stepcredit.display.pieces, "pieces_of", lambda run: Pieces(Words()))
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORFGBG"):
         monkeypatch.delenv(name, raising=False)
@@ -176,7 +176,7 @@ def test_strength_rises_with_size():
 
 
 def test_a_light_background_has_light_shades(monkeypatch):
-    from stepcredit.report.terminal import _style
+    from stepcredit.display.terminal import _style
 
     monkeypatch.setenv("COLORFGBG", "0;15")
     _style.cache_clear()

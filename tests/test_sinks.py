@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_resume import train
 
-from stepcredit import sinks
 from stepcredit.cli.main import main
+from stepcredit.run import sinks
 
 ALARM = "left out"
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from stepcredit.health import ALARMS, WARN_AFTER, Health
+from stepcredit.run.health import ALARMS, WARN_AFTER, Health
 
 FINE = {
     "reward/mean": 0.5,

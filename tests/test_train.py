@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stepcredit.auxiliary.frozen
-from stepcredit.algorithms import ALGORITHMS
+import stepcredit.estimators.frozen
 from stepcredit.cli.main import main
-from stepcredit.records import read_trees
+from stepcredit.config.algorithms import ALGORITHMS
+from stepcredit.forest.records import read_trees
 
 TINY = {
     "iterations": 2,
@@ -79,7 +79,7 @@ def base(tmp_path_factory) -> Path:
     import stepcredit
 
     folder = tmp_path_factory.mktemp("base")
-    shutil.copytree(Path(stepcredit.__file__).parent / "embedded_model", folder / "checkpoints" / "000002")
+    shutil.copytree(Path(stepcredit.__file__).parent / "demo" / "model", folder / "checkpoints" / "000002")
     return folder
 
 
@@ -266,8 +266,8 @@ def test_options_run_and_matter(runs, tmp_path, options):
 @pytest.mark.parametrize("algorithm, per_iteration", [("grpo", 0), ("opo", 0), ("spro", 2)])
 def test_scoring_passes(tmp_path, monkeypatch, algorithm, per_iteration):
     """Exactly on-policy outcome credit scores nothing; SPRO scores with the policy and with the reference."""
-    calls, score = [], stepcredit.auxiliary.frozen.score
-    monkeypatch.setattr(stepcredit.auxiliary.frozen, "score", lambda *given: calls.append(given[0]) or score(*given))
+    calls, score = [], stepcredit.estimators.frozen.score
+    monkeypatch.setattr(stepcredit.estimators.frozen, "score", lambda *given: calls.append(given[0]) or score(*given))
     assert train(tmp_path / "run", algorithm=algorithm, num_problems=0) == 0
     assert len(calls) == 2 * per_iteration
     assert len({id(policy) for policy in calls}) == per_iteration

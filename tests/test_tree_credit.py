@@ -15,10 +15,10 @@ from stepcredit.cli.main import main
 from stepcredit.credit import CREDIT, assign
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.objective import AGGREGATORS, Objective
-from stepcredit.ops import TokenScores
-from stepcredit.records import write_trees
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.forest.ops import TokenScores
+from stepcredit.forest.records import write_trees
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.losses.objective import AGGREGATORS, Objective
 
 SCALES = ("variance", "sqrt", "std", "none")
 TREE_VARIANTS = [

@@ -11,11 +11,11 @@ from tiny_models import fresh
 from stepcredit.cli.main import main
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
-from stepcredit.metrics import forest_metrics
-from stepcredit.objective import AGGREGATORS, Objective
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.losses.objective import AGGREGATORS, Objective
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.run.metrics import forest_metrics
 
 COLUMNS = ("old_logprobs", "ref_logprobs", "advantages", "weights")
 

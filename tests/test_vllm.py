@@ -29,27 +29,27 @@ from safetensors.torch import load_file
 from tiny_models import fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stepcredit.auxiliary.frozen import OldPolicy
-from stepcredit.build import build_models, build_parts, build_sampler
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
+from stepcredit.estimators.frozen import OldPolicy
 from stepcredit.forest import Forest
-from stepcredit.interrupt import Interrupted
-from stepcredit.objective import Objective, importance_weights
-from stepcredit.parallel.spread import WHOLE, full_state
+from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.learn.adapters import add_adapters
+from stepcredit.learn.placement import WHOLE, full_state
+from stepcredit.losses.objective import Objective, importance_weights
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import checkpoint_tensors, load_policy, save_policy
-from stepcredit.policy.lora import add_adapters
-from stepcredit.samplers import launch, transfer, vllm
-from stepcredit.samplers.launch import LocalServer, lora_args
+from stepcredit.run.build import build_models, build_parts, build_sampler
+from stepcredit.run.interrupt import Interrupted
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.server import stepcredit_worker
-from stepcredit.samplers.server.stepcredit_worker import Extension
-from stepcredit.samplers.transfer import TransferError
+from stepcredit.samplers.remote import launch, transfer, vllm
+from stepcredit.samplers.remote.launch import LocalServer, lora_args
+from stepcredit.samplers.remote.server import stepcredit_worker
+from stepcredit.samplers.remote.server.stepcredit_worker import Extension
+from stepcredit.samplers.remote.transfer import TransferError
+from stepcredit.samplers.remote.vllm import VLLMSampler
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.samplers.vllm import VLLMSampler
-from stepcredit.types import Problem, Segment, Tree
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -1254,7 +1254,7 @@ def test_close_ends_all_processes(python, tmp_path, monkeypatch, caplog):
 
 @linux
 def test_nothing_stays_when_the_run_is_killed(python, tmp_path):
-    code = "import sys, time; from pathlib import Path; from stepcredit.samplers.launch import LocalServer\n"
+    code = "import sys, time; from pathlib import Path; from stepcredit.samplers.remote.launch import LocalServer\n"
     code += "one = LocalServer('m', sys.argv[1], 0, 'auto', False, [], Path(sys.argv[2]))\nprint('ready', flush=True)\n"
     code += "time.sleep(300)"
     words = [sys.executable, "-c", code, str(python), str(tmp_path / "log")]

@@ -8,8 +8,8 @@ import transformers
 from torch import Tensor
 
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.forward import Policy
-from stepcredit.types import Problem, Segment, Tree
 
 VOCABULARY = 97
 STOP = 2

@@ -63,8 +63,8 @@ def main(words: Sequence[str]) -> int:
     on_screen = own.get("markdown") == "-"
     markdown, out = None if on_screen else output_file(own, "markdown"), output_file(own, "json")
 
+    from stepcredit.display.runs import read_runs
     from stepcredit.report.compare import compare
-    from stepcredit.report.runs import read_runs
 
     found = compare(read_runs(folders), own.get("metric", OPTIONS["metric"]), at, target)
     if on_screen:

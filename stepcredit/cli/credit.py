@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from stepcredit.algorithms import ALGORITHMS
 from stepcredit.cli import help as help_text
 from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import resolve
+from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.errors import UserError
 
 HELP = """\
@@ -43,11 +43,11 @@ def main(words: Sequence[str]) -> int:
         given["algorithm"] = name
     config = resolve({"model": "none", **given})
 
-    from stepcredit.build import build_credit, build_objective
     from stepcredit.credit import needs_of
     from stepcredit.forest import Forest
-    from stepcredit.metrics import forest_metrics
-    from stepcredit.records import check_columns, read_trees, write_trees
+    from stepcredit.forest.records import check_columns, read_trees, write_trees
+    from stepcredit.run.build import build_credit, build_objective
+    from stepcredit.run.metrics import forest_metrics
 
     function, assign = build_credit(config.credit)
     trees = list(read_trees(own["in"]))

@@ -19,8 +19,8 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.evaluate import Evaluation, Sample
-    from stepcredit.types import Problem
+    from stepcredit.forest.types import Problem
+    from stepcredit.run.evaluate import Evaluation, Sample
 
 log = logging.getLogger("stepcredit")
 
@@ -60,8 +60,8 @@ def main(words: Sequence[str]) -> int:
     sources = _sources(given)
     configs = {name: _config(given, source) for name, source in sources.items()}
 
-    from stepcredit.auxiliary.frozen import fingerprint
-    from stepcredit.evaluate import evaluate
+    from stepcredit.estimators.frozen import fingerprint
+    from stepcredit.run.evaluate import evaluate
 
     console, policy, results = Console(), None, {}
     book = Book(records) if records else None
@@ -103,7 +103,7 @@ class Book:
     """
 
     def __init__(self, path: Path) -> None:
-        from stepcredit.evaluate import Sample
+        from stepcredit.run.evaluate import Sample
 
         self.path = path
         self.settings: dict[str, Any] = {}

@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stepcredit.algorithms import ALGORITHMS
 from stepcredit.config import Config
+from stepcredit.config.algorithms import ALGORITHMS
 
 WIDTH = 110
 

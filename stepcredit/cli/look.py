@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from stepcredit.algorithms import algorithm
 from stepcredit.cli.arguments import output_file, parse
 from stepcredit.config import Config, resolve
+from stepcredit.config.algorithms import algorithm
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.build import Rollouts
     from stepcredit.policy.forward import Policy
+    from stepcredit.run.build import Rollouts
 
 SAMPLE_HELP = """\
 usage: stepcredit sample [--model MODEL] [--data DATA | --prompt TEXT] [--option value ...]
@@ -42,9 +42,9 @@ def sample(words: Sequence[str]) -> int:
     branching = algorithm(str(given.get("algorithm", "grpo"))).growth
     given = {"eval": {"num_problems": 3}, "growth": {} if branching else {"group_size": 4}} | given
     config, out = looking(given), output_file(own)
-    from stepcredit.growth import sampling_seed
-    from stepcredit.records import write_trees
-    from stepcredit.types import Problem
+    from stepcredit.forest.records import write_trees
+    from stepcredit.forest.types import Problem
+    from stepcredit.growth.seeds import sampling_seed
 
     console, (policy, rollouts) = Console(), load(config)
     if "prompt" in own:
@@ -91,8 +91,8 @@ def looking(given: dict[str, Any]) -> Config:
 
 def load(config: Config, policy: "Policy | None" = None) -> "tuple[Policy, Rollouts]":
     """The model, unless it is loaded already, and what sampling and judging take."""
-    from stepcredit.build import build_parts, build_rollouts
     from stepcredit.policy.loading import load_policy
+    from stepcredit.run.build import build_parts, build_rollouts
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parts = build_parts(config)

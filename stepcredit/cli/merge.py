@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: '{out}' is not empty; name a new folder")
 
-    from stepcredit.policy.lora import merge_adapters
+    from stepcredit.learn.adapters import merge_adapters
 
     merge_adapters(source, out)
     print(f"merged model in {out}; load it with --model {out}")

@@ -12,7 +12,7 @@ from stepcredit.config import Config, resolve
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.parallel.memory import Advice, Plan
+    from stepcredit.plan.memory import Advice, Plan
 
 HELP = """\
 usage: stepcredit plan [CONFIG.yaml] --model MODEL --gpus N [--gpu-memory-gib X] [--option value ...]
@@ -56,12 +56,12 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"--gpus: expected a whole number, got {gpus:g}")
     config, gpus = resolve(given), int(gpus)
 
-    from stepcredit.build import build_credit, build_objective, build_spread
-    from stepcredit.parallel import memory
-    from stepcredit.parallel.ranks import ALONE
+    from stepcredit.plan import memory
+    from stepcredit.processes.ranks import ALONE
+    from stepcredit.run.build import build_credit, build_objective, build_placement
 
     build_objective(config, build_credit(config.credit)[0])  # these say what does not go together
-    build_spread(config, ALONE)
+    build_placement(config, ALONE)
     size = gib * memory.GIB
     plans = {name: memory.reckon(config, gpus, name, size) for name in ("ddp", "fsdp")}
     auto = memory.changed_by(config, {"distributed.strategy": "auto"})
@@ -91,7 +91,7 @@ def _number(own: dict[str, str], name: str) -> float:
 
 
 def _title(config: Config, gpus: int, gib: float) -> str:
-    from stepcredit.parallel.memory import size_of
+    from stepcredit.plan.memory import size_of
 
     billions = size_of(config.model, config.trust_remote_code).weights / 1e9
     count = f"{gpus} GPU" + ("s" if gpus > 1 else "")
@@ -99,7 +99,7 @@ def _title(config: Config, gpus: int, gib: float) -> str:
 
 
 def _table(plans: "dict[str, Plan]", budgets: dict[str, int]) -> Table:
-    from stepcredit.parallel.memory import ALWAYS, PASS, SAMPLING, STEP
+    from stepcredit.plan.memory import ALWAYS, PASS, SAMPLING, STEP
 
     table = Table(box=None, pad_edge=False)
     table.add_column("GiB on each GPU")

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
     """Write rollouts with `prm_logprobs`, `ref_logprobs` and `token_rewards`; print how the rewards fit outcomes."""
-    from stepcredit.auxiliary.prm import prediction_metrics, sums
+    from stepcredit.estimators.prm import prediction_metrics, sums
     from stepcredit.forest import Forest
+    from stepcredit.forest.records import read_trees, write_trees
     from stepcredit.policy.forward import score
     from stepcredit.policy.loading import load_policy
-    from stepcredit.records import read_trees, write_trees
 
     source = own["in"]
     try:

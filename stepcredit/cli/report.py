@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from stepcredit.cli.arguments import output_file, split
+from stepcredit.display.runs import read_runs
 from stepcredit.errors import UserError
-from stepcredit.report.runs import read_runs
 
 HELP = """\
 usage: stepcredit report RUN [RUN ...] [-o FILE] [--option value ...]

@@ -14,8 +14,8 @@ from stepcredit.config import Config, resolve
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.judging import Judge
-    from stepcredit.types import Problem, Tree
+    from stepcredit.forest.types import Problem, Tree
+    from stepcredit.verifiers.judging import Judge
 
 HELP = """\
 usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
@@ -100,8 +100,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
-    from stepcredit.rewards import build_judge, build_rewards, load_rows
     from stepcredit.tasks.dataset import DatasetTask
+    from stepcredit.verifiers.rewards import build_judge, build_rewards, load_rows
 
     problems = load_rows(config)
     rewards, weights = build_rewards(config, DatasetTask(config.task.data, problems, problems, 0))
@@ -125,7 +125,7 @@ def _gold(judge: "Judge", problems: "list[Problem]") -> list[dict[str, Any]]:
 
 def _column(judge: "Judge", problems: "list[Problem]", column: str) -> list[dict[str, Any]]:
     from stepcredit.errors import did_you_mean
-    from stepcredit.judging import is_right, outcome_reward
+    from stepcredit.verifiers.judging import is_right, outcome_reward
 
     names = {name for problem in problems for name in problem.columns}
     if column not in names:
@@ -170,10 +170,10 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
 
 def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
     from stepcredit.forest import Forest
-    from stepcredit.judging import is_right, outcome_reward
-    from stepcredit.records import read_trees, write_trees
-    from stepcredit.rewards import build_judge, load_rows
+    from stepcredit.forest.records import read_trees, write_trees
     from stepcredit.verifiers import reward_function
+    from stepcredit.verifiers.judging import is_right, outcome_reward
+    from stepcredit.verifiers.rewards import build_judge, load_rows
 
     trees = list(read_trees(source))
     if not trees:

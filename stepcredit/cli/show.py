@@ -10,8 +10,8 @@ from stepcredit.cli.arguments import split
 from stepcredit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from stepcredit.report.rollouts import Group
-    from stepcredit.report.runs import Run
+    from stepcredit.display.rollouts import Group
+    from stepcredit.display.runs import Run
 
 HELP = """\
 usage: stepcredit show RUN [--iteration N] [--problem ID] [--column NAME] [--completions N] [--metrics NAMES]
@@ -64,8 +64,8 @@ def main(words: Sequence[str]) -> int:
     iteration, most = _whole(given, "iteration"), _whole(given, "completions")
     if most is not None and most < 1:
         raise UserError(f"--completions: {most} is less than 1")
-    from stepcredit.report.runs import read_runs
-    from stepcredit.report.terminal import forgive
+    from stepcredit.display.runs import read_runs
+    from stepcredit.display.terminal import forgive
 
     runs = read_runs([path])
     if len(runs) > 1:
@@ -129,8 +129,8 @@ def _check_metrics(run: "Run", names: Sequence[str]) -> None:
 
 def _read(run: "Run", iteration: int | None) -> tuple[int, list["Group"]]:
     """The groups of an iteration; without one, the last that can be read, and remarks on those that cannot."""
-    from stepcredit.report.pieces import pieces_of
-    from stepcredit.report.rollouts import read_groups
+    from stepcredit.display.pieces import pieces_of
+    from stepcredit.display.rollouts import read_groups
 
     pieces = pieces_of(run) if run.files else None
     for saved in [iteration] if iteration is not None else sorted(run.files, reverse=True):
@@ -149,8 +149,8 @@ def _read(run: "Run", iteration: int | None) -> tuple[int, list["Group"]]:
 
 def _choose(groups: Sequence["Group"], problem: str | None) -> int | None:
     """The group that is shown."""
-    from stepcredit.report.rollouts import choose
-    from stepcredit.report.terminal import telling
+    from stepcredit.display.rollouts import choose
+    from stepcredit.display.terminal import telling
 
     if not groups:
         return None
@@ -162,7 +162,7 @@ def _choose(groups: Sequence["Group"], problem: str | None) -> int | None:
 
 def _column(group: "Group", column: str, where: str) -> str:
     """The column that tokens are shaded by: the one asked for, or the first."""
-    from stepcredit.report.rollouts import COLUMNS
+    from stepcredit.display.rollouts import COLUMNS
 
     asked, present = column.replace("-", "_"), [name for name in COLUMNS if name in group.columns]
     if not asked:
@@ -177,7 +177,7 @@ def _column(group: "Group", column: str, where: str) -> str:
 
 
 def _heading(run: "Run", console: Console) -> None:
-    from stepcredit.report.terminal import one_line
+    from stepcredit.display.terminal import one_line
 
     last = run.rows[-1] if run.rows else {}
     wanted, tokens = run.config.get("train.iterations"), last.get("tokens/total")
@@ -206,7 +206,7 @@ def _duration(seconds: float) -> str:
 
 
 def _curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
-    from stepcredit.report.terminal import curves
+    from stepcredit.display.terminal import curves
 
     found = {name: run.column(name) for name in names or METRICS}
     found = {name: column for name, column in found.items() if column[1]}
@@ -217,8 +217,8 @@ def _curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
 
 def _health(run: "Run", console: Console) -> None:
     """What the alarms of training have said, with the iterations at which they did."""
-    from stepcredit.health import replay
-    from stepcredit.report.terminal import names
+    from stepcredit.display.terminal import names
+    from stepcredit.run.health import replay
 
     found = replay(run.rows)
     if not found.iterations:
@@ -238,7 +238,7 @@ def _health(run: "Run", console: Console) -> None:
 
 
 def _table(run: "Run", iteration: int, groups: Sequence["Group"], console: Console) -> None:
-    from stepcredit.report.terminal import names, problems
+    from stepcredit.display.terminal import names, problems
 
     console.print()
     console.print(_said("saved rollouts: ", "bold", f"iterations {names(run.files)}"))
@@ -255,8 +255,8 @@ def _group(
     whole: bool,
     console: Console,
 ) -> None:
-    from stepcredit.report.rollouts import COLUMNS
-    from stepcredit.report.terminal import group_view, is_branching, is_plain, one_line, shading_of
+    from stepcredit.display.rollouts import COLUMNS
+    from stepcredit.display.terminal import group_view, is_branching, is_plain, one_line, shading_of
 
     group = groups[chosen]
     shading = shading_of(group, column, COLUMNS.get(column, column), is_plain(console))

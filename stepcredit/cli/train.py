@@ -14,7 +14,7 @@ from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.parallel.spread import Spread
+    from stepcredit.learn.placement import Placement
 
 HELP = """\
 usage: stepcredit train [CONFIG.yaml] [--option value ...]
@@ -53,7 +53,7 @@ OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.ref
 
 def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
-        from stepcredit.algorithms import ALGORITHMS
+        from stepcredit.config.algorithms import ALGORITHMS
 
         names = " | ".join(list(ALGORITHMS)[:3]) + " | ... (below)"
         print(HELP.format(names=names, algorithms=help_text.algorithms(), options=help_text.options()))
@@ -63,12 +63,12 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
-    from stepcredit.allocator import keep_freed_memory
-    from stepcredit.build import build_parts, build_spread, load_model
-    from stepcredit.checkpoint import pointed
-    from stepcredit.interrupt import Interrupted
-    from stepcredit.parallel.ranks import Ranks
-    from stepcredit.trainer import Trainer
+    from stepcredit.processes.ranks import Ranks
+    from stepcredit.run.allocator import keep_freed_memory
+    from stepcredit.run.build import build_parts, build_placement, load_model
+    from stepcredit.run.checkpoint import pointed
+    from stepcredit.run.interrupt import Interrupted
+    from stepcredit.run.trainer import Trainer
 
     ranks = Ranks.join(config.distributed.timeout_s, config.train.device)
     logging.basicConfig(level=logging.INFO if ranks.main else logging.ERROR, format="%(message)s")
@@ -79,14 +79,14 @@ def main(words: Sequence[str]) -> int:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
     run_dir = ranks.first(lambda: _run_dir(config, continues=own["resume"] != "never"))
     parts = build_parts(config)
-    spread = build_spread(config, ranks)
-    policy = load_model(config, config.model, spread)
+    placement = build_placement(config, ranks)
+    policy = load_model(config, config.model, placement)
     if policy.device.type == "cpu":
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)
-    trainer = Trainer(config, parts, policy, console, spread)
+    trainer = Trainer(config, parts, policy, console, placement)
     run_dir = ranks.first(lambda: _claim(config, run_dir))
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -95,7 +95,7 @@ def main(words: Sequence[str]) -> int:
     ranks.first(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
-        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(spread)}",
+        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(placement)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -121,8 +121,8 @@ def _write_config(config: Config, run_dir: Path) -> None:
     beside.replace(run_dir / "config.yaml")
 
 
-def _processes(spread: "Spread") -> str:
-    return f", on {spread.ranks.size} processes ({spread.strategy})" if spread.ranks.grouped else ""
+def _processes(placement: "Placement") -> str:
+    return f", on {placement.ranks.size} processes ({placement.strategy})" if placement.ranks.grouped else ""
 
 
 def _size(config: Config) -> str:
@@ -136,7 +136,7 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
     """The config to continue with (the run's own under what was given) and the checkpoint to load."""
     if when == "never":
         return given, None
-    from stepcredit.checkpoint import newest_checkpoint
+    from stepcredit.run.checkpoint import newest_checkpoint
 
     if when == "auto":
         run_dir = Path(given.get("run_dir") or "")
@@ -171,7 +171,7 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
 
 def _saved_config(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     """The config of a run: its config.yaml, or the checkpoint's copy where that is damaged."""
-    from stepcredit.checkpoint import load_checkpoint
+    from stepcredit.run.checkpoint import load_checkpoint
 
     try:
         saved = read_yaml(str(run_dir / "config.yaml"))

@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
 
     from stepcredit.cli.evaluate import main as evaluate_model
-    from stepcredit.warmstart import save, warmstart
+    from stepcredit.demo.warmstart import save, warmstart
 
     console = Console()
     columns = (TextColumn("warm start"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, segment_sum, spread_by
+from stepcredit.forest.ops import mean_by, segment_sum, spread_by
 
 STD_EPS = 1e-6
 

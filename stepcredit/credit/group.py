@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepcredit.credit.base import STD_EPS, Completions, completions, credit, group_std, outcome_credit
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by
+from stepcredit.forest.ops import mean_by
 
 
 def z_scores(rows: Completions) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from stepcredit.credit.base import completions, credit, outcome_credit
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by
+from stepcredit.forest.ops import mean_by
 
 
 @credit()

@@ -20,7 +20,7 @@ from stepcredit.credit.base import (
 from stepcredit.credit.group import leave_one_out, z_scores
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, segment_sum, spread_by, sum_to_end
+from stepcredit.forest.ops import mean_by, segment_sum, spread_by, sum_to_end
 
 
 def implicit_rewards(forest: Forest, beta: float) -> Tensor:

@@ -9,7 +9,7 @@ from stepcredit.credit.base import completions, credit, judged_tokens, outcome_c
 from stepcredit.credit.group import leave_one_out
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, sum_to_end
+from stepcredit.forest.ops import mean_by, sum_to_end
 
 
 def rewards_by_token(forest: Forest) -> Tensor:

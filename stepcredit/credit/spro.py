@@ -16,7 +16,7 @@ from stepcredit.credit.base import (
 )
 from stepcredit.credit.group import z_scores
 from stepcredit.forest import Forest
-from stepcredit.ops import cumsum_along_path, mean_by
+from stepcredit.forest.ops import cumsum_along_path, mean_by
 
 
 def cumulative_process_reward(forest: Forest, beta: float, cumsum: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by, segment_sum, spread_by
+from stepcredit.forest.ops import mean_by, segment_sum, spread_by
 
 SAME = 1e-6  # smaller differences are rounding: of rewards such as 0.1, or of means over unlike branches
 

@@ -9,7 +9,7 @@ from stepcredit.credit import tree
 from stepcredit.credit.base import STD_EPS, CreditParts, credit
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import mean_by
+from stepcredit.forest.ops import mean_by
 
 
 @credit(forests="tree")

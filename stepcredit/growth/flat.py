@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Problem, Tree
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.types import Problem, Tree
 
 
 def flat(
@@ -22,8 +22,3 @@ def flat(
     return Forest.from_trees(
         [Tree(problem, prompt, group) for problem, prompt, group in zip(problems, prompts, groups, strict=True)]
     )
-
-
-def sampling_seed(run_seed: int, stream: int, number: int) -> int:
-    """A seed for problem `number` of a stream (0 training, 1 evaluation); streams and runs do not overlap."""
-    return ((run_seed * 2 + stream) * 1_000_000_007 + number) % (2**62)

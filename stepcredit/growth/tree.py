@@ -11,10 +11,10 @@ from typing import Literal
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Finish, Problem, Segment, Tree
 from stepcredit.growth.steps import StepRule
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.types import Finish, Problem, Segment, Tree
 
 SPACING = 0x9E3779B97F4A7C15  # between the seeds of a tree's nodes; odd, so that they do not meet
 

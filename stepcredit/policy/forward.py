@@ -19,14 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.ops import TokenScores
-from stepcredit.parallel.ranks import ALONE, Ranks, deal
+from stepcredit.forest.ops import TokenScores
+from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
 from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_in, tree_sizes
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores
-from stepcredit.types import Problem, Segment, Tree
+from stepcredit.processes.ranks import ALONE, Ranks, deal
 
 log = logging.getLogger("stepcredit")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepcredit.ops import TokenScores
+from stepcredit.forest.ops import TokenScores
 
 LEAST = -1e30  # stands in for the log of 0, which times 0 is 0
 MAX_LOGITS = 1 << 22  # logits that exist at once: 16 MiB in fp32, about what a CPU's cache holds

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, choose_path
 
-EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded_model"
+EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

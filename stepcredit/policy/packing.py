@@ -12,7 +12,7 @@ computed:
 
 Example: a prompt of 3 tokens with completions of 2 and 4.
 
->>> from stepcredit.types import Problem, Segment, Tree
+>>> from stepcredit.forest.types import Problem, Segment, Tree
 >>> forest = Forest.from_trees([Tree(Problem(), [1, 2, 3], [Segment([4, 5]), Segment([6, 7, 8, 9])])])
 >>> packing, before = Packing.of_forest(forest)
 >>> packing.token_ids.tolist(), packing.position.tolist()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from stepcredit.forest import Forest
-from stepcredit.ops import TokenScores
+from stepcredit.forest.ops import TokenScores
 from stepcredit.policy.batching import length_buckets
 from stepcredit.policy.head import score_logits
 

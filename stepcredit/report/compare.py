@@ -10,8 +10,8 @@ from itertools import combinations_with_replacement
 import numpy
 from numpy.typing import NDArray
 
+from stepcredit.display.runs import SEED, Method, Run, differences, methods
 from stepcredit.errors import UserError, did_you_mean
-from stepcredit.report.runs import SEED, Method, Run, differences, methods
 
 Array = NDArray[numpy.float64]
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcredit.algorithms import ALGORITHMS
-from stepcredit.build import build_credit
 from stepcredit.config import CreditConfig, resolve
+from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.credit import CREDIT, needs_of
+from stepcredit.display.rollouts import Group
+from stepcredit.display.runs import Run
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.report.rollouts import Group
-from stepcredit.report.runs import Run
-from stepcredit.types import Segment, Tree
+from stepcredit.forest.types import Segment, Tree
+from stepcredit.run.build import build_credit
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy
 
 from stepcredit import __version__
+from stepcredit.display.pieces import pieces_of, visible
+from stepcredit.display.rollouts import COLUMNS, Group, read_groups
+from stepcredit.display.runs import Method, Run, differences, methods
 from stepcredit.errors import UserError
-from stepcredit.health import replay
 from stepcredit.report.credits import Comparison, compare_credits
-from stepcredit.report.pieces import pieces_of, visible
-from stepcredit.report.rollouts import COLUMNS, Group, read_groups
-from stepcredit.report.runs import Method, Run, differences, methods
+from stepcredit.run.health import replay
 
 SCRIPTS = ("chunk.js", "dom.js", "curves.js", "rollouts.js", "trees.js", "credits.js", "setup.js", "app.js")
 FINISHES = {"stop": 0, "length": 1, "cut": 2}
@@ -45,7 +45,7 @@ PANELS = {  # section: metric -> title and unit
         "optim/grad_norm": ("Gradient norm", ""),
     },
     "Credit": {
-        "credit/std": ("Spread of the advantages", ""),
+        "credit/std": ("Placement of the advantages", ""),
         "credit/outcome_rms": ("Size of the outcome part", "rms"),
         "credit/process_rms": ("Size of the process part", "rms"),
         "group/uniform": ("Groups without outcome credit", "%"),

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from stepcredit.forest.types import Segment
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.types import Segment
 
 if TYPE_CHECKING:
     from stepcredit.policy.forward import Policy

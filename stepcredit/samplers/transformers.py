@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from stepcredit.errors import UserError
-from stepcredit.parallel.spread import copy_weights
+from stepcredit.forest.types import Segment
+from stepcredit.learn.placement import copy_weights
 from stepcredit.policy.decoding import CachedRows, ForestRows, Prefix
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.head import LEAST
 from stepcredit.samplers.kept import Kept
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.types import Segment
 
 DROP_SHARE = 16  # finished rows are dropped once they are more than 1/16 of the batch
 JOIN_SHARE = 4  # prompts join once a quarter of the rows is free

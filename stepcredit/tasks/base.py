@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 
 
 class Task:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from stepcredit.errors import UserError, did_you_mean
+from stepcredit.forest.types import Message, Problem
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptTooLong
-from stepcredit.types import Message, Problem
 
 log = logging.getLogger("stepcredit")
 

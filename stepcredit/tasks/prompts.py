@@ -4,7 +4,7 @@ import string
 from typing import TYPE_CHECKING, Any
 
 from stepcredit.errors import UserError
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepcredit.errors import UserError, did_you_mean
+from stepcredit.forest.types import Problem
 from stepcredit.imports import by_name
-from stepcredit.types import Problem
 
 RewardFunction = Callable[..., Any]
 
 VERIFIERS = {
-    "chain": "stepcredit.tasks.chain.verify",
+    "chain": "stepcredit.demo.chain.verify",
     "code": "stepcredit.verifiers.code.verify",
     "exact": "stepcredit.verifiers.exact.verify",
     "format_boxed": "stepcredit.verifiers.formats.boxed",

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from stepcredit.errors import UserError
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 from stepcredit.verifiers.sandbox import STARVED, Limits, run_each, run_tests
 
 FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)

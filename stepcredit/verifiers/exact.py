@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 
 
 def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from stepcredit.cli.main import main
+from stepcredit.demo.chain import problems
 from stepcredit.forest import Forest
+from stepcredit.forest.types import Tree
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
-from stepcredit.samplers.launch import LocalServer
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.remote.launch import LocalServer
+from stepcredit.samplers.remote.vllm import VLLMSampler
 from stepcredit.samplers.transformers import TransformersSampler
-from stepcredit.samplers.vllm import VLLMSampler
-from stepcredit.tasks.chain import problems
-from stepcredit.types import Tree
 
 PYTHON = os.environ.get("STEPCREDIT_VLLM_PYTHON")
 ARGS = ["--enforce-eager", "--max-num-seqs", "64", "--block-size", "32"]  # prompts of 50 tokens are to be cached

@@ -7,7 +7,7 @@ any thread may call.
 from collections.abc import Sequence
 from typing import Any
 
-from stepcredit.types import Problem
+from stepcredit.forest.types import Problem
 from stepcredit.verifiers.math.equal import constant, equal
 from stepcredit.verifiers.math.extract import extract
 from stepcredit.verifiers.math.text import clean, key

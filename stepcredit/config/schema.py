@@ -1,0 +1,54 @@
+"""One schema for every run: YAML file, then `--section.option value`, over the algorithm's and the recipe's defaults.
+
+defaults here < the algorithm's (algorithms.py) < the recipe of the embedded model < YAML file < command line
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from stepcredit.estimators.options import PRMOptions
+from stepcredit.growth.options import GrowthOptions
+from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
+from stepcredit.losses.options import ObjectiveOptions
+from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
+from stepcredit.samplers.options import SamplerOptions
+from stepcredit.section import Names, Section
+from stepcredit.shaping.options import FilterOptions
+from stepcredit.tasks.options import TaskOptions
+from stepcredit.verifiers.options import RewardOptions
+
+
+class CreditConfig(BaseModel):
+    """`name` and the credit function's own options."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "grpo"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Config(Section):
+    algorithm: str = "grpo"
+    model: str = "embedded"  # embedded | folder | hub id
+    trust_remote_code: bool = False  # run code that comes with a hub model
+    task: TaskOptions = TaskOptions()
+    sampler: SamplerOptions = SamplerOptions()
+    growth: GrowthOptions = GrowthOptions()
+    reward: RewardOptions = RewardOptions()
+    filter: FilterOptions = FilterOptions()
+    shapers: Names = []
+    credit: CreditConfig = CreditConfig()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    optim: OptimOptions = OptimOptions()
+    prm: PRMOptions = PRMOptions()
+    lora: LoraOptions = LoraOptions()
+    distributed: PlacementOptions = PlacementOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    rollouts: RolloutOptions = RolloutOptions()
+    track: TrackOptions = TrackOptions()
+    run_dir: str | None = None  # None: runs/ALGORITHM-NUMBER

@@ -1,0 +1,1 @@
+"""Runs, rollouts and tokens as people look at them, in a terminal."""

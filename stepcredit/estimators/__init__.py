@@ -1,0 +1,1 @@
+"""What observes a forest and adds columns to it before the credit is assigned."""

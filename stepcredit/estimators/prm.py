@@ -1,0 +1,188 @@
+"""The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from stepcredit.errors import UserError
+from stepcredit.estimators.base import AuxModel
+from stepcredit.estimators.options import PRMOptions
+from stepcredit.forest import Forest
+from stepcredit.learn.adapters import own_copy
+from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.policy.batching import with_source
+from stepcredit.policy.forward import Policy, score
+
+log = logging.getLogger("stepcredit")
+
+BETA = 0.05  # of the paper
+BINS = 10  # of predicted chances, for the calibration error
+
+
+class ImplicitPRM(AuxModel):
+    """Adds `prm_logprobs`, the model's own at temperature 1, and trains it on the outcomes.
+
+    A completion y is predicted to be right with chance sigmoid(beta * sum_t (log pi_prm(y_t) - log pi_ref(y_t))), the
+    sum over its sampled tokens; the loss is the cross-entropy with its outcome (a fraction is one too), the mean over
+    the judged completions of a minibatch that no shaper masks. Partial sums are values, so each token's term is its
+    process reward.
+
+    In "after", all rewards come from the model as it was before the batch. With one minibatch they are by-products of
+    the pass that trains it, so nothing is computed twice; with several a scoring pass comes first (the released code
+    takes those of the training passes, the later ones of a model that has seen a part of the batch). The metrics are of
+    the model as it was before the batch, whatever the update.
+
+    Under `options.update` "after", rewards are those of the model before this batch trains it (the paper's single
+    forward); under "before" it is trained first, then gives the rewards (double forward); under "none" it is not.
+
+    Args:
+        policy: what it starts from; a copy is trained, in fp32.
+        beta: scale of the log-ratio.
+        max_tokens: token positions of a micro-batch.
+        seed: of the order of the minibatches.
+        placement: how it lies on several processes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        options: PRMOptions,
+        beta: float = BETA,
+        max_tokens: int = 16384,
+        seed: int = 0,
+        placement: Placement = WHOLE,
+    ) -> None:
+        super().__init__()
+        self.policy, self.options = placement.place(own_copy(policy, share=not placement.sharded)), options
+        self.beta, self.seed = beta, seed
+        where = " in the process reward model"
+        self.learner = self.trained = Learner(self.policy, placement, options, max_tokens, where)
+        self.batches = 0
+
+    def observe(self, forest: Forest) -> Forest:
+        """Flat forests with `ref_logprobs`, at temperature 1, and rewards in [0, 1].
+
+        Raises:
+            UserError: a reward outside [0, 1], or the memory does not hold a completion.
+        """
+        forest.require_flat("the process reward model")
+        outcome = _outcomes(forest)
+        first = None
+        if self.options.update == "none" or self.options.num_minibatches > 1:
+            first = self._score(forest)
+        self.metrics = {}
+        if self.options.update != "none":
+            found = self._learn(forest, outcome)
+            first = found if first is None else first
+        assert first is not None
+        self.batches += 1
+        leaf, label = outcome
+        logit = self.beta * sums(forest, first - forest.token["ref_logprobs"])[leaf]
+        self.metrics |= prediction_metrics(logit, label)
+        return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "max_tokens": self.learner.max_tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+        self.learner.max_tokens = min(self.learner.max_tokens, state["max_tokens"])
+
+    def _score(self, forest: Forest) -> Tensor:
+        return score(self.policy, forest, 1.0, self.learner.max_tokens).logprobs
+
+    def _learn(self, forest: Forest, outcome: tuple[Tensor, Tensor]) -> Tensor:
+        """One optimiser step a minibatch; each token's log-probability as it was before its own minibatch."""
+        label = torch.full((forest.num_segments,), torch.nan).index_copy_(0, *outcome)
+        forest = with_source(forest.with_segment(label=label))
+        logprobs, norms = torch.zeros(forest.num_tokens), []
+        for step in self._minibatches(forest):
+            judged = int((~step.segment["label"].isnan()).sum())
+
+            def loss(part: Forest, call: Call, judged: int = judged) -> tuple[Tensor, Tensor]:
+                scores = call(part, 1.0)
+                return self._loss(part, scores.logprobs) / max(1, judged), scores.logprobs.detach()
+
+            parts, pieces = self.learner.accumulate(step, loss)
+            logprobs[step.token["source"]] = self.policy.collect(step, parts, pieces)
+            norm, _ = self.learner.step(sound=judged > 0)
+            norms.append(norm)
+        self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
+        self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)
+        return logprobs
+
+    def _loss(self, part: Forest, logprobs: Tensor) -> Tensor:
+        """Sum of the cross-entropies of a part's judged completions."""
+        owned = torch.zeros(part.num_segments, dtype=torch.bool)
+        owned[part.token["segment"][part.token["owned"]]] = True
+        rows = (owned & ~part.segment["label"].isnan()).nonzero().squeeze(1)
+        total = sums(part, logprobs - part.token["ref_logprobs"].to(logprobs.device))[rows.to(logprobs.device)]
+        label = part.segment["label"][rows].to(logprobs.device)
+        return binary_cross_entropy_with_logits(self.beta * total, label, reduction="sum")
+
+    def _minibatches(self, forest: Forest) -> Iterator[Forest]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batches)
+        order = torch.randperm(forest.num_trees, generator=generator)
+        for trees in order.tensor_split(self.options.num_minibatches):
+            if len(trees):
+                yield forest.select_trees(trees)
+
+
+def sums(forest: Forest, values: Tensor) -> Tensor:
+    """[num_segments] sum of `values` over the sampled tokens of each completion, at its leaf."""
+    leaf = forest.leaf[forest.token["segment"]].to(values.device)
+    counted = torch.where(forest.token_sampled.to(values.device), values, 0.0)
+    return values.new_zeros(forest.num_segments).index_add(0, leaf, counted)
+
+
+def _outcomes(forest: Forest) -> tuple[Tensor, Tensor]:
+    """Judged leaves that are not masked, and their rewards."""
+    leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"] & forest.segment["mask"]).nonzero().squeeze(1)
+    label = forest.segment["reward"][leaf]
+    outside = ((label < 0) | (label > 1)).nonzero()
+    if len(outside):
+        index = int(leaf[outside[0]])
+        raise UserError(
+            f"{forest.describe_segment(index)} has the reward {float(label[outside[0]]):.4g}; the process reward model "
+            "learns from outcomes in [0, 1]. Scale the reward functions with --reward.weights"
+        )
+    return leaf, label
+
+
+def prediction_metrics(logit: Tensor, label: Tensor) -> dict[str, float]:
+    """How well predictions fit outcomes; an outcome of at least 1/2 counts as right.
+
+    `prm/loss` is the cross-entropy, `prm/accuracy` the share on the right side of 1/2, `prm/auc` the chance that a
+    right completion is given more than a wrong one (ties count half; absent when all are alike), `prm/calibration` the
+    mean distance of chance and outcome over ten bins of chances, weighted by their sizes.
+
+    Args:
+        logit: [n] of the chances; rows where it is not finite are left out.
+
+    >>> found = prediction_metrics(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0]))
+    >>> found["prm/auc"], round(found["prm/accuracy"], 3)
+    (1.0, 0.667)
+    """
+    finite = logit.isfinite()
+    logit, label = logit[finite], label[finite]
+    if not len(label):
+        return {}
+    right, chance = label >= 0.5, logit.sigmoid()
+    bins = (chance * BINS).long().clamp(max=BINS - 1)
+    gap = torch.zeros(BINS).index_add(0, bins, chance - label).abs().sum() / len(label)
+    found = {
+        "prm/loss": float(binary_cross_entropy_with_logits(logit, label)),
+        "prm/accuracy": float(((logit >= 0) == right).float().mean()),
+        "prm/calibration": float(gap),
+    }
+    if bool(right.any()) and not bool(right.all()):
+        wrong = logit[~right].sort().values
+        below, up_to = (torch.searchsorted(wrong, logit[right], right=ties) for ties in (False, True))
+        found["prm/auc"] = float((below + up_to).double().mean() / 2 / len(wrong))
+    return found

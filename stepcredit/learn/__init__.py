@@ -1,0 +1,1 @@
+"""How a model learns: gradients over parts and processes, its place on them, adapters."""

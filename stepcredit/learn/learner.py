@@ -1,0 +1,139 @@
+"""A model that learns: gradients over the parts of a step and over the processes, and AdamW."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from stepcredit.errors import UserError
+from stepcredit.forest import Forest
+from stepcredit.forest.ops import TokenScores, out_of_memory
+from stepcredit.learn.options import AdamWOptions
+from stepcredit.learn.placement import Placement, whole
+from stepcredit.policy.forward import Policy
+
+log = logging.getLogger("stepcredit")
+
+T = TypeVar("T")
+
+Call = Callable[..., TokenScores]  # the policy, or what stands for it in a training pass
+
+
+class Learner:
+    """
+    Args:
+        policy: trained in place; placed by `placement` already.
+        options: of AdamW.
+        max_tokens: token positions of a micro-batch; halved where the memory does not suffice.
+        where: what messages say of it, such as " in the process reward model".
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        placement: Placement,
+        options: AdamWOptions,
+        max_tokens: int,
+        where: str = "",
+    ) -> None:
+        self.policy, self.placement, self.grad_clip = policy, placement, options.grad_clip
+        self.max_tokens, self.where = max_tokens, where
+        self.call = placement.callable(policy)
+        trained = [value for value in policy.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+        )
+
+    def accumulate(
+        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, T]]
+    ) -> tuple[list[Forest], list[T]]:
+        """Add up the gradient of a step, part by part.
+
+        When the memory does not suffice, `max_tokens` is halved for good and the step begins again: how a step is cut
+        changes nothing else. With several processes the run ends, because the others are in the middle of theirs.
+
+        Args:
+            loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
+
+        Returns:
+            This process's parts, and what `loss` gave of each.
+        """
+        while True:
+            parts = self.policy.parts(step, self.max_tokens)
+            try:
+                return parts, self._passes(parts, loss)
+            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+                if not out_of_memory(error):
+                    raise
+                if self.placement.ranks.size > 1:
+                    raise UserError(
+                        f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; lower "
+                        "--optim.max-tokens-per-micro-batch or set --train.gradient-checkpointing true ('stepcredit "
+                        "plan' reckons what fits)"
+                    ) from error
+            self.optimizer.zero_grad()
+            if len(parts) == int(step.ends.sum()):
+                raise UserError(
+                    f"out of memory{self.where} with a single completion in a micro-batch; set "
+                    "--train.gradient-checkpointing true, lower --sampler.max-new-tokens or --task.max-prompt-tokens, "
+                    "or take a smaller model"
+                )
+            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+            log.warning(
+                "out of memory%s: micro-batches have at most %d tokens from now on", self.where, self.max_tokens
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _passes(self, parts: Sequence[Forest], loss: Callable[[Forest, Call], tuple[Tensor, T]]) -> list[T]:
+        """A forward and backward for each part; every process has as many."""
+        found, ranks = [], self.placement.ranks
+        for number, part in enumerate(parts, 1):
+            alone = isinstance(self.call, DistributedDataParallel) and number < len(parts)
+            with ranks.named(), self.call.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
+                value, result = loss(part, self.call)
+                (value * ranks.size).backward()  # DDP and FSDP2 take the mean over processes
+            found.append(result)
+        return found
+
+    def step(self, sound: bool = True) -> tuple[float, bool]:
+        """Clip and step, unless the gradient is not finite or `sound` is False, and forget the gradient.
+
+        Returns:
+            The norm before clipping, and whether the step was taken.
+        """
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)))
+        taken = sound and math.isfinite(norm)
+        if taken:  # otherwise the step would destroy the weights
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, taken
+
+    def set(self, **options: Any) -> None:
+        """Change options of the optimiser, such as `lr`."""
+        for group in self.optimizer.param_groups:
+            group.update(options)
+
+    def tensors(self, fill: bool = False) -> dict[str, Tensor]:
+        """The optimiser's state by the name of the weight; empty before its first step.
+
+        Args:
+            fill: make what is not there yet, to be loaded into.
+        """
+        found: dict[str, Tensor] = {}
+        for name, value in self.policy.named_parameters():
+            if not value.requires_grad:
+                continue
+            if fill and value not in self.optimizer.state:
+                self.optimizer.state[value] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(value),
+                    "exp_avg_sq": torch.zeros_like(value),
+                }
+            found |= {f"{name}.{kind}": tensor for kind, tensor in self.optimizer.state.get(value, {}).items()}
+        return found

@@ -1,0 +1,37 @@
+"""How models learn, and how they lie on the processes."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from stepcredit.section import Decay, Names, Section, split
+
+
+class AdamWOptions(Section):
+    """Of one model that learns."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(split)] = (0.9, 0.999)
+    grad_clip: float = Field(1.0, gt=0)  # largest norm of the gradient
+    num_minibatches: int = Field(1, ge=1)  # optimiser steps a batch; trees are shuffled into them
+
+
+class OptimOptions(AdamWOptions):
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0)  # iterations
+    num_epochs: int = Field(1, ge=1)
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    max_nonfinite: int = Field(5, ge=1)  # optimiser steps in a row without a finite gradient, then the run stops
+
+
+class LoraOptions(Section):
+    rank: int = Field(0, ge=0)  # of the adapters; 0: none, all weights learn
+    alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
+    targets: Names = []  # linear layers by name, such as q_proj; empty: all but the output layer
+
+
+class PlacementOptions(Section):
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # whole models on each process, or shards; auto: what fits
+    cpu_offload: bool = False  # shards and optimiser state in the CPU's memory (fsdp)
+    timeout_s: float = Field(1800.0, gt=0)  # a process that does not answer for so long ends the run

@@ -1,0 +1,1 @@
+"""What is minimised: a surrogate, weights and regularisers over the token table."""

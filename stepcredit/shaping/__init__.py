@@ -1,0 +1,1 @@
+"""Rewards and masks changed before the credit, and the groups that are trained on."""

@@ -1,0 +1,44 @@
+"""Shapers: `Forest -> Forest`, changing rewards or masking completions before credit is assigned."""
+
+from collections.abc import Callable
+
+import torch
+
+from stepcredit.forest import FINISH_CODE, Forest
+from stepcredit.forest.ops import spread_by
+
+Shaper = Callable[[Forest], Forest]
+
+
+def mask_truncated(forest: Forest) -> Forest:
+    """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering).
+
+    Of a segment that completions share it is enough that one of them is not truncated.
+    """
+    ended = forest.segment["is_leaf"] & (forest.segment["finish"] != FINISH_CODE["length"])
+    for level in forest.levels_deepest_first():
+        ended[forest.segment["parent"][level[ended[level]]]] = True
+    return forest.with_segment(mask=forest.segment["mask"] & ended)
+
+
+def drop_uniform(forest: Forest) -> Forest:
+    """Groups of equal rewards are masked: they leave the denominators too, so the step does not shrink with them."""
+    judged = forest.segment["has_reward"] & forest.segment["is_leaf"]
+    spread = spread_by(forest.segment["reward"], forest.segment["tree"], where=judged)
+    return forest.with_segment(mask=forest.segment["mask"] & (spread > 0))
+
+
+def shuffle_rewards(forest: Forest) -> Forest:
+    """A control: rewards are dealt anew among all judged completions of the batch, so they say nothing."""
+    judged = (forest.segment["has_reward"] & forest.segment["is_leaf"]).nonzero().squeeze(1)
+    reward = forest.segment["reward"].clone()
+    generator = torch.Generator().manual_seed(int(forest.token["token_ids"].sum()))  # of the batch: repeatable
+    reward[judged] = reward[judged][torch.randperm(len(judged), generator=generator)]
+    return forest.with_segment(reward=reward)
+
+
+SHAPERS: dict[str, Shaper] = {
+    "mask_truncated": mask_truncated,
+    "drop_uniform": drop_uniform,
+    "shuffle_rewards": shuffle_rewards,
+}
