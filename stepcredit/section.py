@@ -22,3 +22,14 @@ class Section(BaseModel):
     """Options with their defaults and bounds; an unknown one is an error. Comments behind them are their manual."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """The name of a part that users may add to, and that part's own options, which it checks itself."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})

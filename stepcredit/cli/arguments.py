@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stepcredit.config import Config, merge, parse_value, read_yaml
+from stepcredit.config.renamed import new_name
 from stepcredit.errors import UserError, did_you_mean
 
 SHORT = {
@@ -77,7 +78,7 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
         if name in own:
             options[name] = value
             continue
-        path = SHORT.get(name, name)
+        path = new_name(SHORT.get(name, name))
         _check_known(path, name, own, command)
         given = merge(given, _nested(path, value if path in TEXT else parse_value(value)))
     return (merge(read_yaml(config_file), given) if config_file else given), options

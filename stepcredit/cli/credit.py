@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"{own['in']}: holds no rollouts")
     check_columns(own["in"], trees, needs_of(function).columns)
     forest = assign(Forest.from_trees(trees))
-    forest = forest.with_token(weights=build_objective(config, function).weights(forest))
+    forest = forest.with_token(weights=build_objective(config, needs_of(function).forests == "flat").weights(forest))
     beside = out.with_name(f".part-{out.name}")
     write_trees(beside, forest)
     beside.replace(out)

@@ -12,8 +12,8 @@ from stepcredit.config.algorithms import algorithm
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
+    from stepcredit.growth.rollouts import Rollouts
     from stepcredit.policy.forward import Policy
-    from stepcredit.run.build import Rollouts
 
 SAMPLE_HELP = """\
 usage: stepcredit sample [--model MODEL] [--data DATA | --prompt TEXT] [--option value ...]
@@ -44,7 +44,7 @@ def sample(words: Sequence[str]) -> int:
     config, out = looking(given), output_file(own)
     from stepcredit.forest.records import write_trees
     from stepcredit.forest.types import Problem
-    from stepcredit.growth.seeds import sampling_seed
+    from stepcredit.seeds import sampling_seed
 
     console, (policy, rollouts) = Console(), load(config)
     if "prompt" in own:

@@ -56,11 +56,15 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"--gpus: expected a whole number, got {gpus:g}")
     config, gpus = resolve(given), int(gpus)
 
+    from stepcredit.credit import needs_of
+    from stepcredit.credit.choose import build_credit
+    from stepcredit.losses.choose import build_objective
     from stepcredit.plan import memory
     from stepcredit.processes.ranks import ALONE
-    from stepcredit.run.build import build_credit, build_objective, build_placement
+    from stepcredit.run.build import build_placement
 
-    build_objective(config, build_credit(config.credit)[0])  # these say what does not go together
+    credit, _ = build_credit(config.credit)  # these say what does not go together
+    build_objective(config, needs_of(credit).forests == "flat")
     build_placement(config, ALONE)
     size = gib * memory.GIB
     plans = {name: memory.reckon(config, gpus, name, size) for name in ("ddp", "fsdp")}

@@ -11,6 +11,7 @@ from rich.console import Console
 from stepcredit.cli import help as help_text
 from stepcredit.cli.arguments import parse
 from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
+from stepcredit.config.renamed import with_new_names
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
+    from stepcredit.learn.loading import load_model
     from stepcredit.processes.ranks import Ranks
     from stepcredit.run.allocator import keep_freed_memory
-    from stepcredit.run.build import build_parts, build_placement, load_model
+    from stepcredit.run.build import build_parts, build_placement
     from stepcredit.run.checkpoint import pointed
     from stepcredit.run.interrupt import Interrupted
     from stepcredit.run.trainer import Trainer
@@ -180,7 +182,7 @@ def _saved_config(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     if "algorithm" in saved:
         return saved
     logging.getLogger("stepcredit").warning("%s is damaged; taking the checkpoint's", run_dir / "config.yaml")
-    return load_checkpoint(checkpoint)["config"] | {"run_dir": str(run_dir)}
+    return with_new_names(load_checkpoint(checkpoint)["config"]) | {"run_dir": str(run_dir)}
 
 
 def _changes(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -17,14 +17,14 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, objective, growth, filter: defaults that differ from those of the credit function and of the
-            config's schema.
+        credit_options, loss, objective, growth, filter: defaults that differ from those of the parts and of the schema.
     """
 
     credit: str
     paper: str
     summary: str
     credit_options: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
@@ -53,7 +53,7 @@ ALGORITHMS = {
         "opo",
         "2505.23585",
         "length-weighted optimal baseline, exactly on-policy",
-        objective={"surrogate": "reinforce"},
+        loss={"name": "reinforce"},
     ),
     "spro": Algorithm(
         "spro",

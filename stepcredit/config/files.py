@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import Config
 from stepcredit.errors import UserError
 
@@ -23,8 +24,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)})") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(loaded).__name__}")
-    loaded = loaded or {}
-    return loaded | {"credit": _numbers(loaded["credit"])} if "credit" in loaded else loaded
+    loaded = with_new_names(loaded or {})
+    return loaded | {part: _numbers(loaded[part]) for part in ("credit", "loss") if part in loaded}
 
 
 def dump_yaml(config: Config) -> str:

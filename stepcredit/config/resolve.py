@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stepcredit.config.algorithms import algorithm
+from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import Config
 from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES
 from stepcredit.errors import UserError, did_you_mean
@@ -23,11 +24,16 @@ def resolve(given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: naming the option that is unknown or has a value that does not fit.
     """
+    given = with_new_names(given)
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
         {"filter": dict(chosen.filter)},
     ]
+    loss = given.get("loss")
+    own_loss = chosen.loss.get("name", "clip")
+    if not isinstance(loss, Mapping) or loss.get("name", own_loss) == own_loss:  # another one has other options
+        layers.append({"loss": dict(chosen.loss)})
     credit = given.get("credit")
     same_credit = not isinstance(credit, Mapping) or credit.get("name", chosen.credit) == chosen.credit
     if same_credit:  # another credit function has other options

@@ -3,9 +3,9 @@
 defaults here < the algorithm's (algorithms.py) < the recipe of the embedded model < YAML file < command line
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BeforeValidator
 
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.growth.options import GrowthOptions
@@ -13,21 +13,29 @@ from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
 from stepcredit.samplers.options import SamplerOptions
-from stepcredit.section import Names, Section
+from stepcredit.section import Choice, Names, Section
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.tasks.options import TaskOptions
 from stepcredit.verifiers.options import RewardOptions
 
 
-class CreditConfig(BaseModel):
-    """`name` and the credit function's own options."""
+class CreditConfig(Choice):
+    """A credit function by name or dotted path, and its own options."""
 
-    model_config = ConfigDict(extra="allow")
     name: str = "grpo"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+
+class LossConfig(Choice):
+    """A loss by name or dotted path, and its own options."""
+
+    name: str = "clip"
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Named = Annotated[Choice, BeforeValidator(_named)]
 
 
 class Config(Section):
@@ -41,8 +49,10 @@ class Config(Section):
     filter: FilterOptions = FilterOptions()
     shapers: Names = []
     credit: CreditConfig = CreditConfig()
+    loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()
     optim: OptimOptions = OptimOptions()
+    estimators: dict[str, Named] = {}  # of your own: column -> dotted path of its builder, or name and options
     prm: PRMOptions = PRMOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()

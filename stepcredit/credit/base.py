@@ -4,16 +4,15 @@ A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradi
 `CreditParts` instead, when there is more to say. `@credit` declares what it needs.
 """
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepcredit.errors import UserError, did_you_mean
+from stepcredit import imports
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
 
@@ -40,14 +39,14 @@ CreditFunction = Callable[..., Tensor | CreditParts]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a credit function reads: token columns by name, and whether it takes only flat forests."""
+    """What a credit function reads: token, segment or tree columns by name, and whether it takes only flat forests."""
 
     columns: tuple[str, ...] = ()
     forests: Literal["flat", "tree"] = "flat"
 
 
 def credit(*columns: str, forests: Literal["flat", "tree"] = "flat") -> Callable[[CreditFunction], CreditFunction]:
-    """Declare the token columns that a credit function reads and the forests that it takes."""
+    """Declare the columns (of tokens, segments or trees) that a credit function reads and the forests that it takes."""
 
     def declare(function: CreditFunction) -> CreditFunction:
         function.needs = Needs(columns, forests)  # type: ignore[attr-defined]
@@ -63,25 +62,7 @@ def needs_of(function: CreditFunction) -> Needs:
 
 def check_options(name: str, function: CreditFunction, options: Mapping[str, Any]) -> None:
     """Raise `UserError` when `options` has a name or a value that the credit function does not take."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = {parameter.name: parameter for parameter in parameters}
-    for option, value in options.items():
-        if option not in known:
-            hint = did_you_mean(option, known) if known else "it has no options"
-            raise UserError(f"credit '{name}' has no option '{option}': {hint}")
-        choices = get_args(known[option].annotation)
-        if get_origin(known[option].annotation) is Literal and value not in choices:
-            raise UserError(f"credit.{option}: {value!r} is not one of {', '.join(map(str, choices))}")
-        default = known[option].default
-        number = isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
-        if default is not inspect.Parameter.empty and not number and type(value) is not type(default):
-            raise UserError(
-                f"credit.{option}: {value!r} is not a {type(default).__name__} (credit '{name}', default {default!r})"
-            )
-        if number and not math.isfinite(value):
-            raise UserError(f"credit.{option}: {value!r} is not a finite number")
+    imports.check_options("credit", name, function, options)
 
 
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
@@ -97,8 +78,8 @@ def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping
     if needs.forests == "flat":
         forest.require_flat(f"credit '{name}'")
     for column in needs.columns:
-        if column not in forest.token:
-            raise UserError(f"credit '{name}' needs the token column '{column}', which these rollouts do not have")
+        if not forest.has(column):
+            raise UserError(f"credit '{name}' needs the column '{column}', which these rollouts do not have")
     with torch.no_grad():
         result = function(forest, **options)
     if not isinstance(result, (Tensor, CreditParts)):

@@ -1,13 +1,22 @@
-"""The AuxModel seam."""
+"""The Estimator seam: what adds columns to a forest before the credit, and what its builder declares."""
 
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from stepcredit.config import Config
+from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.growth.rollouts import Rollouts
 from stepcredit.learn.learner import Learner
+from stepcredit.learn.loading import load_model
+from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.policy.forward import Policy
 
 
-class AuxModel:
-    """Adds columns to a forest and, where it learns, updates itself while doing so.
+class Estimator:
+    """Adds columns (of tokens, segments or trees) to a forest and, where it learns, updates itself while doing so.
 
     Attributes:
         metrics: of the last forest.
@@ -27,3 +36,87 @@ class AuxModel:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an estimator may be built from.
+
+    Attributes:
+        policy: still whole; copies of it are placed by the builder.
+        needed: columns that the run reads, whoever adds them.
+        rollouts: sampler, judge and growth, for estimators that sample; None where a run has none.
+    """
+
+    config: Config
+    policy: Policy
+    needed: frozenset[str]
+    rollouts: Rollouts | None = None
+    placement: Placement = WHOLE
+
+    @cached_property
+    def prm_start(self) -> Policy:
+        """What the process reward model starts from: a model of its own, or the policy.
+
+        Raises:
+            UserError: it has another vocabulary.
+        """
+        model = self.config.prm.model
+        if "prm_logprobs" not in self.needed or model is None:
+            return self.policy
+        start = load_model(self.config, model, self.placement)
+        if start.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+            raise UserError(f"prm.model: '{model}' has another vocabulary than the policy")
+        return start
+
+
+@dataclass(frozen=True)
+class Load:
+    """A model that an estimator holds on every GPU, for the memory plan.
+
+    Attributes:
+        name: in the plan, such as "reference".
+        model: folder or hub id.
+        learns: it has gradients and optimiser state.
+        adapted: it has the run's adapters; with the policy's model it shares the rest with it, unless in shards.
+    """
+
+    name: str
+    model: str
+    learns: bool = False
+    adapted: bool = False
+
+
+Needs = Callable[[Config, Collection[str]], Iterable[str]]
+Loads = Callable[[Config, Collection[str]], Iterable[Load]]
+Builder = Callable[..., Estimator]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a builder declared; both are asked with the config and the columns that the run reads."""
+
+    needs: Needs = lambda config, needed: ()
+    loads: Loads = lambda config, needed: ()
+
+
+def provider(needs: Needs | Iterable[str] = (), loads: Loads | Iterable[Load] = ()) -> Callable[[Builder], Builder]:
+    """Declare the columns that an estimator reads, and the models that it holds; either may be a function.
+
+    A function for `needs` may raise `UserError` for a config that does not fit, before anything is loaded.
+    """
+    declared = Declared(
+        needs if callable(needs) else lambda config, needed: needs,
+        loads if callable(loads) else lambda config, needed: loads,
+    )
+
+    def declare(builder: Builder) -> Builder:
+        builder.declared = declared  # type: ignore[attr-defined]
+        return builder
+
+    return declare
+
+
+def declared(builder: Builder) -> Declared:
+    """What a builder declared; one without a declaration reads nothing and holds nothing."""
+    return getattr(builder, "declared", Declared())

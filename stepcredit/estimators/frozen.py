@@ -1,20 +1,22 @@
 """Models that do not learn: the policy at the start of the iteration, and the reference."""
 
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from stepcredit.config import Config
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import AuxModel
+from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
-from stepcredit.learn.adapters import adapters_off
+from stepcredit.learn.adapters import adapters_off, has_adapters
 from stepcredit.learn.placement import WHOLE, Placement
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
 
 
-class OldPolicy(AuxModel):
+class OldPolicy(Estimator):
     """Adds `old_logprobs`: the policy at the start of the iteration, by the trainer's own forward.
 
     And `entropy`, where the sampler does not give it.
@@ -31,14 +33,14 @@ class OldPolicy(AuxModel):
         return forest.with_token(old_logprobs=scores.logprobs)
 
 
-class SameAsOld(AuxModel):
+class SameAsOld(Estimator):
     """Takes `old_logprobs` for `ref_logprobs`: the policy itself, as it is now, is the reference."""
 
     def observe(self, forest: Forest) -> Forest:
         return forest.with_token(ref_logprobs=forest.token["old_logprobs"])
 
 
-class Reference(AuxModel):
+class Reference(Estimator):
     """Adds `ref_logprobs`: the policy as it was when training began, frozen.
 
     Its weights are not saved: a resumed run starts from the same model. Their fingerprint is, so that a model that has
@@ -74,17 +76,52 @@ class Reference(AuxModel):
             )
 
 
-class Base(Reference):
+class BaseModel(Reference):
     """Adds `ref_logprobs` of a policy with adapters: the policy itself without them, so there is no second copy."""
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = WHOLE) -> None:
-        AuxModel.__init__(self)
+        Estimator.__init__(self)
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self._remember(placement)
 
     def observe(self, forest: Forest) -> Forest:
         with adapters_off(self.policy):
             return super().observe(forest)
+
+
+@provider()
+def old_policy(context: Context) -> OldPolicy:
+    config = context.config
+    return OldPolicy(context.policy, config.sampler.temperature, config.optim.max_tokens_per_micro_batch)
+
+
+def _own(config: Config, needed: Collection[str]) -> bool:
+    """Whether the policy is the process reward model's reference."""
+    return "prm_logprobs" in needed and config.prm.reference == "policy"
+
+
+def _reference_needs(config: Config, needed: Collection[str]) -> Iterator[str]:
+    if _own(config, needed):
+        yield "old_logprobs"
+
+
+def _reference_loads(config: Config, needed: Collection[str]) -> Iterator[Load]:
+    model = (config.prm.model if "prm_logprobs" in needed else None) or config.model
+    without_adapters = config.lora.rank > 0 and model == config.model
+    if not _own(config, needed) and not without_adapters:
+        yield Load("reference", model)
+
+
+@provider(needs=_reference_needs, loads=_reference_loads)
+def reference(context: Context) -> Estimator:
+    """The policy as it is at first, or what the process reward model starts from, at its temperature."""
+    config = context.config
+    if _own(config, context.needed):
+        return SameAsOld()
+    start = context.prm_start
+    temperature = 1.0 if "prm_logprobs" in context.needed else config.sampler.temperature
+    kind = BaseModel if start is context.policy and has_adapters(start) else Reference
+    return kind(start, temperature, config.optim.max_tokens_per_micro_batch, context.placement)
 
 
 def fingerprint(policy: Policy) -> int:

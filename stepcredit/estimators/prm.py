@@ -1,20 +1,25 @@
 """The implicit process reward model, learnt online from outcomes alone (PRIME, arXiv 2502.01456)."""
 
+import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from stepcredit.config import Config
+from stepcredit.credit import CREDIT
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import AuxModel
+from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.forest import Forest
+from stepcredit.imports import by_name
 from stepcredit.learn.adapters import own_copy
 from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import WHOLE, Placement
 from stepcredit.policy.batching import with_source
 from stepcredit.policy.forward import Policy, score
@@ -25,7 +30,7 @@ BETA = 0.05  # of the paper
 BINS = 10  # of predicted chances, for the calibration error
 
 
-class ImplicitPRM(AuxModel):
+class ImplicitPRM(Estimator):
     """Adds `prm_logprobs`, the model's own at temperature 1, and trains it on the outcomes.
 
     A completion y is predicted to be right with chance sigmoid(beta * sum_t (log pi_prm(y_t) - log pi_ref(y_t))), the
@@ -132,6 +137,40 @@ class ImplicitPRM(AuxModel):
         for trees in order.tensor_split(self.options.num_minibatches):
             if len(trees):
                 yield forest.select_trees(trees)
+
+
+def _needs(config: Config, needed: Collection[str]) -> Iterator[str]:
+    """Its reference, after refusing what would give `ref_logprobs` two meanings."""
+    other_temperature = config.sampler.temperature != 1
+    own = config.prm.reference == "policy"
+    if own and other_temperature:
+        raise UserError("prm.reference: policy needs --sampler.temperature 1, as the process reward model has")
+    if config.objective.kl.coef and (other_temperature or config.prm.model or own):
+        raise UserError(
+            "objective.kl.coef: the KL term would need another reference than the process reward model; leave it 0, or "
+            "take --sampler.temperature 1, no --prm.model and --prm.reference start"
+        )
+    yield "ref_logprobs"
+
+
+def _loads(config: Config, needed: Collection[str]) -> Iterator[Load]:
+    yield Load("reward model", config.prm.model or config.model, config.prm.update != "none", adapted=True)
+
+
+@provider(needs=_needs, loads=_loads)
+def implicit_prm(context: Context) -> ImplicitPRM:
+    config, start = context.config, context.prm_start
+    if start is not context.policy:
+        adapt(config, start)
+    budget = config.optim.max_tokens_per_micro_batch
+    return ImplicitPRM(start, config.prm, prm_beta(config), budget, config.train.seed, context.placement)
+
+
+def prm_beta(config: Config) -> float:
+    """That of the credit function, so that rewards and loss have one scale."""
+    parameter = inspect.signature(by_name("credit.name", config.credit.name, CREDIT)).parameters.get("beta")
+    default = parameter.default if parameter and isinstance(parameter.default, (int, float)) else BETA
+    return float(config.credit.options.get("beta", default))
 
 
 def sums(forest: Forest, values: Tensor) -> Tensor:

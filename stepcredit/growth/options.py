@@ -1,9 +1,10 @@
 """How trees of completions grow."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from stepcredit.errors import UserError
 from stepcredit.section import Names, Section
 
 
@@ -12,12 +13,51 @@ class StepOptions(Section):
     delimiters: Names = []  # ... or after a token that holds one: newline, sentence, task (the task's own) or a text
 
 
-class GrowthOptions(Section):
-    name: Literal["flat", "tree"] = "flat"
-    group_size: int = Field(8, ge=1)  # flat
-    num_branches: int = Field(8, ge=2)  # tree, as all that follows
-    depth: int = Field(3, ge=1)
+class TreeOptions(Section):
+    num_branches: int = Field(8, ge=2)  # children of every node that is cut
+    depth: int = Field(3, ge=1)  # segments of a path at most; the last one runs to the end of the completion
     step: StepOptions = StepOptions()
     mode: Literal["complete", "stepwise"] = "complete"  # whole completions that are cut, or step by step
     max_segments: int = Field(0, ge=0)  # of a tree; 0: no limit
     max_tokens: int = Field(0, ge=0)  # of a tree; 0: no limit
+
+
+class GrowthOptions(TreeOptions):
+    name: str = "flat"  # flat | tree | dotted path of your own
+    group_size: int = Field(8, ge=1)  # completions of a problem (flat); the options above are of trees
+    options: dict[str, Any] = {}  # of a growth of your own
+
+    def completions(self) -> int:
+        """Most completions of a problem; of a growth of your own its `group_size`."""
+        return self.num_branches**self.depth if self.name == "tree" else self.group_size
+
+    def check(self, flat_credit: bool, credit: str, trees: str, depth_weights: int) -> None:
+        """Refuse what does not go together.
+
+        Args:
+            flat_credit: the credit function, named `credit`, takes flat forests alone.
+            trees: names of credit functions for trees.
+            depth_weights: how many are given.
+        """
+        default = type(self)()
+        branching = self.name == "tree"
+        if branching and flat_credit:
+            raise UserError(
+                f"credit '{credit}' takes flat forests, growth.name is tree; take --growth.name flat, or a credit for "
+                f"trees ({trees})"
+            )
+        if branching and self.group_size != default.group_size:
+            raise UserError("growth.group_size is of flat growth; trees have --growth.num-branches and --growth.depth")
+        if self.name == "flat":
+            for name in TreeOptions.model_fields:
+                if getattr(self, name) != getattr(default, name):
+                    raise UserError(
+                        f"growth.{name} is of trees; set --growth.name tree, or an algorithm such as treerpo"
+                    )
+        if self.options and self.name in ("flat", "tree"):
+            raise UserError(f"growth.options are of a growth of your own; growth.name is {self.name}")
+        if branching and depth_weights and depth_weights != self.depth:
+            raise UserError(
+                f"objective.depth_weights: {depth_weights} numbers for {self.depth} depths; give one for each, from "
+                "the prompt down"
+            )

@@ -7,11 +7,11 @@ and the sampler goes on from the keys and values of what it has sampled before.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Finish, Problem, Segment, Tree
+from stepcredit.growth.options import TreeOptions
 from stepcredit.growth.steps import StepRule
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
@@ -19,37 +19,16 @@ from stepcredit.samplers.params import SamplingParams
 SPACING = 0x9E3779B97F4A7C15  # between the seeds of a tree's nodes; odd, so that they do not meet
 
 
-@dataclass(frozen=True)
-class TreeShape:
-    """
-    Attributes:
-        num_branches: children of every node that is cut.
-        depth: segments of a path at most; the last one runs to the end of the completion.
-        rule: where a segment ends before that.
-        mode: "complete" samples whole completions and cuts them into segments, so that a node has one child already
-            and needs `num_branches - 1` more (the authors' way); "stepwise" stops at the end of a segment and then
-            branches. In both, each token is sampled once and each path is a sample of the policy.
-        max_segments, max_tokens: of a tree; a node is branched only if the tree stays within them even when all that it
-            begins runs to the length limit. One that is not runs to its end as a single segment. 0: no limit.
-    """
-
-    num_branches: int
-    depth: int
-    rule: StepRule
-    mode: Literal["complete", "stepwise"] = "complete"
-    max_segments: int = 0
-    max_tokens: int = 0
-
-    def check(self, max_new_tokens: int) -> None:
-        """Raise `UserError` when not even the first level fits into the limits."""
-        segments = self.num_branches * (self.depth if self.mode == "complete" else 1)
-        if 0 < self.max_segments < segments:
-            raise UserError(f"growth.max_segments: the first completions alone may have {segments}, got less")
-        if 0 < self.max_tokens < self.num_branches * max_new_tokens:
-            raise UserError(
-                f"growth.max_tokens: the first {self.num_branches} completions alone may have "
-                f"{self.num_branches * max_new_tokens} (x sampler.max_new_tokens), got {self.max_tokens}"
-            )
+def check_limits(shape: TreeOptions, max_new_tokens: int) -> None:
+    """Raise `UserError` when not even the first level fits into the limits of a tree."""
+    segments = shape.num_branches * (shape.depth if shape.mode == "complete" else 1)
+    if 0 < shape.max_segments < segments:
+        raise UserError(f"growth.max_segments: the first completions alone may have {segments}, got less")
+    if 0 < shape.max_tokens < shape.num_branches * max_new_tokens:
+        raise UserError(
+            f"growth.max_tokens: the first {shape.num_branches} completions alone may have "
+            f"{shape.num_branches * max_new_tokens} (x sampler.max_new_tokens), got {shape.max_tokens}"
+        )
 
 
 @dataclass(eq=False)
@@ -127,23 +106,34 @@ def tree(
     encode: Callable[[Problem], list[int]],
     params: SamplingParams,
     seeds: Sequence[int],
-    shape: TreeShape,
+    shape: TreeOptions,
+    rule: StepRule,
 ) -> Forest:
-    """A tree of each problem. `params.max_new_tokens` bounds each path; token ids are cut, text is never encoded."""
+    """A tree of each problem. `params.max_new_tokens` bounds each path; token ids are cut, text is never encoded.
+
+    In mode "complete" whole completions are sampled and cut into segments, so that a node has one child already and
+    needs `num_branches - 1` more (the authors' way); "stepwise" stops at the end of a segment and then branches. In
+    both, each token is sampled once and each path is a sample of the policy. A node is branched only if the tree stays
+    within its limits even when all that it begins runs to the length limit; one that is not runs to its end as a single
+    segment.
+
+    Args:
+        rule: where a segment ends before the end of its completion.
+    """
     trees = [_Growing(problem, encode(problem), seed) for problem, seed in zip(problems, seeds, strict=True)]
     grow = _complete if shape.mode == "complete" else _stepwise
     for level in range(shape.depth):
         chosen = [(one, node) for one in trees for node in _chosen(one, shape, level, params.max_new_tokens)]
         if chosen:
-            grow(sampler, chosen, params, shape, level)
+            grow(sampler, chosen, params, shape, rule, level)
     _finish(sampler, [(one, node) for one in trees for node in one.cut], params)
     return Forest.from_trees([one.to_tree() for one in trees])
 
 
-def _chosen(one: _Growing, shape: TreeShape, level: int, limit: int) -> list[_Node]:
+def _chosen(one: _Growing, shape: TreeOptions, level: int, limit: int) -> list[_Node]:
     """The open nodes of a tree that branch now; the others are completed as they are."""
     waiting, one.open = one.open, []
-    if level == 0:  # `TreeShape.check` has seen to it
+    if level == 0:  # `check_limits` has seen to it
         return waiting
     nodes = [node for node, _ in one.nodes()]
     segments, tokens = len(nodes), sum(len(node.token_ids) for node in nodes)
@@ -165,30 +155,34 @@ def _chosen(one: _Growing, shape: TreeShape, level: int, limit: int) -> list[_No
 Chosen = Sequence[tuple[_Growing, _Node]]
 
 
-def _complete(sampler: Sampler, chosen: Chosen, params: SamplingParams, shape: TreeShape, level: int) -> None:
+def _complete(
+    sampler: Sampler, chosen: Chosen, params: SamplingParams, shape: TreeOptions, rule: StepRule, level: int
+) -> None:
     """Sample to the end and cut: a node has as many children as the tree has branches, one of them from before."""
     below = shape.depth - 1 - level  # cuts that a completion from here may have
 
     def keep(token_ids: list[int]) -> int:
-        return max(shape.rule.ends(token_ids, below), default=0)
+        return max(rule.ends(token_ids, below), default=0)
 
     rows = shape.num_branches - (1 if level else 0)
     groups = _sample(sampler, chosen, rows, params, params.max_new_tokens, keep if below else None)
     for (_, node), group in zip(chosen, groups, strict=True):
         for sampled in group:
-            node.add(sampled, shape.rule.ends(sampled.token_ids, below))
+            node.add(sampled, rule.ends(sampled.token_ids, below))
     for one, node in chosen:
         one.open += [child for child in node.children if child.children]
 
 
-def _stepwise(sampler: Sampler, chosen: Chosen, params: SamplingParams, shape: TreeShape, level: int) -> None:
+def _stepwise(
+    sampler: Sampler, chosen: Chosen, params: SamplingParams, shape: TreeOptions, rule: StepRule, level: int
+) -> None:
     """Sample to the end of the step, on the last level to the end of the completion."""
     last = level == shape.depth - 1
     stop = set(sampler.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids)
     until, most = params, params.max_new_tokens
     if not last:
-        until = replace(params, stop_token_ids=tuple(sorted(stop | shape.rule.delimiters)))
-        most = shape.rule.tokens or most
+        until = replace(params, stop_token_ids=tuple(sorted(stop | rule.delimiters)))
+        most = rule.tokens or most
 
     def keep(token_ids: list[int]) -> int:
         return 0 if token_ids[-1] in stop else len(token_ids)

@@ -50,7 +50,7 @@ class Learner:
         )
 
     def accumulate(
-        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, T]]
+        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, T]], whole_trees: bool = False
     ) -> tuple[list[Forest], list[T]]:
         """Add up the gradient of a step, part by part.
 
@@ -59,12 +59,13 @@ class Learner:
 
         Args:
             loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
+            whole_trees: the loss must see all of a tree at once.
 
         Returns:
             This process's parts, and what `loss` gave of each.
         """
         while True:
-            parts = self.policy.parts(step, self.max_tokens)
+            parts = self.policy.parts(step, self.max_tokens, whole_trees)
             try:
                 return parts, self._passes(parts, loss)
             except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
@@ -77,9 +78,10 @@ class Learner:
                         "plan' reckons what fits)"
                     ) from error
             self.optimizer.zero_grad()
-            if len(parts) == int(step.ends.sum()):
+            if len(parts) == (step.num_trees if whole_trees else int(step.ends.sum())):
+                what = "tree" if whole_trees else "completion"
                 raise UserError(
-                    f"out of memory{self.where} with a single completion in a micro-batch; set "
+                    f"out of memory{self.where} with a single {what} in a micro-batch; set "
                     "--train.gradient-checkpointing true, lower --sampler.max-new-tokens or --task.max-prompt-tokens, "
                     "or take a smaller model"
                 )

@@ -125,12 +125,24 @@ def full_state(policy: Policy, keep: bool = True) -> dict[str, Tensor]:
     return found
 
 
+def heads_state(policy: Policy) -> dict[str, Tensor]:
+    """The state of a policy's further heads on the CPU, gathered. All processes call this."""
+    return {name: whole(value).cpu() for name, value in policy.heads.state_dict().items()}
+
+
 @torch.no_grad()
 def put_state(policy: Policy, state: Mapping[str, Tensor]) -> None:
     """Write whole tensors, which every process has, into a model that may be sharded."""
     for name, value in policy.model.state_dict(keep_vars=True).items():
         if name in state:
             copy_into(value, state[name])
+
+
+@torch.no_grad()
+def put_heads(policy: Policy, state: Mapping[str, Tensor]) -> None:
+    """Write the heads' weights, which every process has, into a policy that has these heads."""
+    for name, value in policy.heads.state_dict(keep_vars=True).items():
+        copy_into(value, state[name])
 
 
 def copy_into(value: Tensor, full: Tensor) -> None:

@@ -13,10 +13,6 @@ class KLOptions(Section):
 
 
 class ObjectiveOptions(Section):
-    surrogate: Literal["clip", "reinforce"] = "clip"
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.2, ge=0)
-    dual_clip: float = Field(0.0, ge=0)
     aggregate: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum_over_constant"] = "token_mean"
     kl: KLOptions = KLOptions()
     entropy_coef: float = 0.0

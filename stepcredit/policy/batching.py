@@ -89,18 +89,20 @@ def cut(
     shared: bool = True,
     trees: Sequence[int] | None = None,
     enough: int | None = None,
+    whole_trees: bool = False,
 ) -> list[Forest]:
     """Cut a forest into parts of at most `max_tokens` token positions.
 
     Trees with prompts of similar length come together. A tree over the budget is split between subtrees: the ancestors
     of a leaf stand in every part that needs them, but `token["owned"]` is True in one part only. A single path over the
-    budget still makes a part of its own.
+    budget still makes a part of its own. Completions of a flat forest are never split.
 
     Args:
         enough: token positions after which a part ends where that costs nothing, between trees, or next to nothing,
             between subtrees whose ancestors are short; None: none are.
         shared: prompts and shared segments count once per part; otherwise once for every completion.
         trees: numbers of those to take; None takes all.
+        whole_trees: none is split, even if it is over the budget.
 
     Returns:
         Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the trees taken.
@@ -111,17 +113,24 @@ def cut(
     used: set[int] = set()
     budget = 0
     taken = range(forest.num_trees) if trees is None else set(trees)
+    sizes = tree_sizes(forest) if shared else _unshared_tree_sizes(forest)
+    before = -1
     for leaf in _leaves_by_subtree(forest):
         if tree[leaf] not in taken:
             continue
         cost, path = _cost(leaf, used, parent, length, tree, prompt)
         alone, whole_path = _cost(leaf, set(), parent, length, tree, prompt)
-        full = enough is not None and budget + cost > enough and alone - cost <= REPEATED * enough
-        if not groups or budget + cost > max_tokens or full:
+        full = budget + cost > max_tokens
+        if enough is not None and budget + cost > enough and alone - cost <= REPEATED * enough:
+            full = True
+        if whole_trees:
+            full = tree[leaf] != before and budget + sizes[tree[leaf]] > min(max_tokens, enough or max_tokens)
+        if not groups or full:
             groups.append([])
             used, budget = set(), 0
             cost, path = alone, whole_path
         groups[-1].append(leaf)
+        before = tree[leaf]
         budget += cost
         if shared:
             used |= path
@@ -152,6 +161,13 @@ def tree_sizes(forest: Forest) -> list[int]:
     sampled = torch.zeros(forest.num_trees, dtype=torch.long)
     sampled.index_add_(0, forest.segment["tree"], forest.segment["length"])
     return (sampled + forest.tree["prompt_length"]).tolist()
+
+
+def _unshared_tree_sizes(forest: Forest) -> list[int]:
+    """[num_trees] token positions of one row for each completion of a tree."""
+    ends = forest.ends
+    rows = torch.zeros(forest.num_trees, dtype=torch.long)
+    return rows.index_add_(0, forest.segment["tree"][ends], forest.path_length[ends]).tolist()
 
 
 def unshared_positions(forest: Forest, segments: Tensor | None = None) -> int:

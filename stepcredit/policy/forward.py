@@ -25,12 +25,14 @@ from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
 from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_in, tree_sizes
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
-from stepcredit.policy.reference import CachedForm, plain_scores
+from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
 from stepcredit.processes.ranks import ALONE, Ranks, deal
 
 log = logging.getLogger("stepcredit")
 
 Path = Literal["forest", "cached", "plain"]
+
+LOGPROBS = "logprobs"
 
 
 class Policy(nn.Module):
@@ -43,6 +45,8 @@ class Policy(nn.Module):
         path: "forest" (one packed row), "cached" (level by level) or "plain" (one row per completion).
 
     Attributes:
+        heads: what reads the states beside the output layer, by name: modules from [n, hidden] to [n]. They are trained
+            and saved with the model.
         ranks: the processes over which scoring is dealt out.
         home: the device that it computes on, where that is not the one its weights lie on.
     """
@@ -57,6 +61,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()  # no dropout: sampling and scoring must agree
         self.tokenizer = tokenizer
+        self.heads = nn.ModuleDict()
         self.ranks: Ranks = ALONE
         self.home: torch.device | None = None
         self.autocast = autocast
@@ -92,17 +97,21 @@ class Policy(nn.Module):
     def autocast_context(self) -> Any:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
-    def forward(self, forest: Forest, temperature: float = 1.0, entropy_grad: bool = False) -> TokenScores:
-        """Log-probability of every token given the tokens before it on its path, and the entropy it was drawn from.
+    def forward(
+        self, forest: Forest, temperature: float = 1.0, entropy_grad: bool = False, head: str = LOGPROBS
+    ) -> Any:
+        """Of every token, given the tokens before it on its path, what a head says.
 
         Args:
             forest: any shape, any lengths. With a column `token["owned"]` only the owned tokens are scored.
             temperature: of the distribution softmax(logits / temperature).
             entropy_grad: let gradients flow through the entropies.
+            head: "logprobs", or one of `heads`.
 
         Returns:
-            `logprobs` and `entropy`, each [num_tokens] fp32 on the model's device; 0 for tokens that were not sampled
-            and for those that are not owned.
+            Of "logprobs" `TokenScores`: each token's log-probability and the entropy it was drawn from; of another head
+            one number for each token, computed from the state before it. Each is [num_tokens] fp32 on the model's
+            device; 0 for tokens that were not sampled and for those that are not owned.
         """
         prompt_length = forest.tree["prompt_length"]
         empty = (prompt_length == 0).nonzero()
@@ -113,15 +122,21 @@ class Policy(nn.Module):
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
         with self.autocast_context(), self._checkpointing():
-            if self.path == "plain":
-                scores, order = plain_scores(self.model, forest, wanted, temperature, entropy_grad)
-            else:
-                states, order = self._states(forest, wanted)
-                targets = forest.token["token_ids"][order].to(self.device)
-                head = self.model.get_output_embeddings()
-                scores = score_states(states, targets, head, temperature, rule=self.rule, entropy_grad=entropy_grad)
-        order = order.to(self.device)
-        return TokenScores(*(value.new_zeros(forest.num_tokens).index_copy(0, order, value) for value in scores))
+            if head == LOGPROBS:
+                scores, order = self._logprobs(forest, wanted, temperature, entropy_grad)
+                return TokenScores(*(_at(order, value, forest.num_tokens) for value in scores))
+            states, order = self._states(forest, wanted)
+            return _at(order, self.heads[head](states), forest.num_tokens)
+
+    def _logprobs(
+        self, forest: Forest, wanted: Tensor, temperature: float, entropy_grad: bool
+    ) -> tuple[TokenScores, Tensor]:
+        if self.path == "plain":
+            return plain_scores(self.model, forest, wanted, temperature, entropy_grad)
+        states, order = self._states(forest, wanted)
+        targets = forest.token["token_ids"][order].to(self.device)
+        output = self.model.get_output_embeddings()
+        return score_states(states, targets, output, temperature, rule=self.rule, entropy_grad=entropy_grad), order
 
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of the layers for a backward, which then computes each layer again.
@@ -158,7 +173,7 @@ class Policy(nn.Module):
                 "--sampler.max-new-tokens"
             )
 
-    def parts(self, forest: Forest, max_tokens: int) -> list[Forest]:
+    def parts(self, forest: Forest, max_tokens: int, whole_trees: bool = False) -> list[Forest]:
         """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each.
 
         A CPU gets them smaller: larger ones take more memory and save little.
@@ -167,9 +182,9 @@ class Policy(nn.Module):
         shared = self.path != "plain"
         enough = ENOUGH_ON_CPU if self.device.type == "cpu" else None
         if self.ranks.size == 1:
-            return cut(forest, max_tokens, shared, enough=enough)
+            return cut(forest, max_tokens, shared, None, enough, whole_trees)
         trees = deal(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
-        parts = cut(forest, max_tokens, shared, trees, enough)
+        parts = cut(forest, max_tokens, shared, trees, enough, whole_trees)
         return parts + [stand_in(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
 
     def collect(self, forest: Forest, parts: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
@@ -185,6 +200,8 @@ class Policy(nn.Module):
 
     def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""
+        if self.path == "plain":
+            return plain_states(self.model, forest, wanted)
         if self.path == "cached":
             return CachedForm(self.model).states(forest, wanted)
         packing, before = Packing.of_forest(forest, self.device)
@@ -209,6 +226,11 @@ class Policy(nn.Module):
             use_cache=False,
             plan=plan,
         ).last_hidden_state
+
+
+def _at(rows: Tensor, values: Tensor, size: int) -> Tensor:
+    """[size] fp32: `values` at `rows`, 0 elsewhere."""
+    return values.new_zeros(size, dtype=torch.float32).index_copy(0, rows.to(values.device), values.float())
 
 
 @torch.no_grad()

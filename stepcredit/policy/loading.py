@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, choose_path
+from stepcredit.policy.heads import load_heads
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -85,6 +86,7 @@ def load_policy(
     if network.generation_config is not None and network.can_generate():
         network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
     policy = Policy(network, tokenizer, autocast)
+    load_heads(policy, Path(source))
     choose_path(policy)
     return policy
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,39 +112,70 @@ class CachedForm:
         return out.last_hidden_state
 
 
+class PlainRows(NamedTuple):
+    """A forest as one padded row for each completion, and where each wanted token is first predicted.
+
+    Attributes:
+        ids, mask, position: [rows, longest] each.
+        row, column: [n] of the state before each wanted token.
+        tokens: [n] the wanted tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    position: Tensor
+    row: Tensor
+    column: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of_forest(cls, forest: Forest, wanted: Tensor, device: torch.device) -> "PlainRows":
+        prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
+        pieces = forest.token["token_ids"].split(forest.segment["length"].tolist())
+        start = forest.segment["start"].tolist()
+        full, seen = [], set[int]()
+        rows, columns, tokens = [], [], []
+        for row, leaf in enumerate(forest.ends.nonzero().squeeze(1).tolist()):
+            path = forest.completion_segments(leaf)
+            prompt = prompts[int(forest.segment["tree"][leaf])]
+            full.append(torch.cat([prompt, *(pieces[segment] for segment in path)]))
+            for segment in path:
+                if segment not in seen:
+                    seen.add(segment)
+                    inside = wanted[start[segment] : start[segment] + len(pieces[segment])].nonzero()[:, 0]
+                    before = len(prompt) + int(forest.path_offset[segment]) - 1
+                    rows.append(torch.full((len(inside),), row))
+                    columns.append(before + inside)
+                    tokens.append(start[segment] + inside)
+        ids, mask = _pad(full, device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        return cls(ids, mask, position, torch.cat(rows).to(device), torch.cat(columns).to(device), torch.cat(tokens))
+
+
 def plain_scores(
     model: PreTrainedModel, forest: Forest, wanted: Tensor, temperature: float, entropy_grad: bool
 ) -> tuple[TokenScores, Tensor]:
     """Scores of the wanted tokens, each read from the first completion that has it, and those tokens [n]."""
     device = next(model.parameters()).device
-    prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
-    pieces = forest.token["token_ids"].split(forest.segment["length"].tolist())
-    start = forest.segment["start"].tolist()
-    full, seen = [], set[int]()
-    rows, columns, tokens = [], [], []
-    for row, leaf in enumerate(forest.ends.nonzero().squeeze(1).tolist()):
-        path = forest.completion_segments(leaf)
-        prompt = prompts[int(forest.segment["tree"][leaf])]
-        full.append(torch.cat([prompt, *(pieces[segment] for segment in path)]))
-        for segment in path:
-            if segment not in seen:
-                seen.add(segment)
-                token = start[segment] + wanted[start[segment] : start[segment] + len(pieces[segment])].nonzero()[:, 0]
-                before = len(prompt) + int(forest.path_offset[segment]) - 1
-                rows.append(torch.full((len(token),), row))
-                columns.append(before + token - start[segment])
-                tokens.append(token)
-    ids, mask = _pad(full, device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    order = torch.cat(tokens)
-    needed, column = torch.cat(columns).to(device).unique(return_inverse=True)
-    if "logits_to_keep" in signature(model.forward).parameters and len(needed):
-        options: dict[str, Any] = {"logits_to_keep": needed}
-    else:
-        options, column = {}, torch.cat(columns).to(device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, **options).logits
-    picked = logits[torch.cat(rows).to(device), column]
-    return score_logits(picked, forest.token["token_ids"][order].to(device), temperature, entropy_grad), order
+    rows = PlainRows.of_forest(forest, wanted, device)
+    needed, column = rows.column.unique(return_inverse=True)
+    options: dict[str, Any] = {"logits_to_keep": needed}
+    if "logits_to_keep" not in signature(model.forward).parameters or not len(needed):
+        options, column = {}, rows.column
+    logits = model(
+        input_ids=rows.ids, attention_mask=rows.mask, position_ids=rows.position, use_cache=False, **options
+    ).logits
+    targets = forest.token["token_ids"][rows.tokens].to(device)
+    return score_logits(logits[rows.row, column], targets, temperature, entropy_grad), rows.tokens
+
+
+def plain_states(model: PreTrainedModel, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before the wanted tokens [n, hidden], and those tokens [n]."""
+    rows = PlainRows.of_forest(forest, wanted, next(model.parameters()).device)
+    states = model.base_model(
+        input_ids=rows.ids, attention_mask=rows.mask, position_ids=rows.position, use_cache=False
+    ).last_hidden_state
+    return states[rows.row, rows.column], rows.tokens
 
 
 def _pad(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from torch import Tensor
 from stepcredit.config import CreditConfig, resolve
 from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.credit import CREDIT, needs_of
+from stepcredit.credit.choose import build_credit
 from stepcredit.display.rollouts import Group
 from stepcredit.display.runs import Run
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Segment, Tree
-from stepcredit.run.build import build_credit
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import has_adapters, load_adapters
 from stepcredit.learn.learner import Learner
-from stepcredit.learn.placement import full_state, put_state
+from stepcredit.learn.placement import full_state, heads_state, put_heads, put_state
+from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.state import load_state, save_state
@@ -122,6 +123,7 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
     else:
         saved = type(policy.model).from_pretrained(place, dtype=torch.float32)
         put_state(policy, saved.state_dict())
+    put_heads(policy, saved_heads(place))
     place = _optimizer_folder(checkpoint, folder)
     if not place.is_dir():
         return  # it had not taken a step
@@ -135,7 +137,13 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
 def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
     ranks = learner.placement.ranks
     state = full_state(learner.policy, keep=ranks.main)
-    ranks.first(lambda: save_policy(learner.policy, checkpoint / folder, state))
+    heads = heads_state(learner.policy)
+
+    def write() -> None:
+        save_policy(learner.policy, checkpoint / folder, state)
+        save_heads(heads, checkpoint / folder)
+
+    ranks.first(write)
     tensors = learner.tensors()
     if tensors:
         writer = HuggingFaceStorageWriter(str(_optimizer_folder(checkpoint, folder)), save_distributed=True)

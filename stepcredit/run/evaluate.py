@@ -1,6 +1,7 @@
 """What a model gets right on held-out problems: pass@1, pass@k, majority votes, with intervals."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,11 @@ import torch
 from stepcredit.forest import Forest
 from stepcredit.forest.types import FINISHES, Problem
 from stepcredit.growth.flat import flat
-from stepcredit.growth.seeds import sampling_seed
-from stepcredit.run.build import Rollouts
+from stepcredit.growth.rollouts import Rollouts
+from stepcredit.run.options import EvalOptions
+from stepcredit.seeds import EVALUATION, sampling_seed
 from stepcredit.verifiers.judging import completion_ids
 
-EVALUATION = 1  # stream of sampling seeds
 RESAMPLES, RESAMPLES_AT_ONCE = 2000, 50  # of the bootstrap
 ROUNDS = 4  # of the sampler's rows in one batch of problems: what a kill can lose
 
@@ -89,6 +90,15 @@ def evaluate(
         on_samples(made)
         samples += made
     return summarise(samples)
+
+
+def held_out_metrics(rollouts: Rollouts, problems: Sequence[Problem], given: EvalOptions) -> dict[str, float]:
+    """Accuracy while a run trains: the same problems and seeds every time; nothing without problems."""
+    started = time.monotonic()
+    if not problems:
+        return {}
+    result = evaluate(rollouts, problems, given.num_samples, given.greedy, seed=0)
+    return result.metrics | {"time/eval": time.monotonic() - started}
 
 
 def _samples(

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from stepcredit.errors import UserError
 from stepcredit.section import Section
 
 
@@ -12,3 +13,8 @@ class FilterOptions(Section):
     drop_truncated: bool = False  # groups with a truncated completion do not pass
     oversample: float = Field(1.0, ge=1)  # problems sampled for each that is missing
     max_draws: float = Field(4.0, ge=1)  # problems sampled at most in an iteration, in multiples of the batch
+
+    def check(self) -> None:
+        """Raise `UserError` for an empty window."""
+        if self.enabled and self.low > self.high:
+            raise UserError(f"filter.low ({self.low:g}) is above filter.high ({self.high:g})")

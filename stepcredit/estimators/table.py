@@ -1,0 +1,106 @@
+"""The estimators by the column that they add, and the order in which they observe a forest.
+
+One row for each column; a user's own stand in the config (`--estimators.COLUMN my_package.my_builder`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from stepcredit.config import Config
+from stepcredit.errors import UserError
+from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
+from stepcredit.estimators.frozen import old_policy, reference
+from stepcredit.estimators.penalty import reward_penalty
+from stepcredit.estimators.prm import implicit_prm
+from stepcredit.imports import by_name, check_options
+
+PROVIDERS: dict[str, Builder] = {
+    "old_logprobs": old_policy,
+    "entropy": old_policy,  # where the sampler does not give it
+    "ref_logprobs": reference,
+    "token_rewards": reward_penalty,
+    "prm_logprobs": implicit_prm,
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A builder with the options that the config gives it."""
+
+    builder: Builder
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observers:
+    """The estimators of a run by a column that each adds, in the order in which they observe.
+
+    Attributes:
+        needed: all columns that something reads.
+    """
+
+    providers: dict[str, Provider]
+    needed: frozenset[str]
+
+    def loads(self, config: Config) -> list[Load]:
+        """The models that they hold on every GPU."""
+        each = [declared(provider.builder) for provider in self.providers.values()]
+        return [load for one in each for load in one.loads(config, self.needed)]
+
+    def build(self, context: Context) -> dict[str, Estimator]:
+        return {column: one.builder(context, **one.options) for column, one in self.providers.items()}
+
+
+def observers(config: Config, wanted: Mapping[str, str], there: Iterable[str] = ()) -> Observers:
+    """What adds the wanted columns, and all that these need, each behind what it reads.
+
+    Args:
+        wanted: columns that credit, loss and regularisers read, with who reads each, for the error.
+        there: columns that rollouts bring.
+
+    Raises:
+        UserError: nothing adds a column, some wait for each other, or one does not fit the config.
+    """
+    table, brought = providers(config), set(there)
+    readers = {column: who for column, who in wanted.items() if column not in brought}
+    while True:  # what an estimator needs may depend on which others there are
+        reads = {column: _reads(table, column, config, readers) - brought for column in readers}
+        more = {column: f"the estimator of {reader}" for reader, columns in reads.items() for column in sorted(columns)}
+        if more.keys() <= readers.keys():
+            break
+        readers = more | readers
+    try:
+        order = list(TopologicalSorter({column: sorted(reads[column]) for column in sorted(reads)}).static_order())
+    except CycleError as error:
+        raise UserError(
+            f"estimators: {' needs '.join(error.args[1][::-1])}; one cannot come before the other"
+        ) from error
+    found: dict[str, Provider] = {}
+    for column in order:
+        if not any(table[column] is provider for provider in found.values()):
+            found[column] = table[column]
+    return Observers(found, frozenset(readers) | (wanted.keys() & brought))
+
+
+def providers(config: Config) -> dict[str, Provider]:
+    """The provider of each column: the table's, and those that the config names."""
+    shared = {builder: Provider(builder) for builder in PROVIDERS.values()}
+    found = {column: shared[builder] for column, builder in PROVIDERS.items()}
+    for column, choice in config.estimators.items():
+        section = f"estimators.{column}"
+        builder = by_name(section, choice.name, {})
+        check_options(section, choice.name, builder, choice.options)
+        found[column] = Provider(builder, choice.options)
+    return found
+
+
+def _reads(table: Mapping[str, Provider], column: str, config: Config, readers: Mapping[str, str]) -> set[str]:
+    """The columns that the estimator of this one needs."""
+    if column not in table:
+        raise UserError(
+            f"{readers[column]} needs {column}, which nothing here provides; name an estimator for it with "
+            f"--estimators.{column} my_package.my_builder"
+        )
+    return set(declared(table[column].builder).needs(config, readers.keys()))

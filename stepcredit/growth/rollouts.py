@@ -1,0 +1,22 @@
+"""What sampling and judging take, for training, evaluation and looking alike."""
+
+from dataclasses import dataclass
+
+from stepcredit.growth.base import Growth
+from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.samplers.base import Sampler
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.tasks.base import Task
+from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.verifiers.judging import Judge
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    task: Task
+    encode: PromptFormat
+    sampler: Sampler
+    grow: Growth
+    params: SamplingParams
+    judge: Judge
+    ranks: Ranks = ALONE

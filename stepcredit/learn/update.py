@@ -1,0 +1,91 @@
+"""The optimiser steps of a batch: trees shuffled into minibatches, weights for each, and the gradient part by part."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.options import OptimOptions
+from stepcredit.losses.objective import Objective, Sums
+from stepcredit.policy.batching import unshared_positions
+from stepcredit.seeds import TRAINING, sampling_seed
+
+
+class PolicyUpdate:
+    """
+    Args:
+        learner: of the policy.
+        temperature: that the log-probabilities of the loss are of.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, learner: Learner, objective: Objective, given: OptimOptions, temperature: float, seed: int
+    ) -> None:
+        self.learner, self.objective, self.given = learner, objective, given
+        self.temperature, self.seed = temperature, seed
+
+    @property
+    def shape(self) -> list[int]:
+        """What decides how a batch becomes optimiser steps."""
+        return [self.given.num_epochs, self.given.num_minibatches]
+
+    def steps(self, forest: Forest, iteration: int) -> Iterator[Forest]:
+        """The weighted forests of an iteration's optimiser steps; each epoch shuffles trees into minibatches."""
+        given = self.given
+        for epoch in range(given.num_epochs):
+            if given.num_minibatches == 1:
+                yield self.weighted(forest)
+                continue
+            shuffle = sampling_seed(self.seed, TRAINING, -1 - iteration * 1000 - epoch)
+            order = torch.randperm(forest.num_trees, generator=torch.Generator().manual_seed(shuffle))
+            for trees in order.tensor_split(given.num_minibatches):
+                if len(trees):
+                    yield self.weighted(forest.select_trees(trees))
+
+    def weighted(self, forest: Forest) -> Forest:
+        return forest.with_token(weights=self.objective.weights(forest))
+
+    def take(self, step: Forest) -> dict[str, float]:
+        """One optimiser step; one without gradient changes nothing. Its metrics are of all processes."""
+        segments = torch.zeros(step.num_segments, dtype=torch.bool)
+        segments[step.token["segment"][self.objective.has_gradient(step)]] = True
+        if not bool(segments.any()):
+            return {"optim/skipped": 1.0}
+        whole, step = step, step.select(segments)
+        by_node = self.objective.unit == "segment"
+        unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
+        sums = self._accumulate(step)
+        sound = all(math.isfinite(row.sums["optim/loss"]) for row in sums)
+        norm, finite = self.learner.step(sound)
+        flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
+        return step_metrics(sums) | flags | {"tokens/unshared": float(unshared)}
+
+    def _accumulate(self, step: Forest) -> list[Sums]:
+        """Add up the gradient of an optimiser step; the sums of its parts, those of all processes."""
+        policy, entropy_grad = self.learner.policy, self.objective.given.entropy_coef != 0
+
+        def loss(part: Forest, call: Call) -> tuple[Tensor, Sums]:
+            weights = part.token["weights"] * part.token["owned"]
+            owned = part.with_token(weights=weights, owned=weights != 0)
+            scores = call(owned, self.temperature, entropy_grad)
+            value, sums = self.objective.loss(scores, owned)
+            sums.sums["optim/loss"] = float(value.detach())
+            sums.sums["tokens/computed"] = float(policy.num_positions(part))
+            return value, sums
+
+        _, own = self.learner.accumulate(step, loss, whole_trees=self.objective.needs.unit == "tree")
+        return [sums for each in self.learner.placement.ranks.gather(own) for sums in each]
+
+
+def step_metrics(parts: Sequence[Sums]) -> dict[str, float]:
+    """Of an optimiser step from its parts: the loss and computed tokens add up, other sums become means over tokens."""
+    count = sum(part.count for part in parts)
+    metrics: dict[str, float] = {}
+    for name in parts[0].sums:
+        total = sum(part.sums[name] for part in parts)
+        metrics[name] = total if name in ("optim/loss", "tokens/computed") else total / count
+    return metrics | {name: max(part.largest[name] for part in parts) for name in parts[0].largest}

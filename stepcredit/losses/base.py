@@ -1,0 +1,138 @@
+"""What every loss is built from, and what it declares.
+
+A loss is `loss(tokens, **options) -> [num_tokens]`: the loss of each token, to be multiplied by its weight and summed,
+so that neither micro-batches nor processes change the gradient. One over completions or trees gives each of their
+tokens the loss of the whole; weights that add up to the same for all completions (`seq_mean_token_mean`) then make it
+their mean. It may return `LossParts` to have metrics of its own. `@loss` declares what it needs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import Forest
+from stepcredit.forest.ops import MAX_LOG_RATIO, TokenScores, segment_sum
+
+LossUnit = Literal["token", "completion", "tree"]
+
+
+class LossParts(NamedTuple):
+    """
+    Attributes:
+        per_token: [num_tokens] the loss.
+        means: metrics by name, each [num_tokens]; reported as means over the tokens that count.
+    """
+
+    per_token: Tensor
+    means: Mapping[str, Tensor] = {}
+
+
+LossFunction = Callable[..., Tensor | LossParts]
+
+
+@dataclass(frozen=True)
+class LossNeeds:
+    """What a loss declares.
+
+    Attributes:
+        columns: token, segment or tree columns that it reads, beside `advantages`.
+        ratio: it reads the ratio of the policy to the one that sampled. Without one, more than one optimiser step on a
+            batch is biased, because later steps take the samples for the moved policy's own.
+        unit: what must stand in one micro-batch: any tokens, whole completions or whole trees.
+        sparse: where the advantage is 0 there is no gradient, so such tokens (of such completions, of such trees) need
+            not be computed. A squared loss is not sparse.
+    """
+
+    columns: tuple[str, ...] = ()
+    ratio: bool = False
+    unit: LossUnit = "token"
+    sparse: bool = False
+
+
+def loss(
+    *columns: str, ratio: bool = False, unit: LossUnit = "token", sparse: bool = False
+) -> Callable[[LossFunction], LossFunction]:
+    """Declare what a loss needs; `LossNeeds` says what each means."""
+
+    def declare(function: LossFunction) -> LossFunction:
+        function.needs = LossNeeds(columns, ratio, unit, sparse)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def loss_needs(function: LossFunction) -> LossNeeds:
+    """What a loss declared; one without a declaration is cut and thinned out nowhere, and has no ratio."""
+    return getattr(function, "needs", LossNeeds(unit="tree"))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a part of an optimiser step, as a loss sees them, on the policy's device.
+
+    A token without weight must not matter, not even by a NaN and not in the backward either: it reads as 0 everywhere.
+
+    Attributes:
+        forest: columns `advantages` and `weights`, and those that the loss declared.
+        scores: of the current policy, with gradient.
+    """
+
+    forest: Forest
+    scores: TokenScores = field(repr=False)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self.forest.token["weights"].to(self.scores.logprobs.device)
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """[num_tokens] True where there is weight."""
+        return self.weights != 0
+
+    def used(self, values: Tensor) -> Tensor:
+        """`values` [num_tokens] where there is weight, 0 elsewhere."""
+        return torch.where(self.counted, values.to(self.weights.device), 0.0)
+
+    def column(self, name: str) -> Tensor:
+        """A token column, 0 where there is no weight."""
+        return self.used(self.forest.token[name])
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[num_tokens] log pi of each token, with gradient."""
+        return self.used(self.scores.logprobs)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return self.used(self.scores.entropy)
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        return self.column("advantages")
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """[num_tokens] log(pi / pi_old); without `old_logprobs` the policy is the one that sampled, and it is 0."""
+        old = self.column("old_logprobs") if "old_logprobs" in self.forest.token else self.logprobs.detach()
+        return (self.logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    @cached_property
+    def completion(self) -> Tensor:
+        """[num_tokens] the completion of each token, a row of the segment table (its leaf). Flat forests only."""
+        return self.forest.leaf[self.forest.token["segment"]].to(self.weights.device)
+
+    @cached_property
+    def tree(self) -> Tensor:
+        """[num_tokens] the tree of each token."""
+        return self.forest.token_tree.to(self.weights.device)
+
+    def mean_by_completion(self, values: Tensor) -> Tensor:
+        """[num_tokens] at each token the mean of `values` over the tokens of its completion that count."""
+        rows = self.forest.num_segments
+        total = segment_sum(self.used(values), self.completion, rows)
+        count = segment_sum(self.counted.to(values.dtype), self.completion, rows)
+        return (total / count.clamp(min=1))[self.completion]

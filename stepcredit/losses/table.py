@@ -1,0 +1,15 @@
+"""The losses by name. One row here for each; name your own by dotted path (`--loss.name my_package.my_loss`)."""
+
+from stepcredit.losses.base import LossFunction
+from stepcredit.losses.cispo import cispo
+from stepcredit.losses.clip import clip
+from stepcredit.losses.gspo import gspo, gspo_token
+from stepcredit.losses.reinforce import reinforce
+
+LOSSES: dict[str, LossFunction] = {
+    "clip": clip,
+    "reinforce": reinforce,
+    "cispo": cispo,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+}

@@ -1,0 +1,59 @@
+"""Heads beside the output layer: what reads the states of a policy."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepcredit.errors import UserError
+from stepcredit.policy.forward import Policy
+
+FILE = "heads.safetensors"
+
+
+class ScalarHead(nn.Module):
+    """One number for each state, such as its value: linear, 0 at first, in fp32 whatever the states are."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[n, hidden] to [n]."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.linear(states.float()).squeeze(-1)
+
+
+def add_head(policy: Policy, name: str) -> None:
+    """Give a policy a head of this name, on its device. `policy(forest, head=name)` reads it."""
+    hidden = policy.model.config.get_text_config().hidden_size
+    policy.heads[name] = ScalarHead(hidden).to(policy.device)
+
+
+def save_heads(state: dict[str, Tensor], folder: Path) -> None:
+    """Write the heads' weights beside a model, if there are any."""
+    if state:
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / FILE)
+
+
+def saved_heads(folder: Path) -> dict[str, Tensor]:
+    """The weights that `save_heads` wrote; none where there is no file."""
+    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
+
+
+def load_heads(policy: Policy, folder: Path) -> None:
+    """Give a policy the heads that a folder has, with their weights.
+
+    Raises:
+        UserError: they are not of this model.
+    """
+    state = saved_heads(folder)
+    for name in {key.split(".")[0] for key in state} - set(policy.heads):
+        add_head(policy, name)
+    try:
+        policy.heads.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"model: {folder / FILE} does not fit the model ({str(error).splitlines()[-1]})") from error

@@ -1,0 +1,170 @@
+"""Where the rollouts of an iteration come from.
+
+A source samples the next problems; with a filter only those neither too easy nor too hard. What does not pass is
+replaced until the batch is full, up to a cap (PRIME's online prompt filter, arXiv 2502.01456; dynamic sampling of DAPO,
+arXiv 2503.14476).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from stepcredit.forest import Forest
+from stepcredit.growth.rollouts import Rollouts
+from stepcredit.policy.forward import Policy
+from stepcredit.run.clock import Clock
+from stepcredit.run.metrics import judging_counts, judging_shares
+from stepcredit.seeds import TRAINING, sampling_seed
+from stepcredit.shaping.options import FilterOptions
+from stepcredit.shaping.window import REASONS, refused
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is in its problems.
+
+    Attributes:
+        drawn: training problems taken from the task.
+        sampled: trees grown so far; numbers their seeds.
+        queue: numbers of problems that passed when a batch was full already; they come first next time, sampled afresh.
+    """
+
+    drawn: int = 0
+    sampled: int = 0
+    queue: tuple[int, ...] = ()
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Position":
+        return cls(state["drawn"], state["sampled"], tuple(state["queue"]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A judged forest to train on, where the run is after it, and numbers about all that was sampled.
+
+    Attributes:
+        version: of the weights that it was sampled with, as the forest's tree column `version` has it.
+        seconds: by phase.
+    """
+
+    forest: Forest
+    position: Position
+    metrics: dict[str, float]
+    version: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Sample = Callable[[Sequence[int], Sequence[int]], Forest]  # numbers of problems, numbers of seeds -> a judged forest
+
+
+def collect(position: Position, count: int, window: FilterOptions | None, sample: Sample) -> Batch:
+    """A batch of `count` trees.
+
+    Without a window these are the next problems. With one, rounds of problems, queued ones first, are sampled until
+    enough pass or `max_draws` is reached; then the batch is what passed. If nothing did, it is the last round with all
+    of it masked, so that nothing is learnt.
+    """
+    if window is None:
+        after = Position(position.drawn + count, position.sampled + count, position.queue)
+        forest = sample(range(position.drawn, after.drawn), range(position.sampled, after.sampled))
+        return Batch(forest, after, {})
+    drawn, sampled, queue = position.drawn, position.sampled, list(position.queue)
+    passed: list[Forest] = []
+    surplus: list[int] = []
+    left_out = dict.fromkeys(REASONS, 0)
+    counts: list[dict[str, float]] = []  # of the judging of each round
+    tokens = trees = 0
+    most = max(count, math.floor(window.max_draws * count))
+    while trees < most and (missing := count - sum(forest.num_trees for forest in passed)) > 0:
+        size = min(math.ceil(missing * window.oversample), most - trees)
+        numbers, queue = queue[:size], queue[size:]
+        fresh = size - len(numbers)
+        numbers += range(drawn, drawn + fresh)
+        forest = sample(numbers, range(sampled, sampled + size))
+        drawn, sampled, trees = drawn + fresh, sampled + size, trees + size
+        reasons = refused(forest, window)
+        for reason, holds in reasons.items():
+            left_out[reason] += int(holds.sum())
+        fitting = (~torch.stack(list(reasons.values())).any(0)).nonzero().squeeze(1)
+        surplus += [numbers[index] for index in fitting[missing:].tolist()]
+        tokens += int(forest.token_sampled.sum())
+        counts.append(judging_counts(forest))
+        if len(fitting):
+            passed.append(forest.select_trees(fitting[:missing]))
+    full = Forest.join(passed) if passed else forest.with_segment(mask=torch.zeros_like(forest.segment["mask"]))
+    kept = int(full.token_sampled.sum())
+    metrics = {f"filter/{reason}": number / trees for reason, number in left_out.items()}
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    metrics |= judging_shares(total)  # failures are hardly among what passed
+    metrics |= {
+        "filter/reward": total["reward"] / max(1.0, total["judged"]),
+        "filter/passed": (sum(forest.num_trees for forest in passed) + len(surplus)) / trees,
+        "filter/problems": float(trees),
+        "filter/queued": float(len(queue) + len(surplus)),
+        "tokens/left_out": float(tokens - kept),
+    }
+    return Batch(full, Position(drawn, sampled, (*queue, *surplus)), metrics)
+
+
+class Source(Protocol):
+    """The seam: `InStep` samples when it is asked; another may have sampled ahead, with older weights.
+
+    Attributes:
+        position: in the problems, behind the last batch that was trained on.
+    """
+
+    position: Position
+
+    def next(self) -> Batch: ...
+
+    def sync(self, policy: Policy, version: int) -> None: ...
+
+
+class InStep:
+    """Samples and judges a batch when it is asked for, with the weights of that moment; each process its share.
+
+    Args:
+        seed: of the run.
+        count: problems of a batch.
+        window: of the prompt filter; None: no filter.
+    """
+
+    def __init__(self, rollouts: Rollouts, seed: int, count: int, window: FilterOptions | None) -> None:
+        self.rollouts, self.seed, self.count, self.window = rollouts, seed, count, window
+        self.position = Position()
+        self.version = 0
+
+    def next(self) -> Batch:
+        """The next batch; the position stays where it is until the batch is trained on."""
+        clock = Clock()
+
+        def sample(numbers: Sequence[int], places: Sequence[int]) -> Forest:
+            return self._sample(clock, numbers, places)
+
+        batch = collect(self.position, self.count, self.window, sample)
+        version = torch.full((batch.forest.num_trees,), self.version)
+        forest = batch.forest.with_tree(version=version)
+        return replace(batch, forest=forest, version=self.version, seconds=clock.seconds)
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Sample with these weights from now on."""
+        self.rollouts.sampler.sync(policy)
+        self.version = version
+
+    def _sample(self, clock: Clock, numbers: Sequence[int], places: Sequence[int]) -> Forest:
+        """Sample and judge these training problems, with seeds for these places in the run."""
+        rollouts, ranks = self.rollouts, self.rollouts.ranks
+        mine = ranks.share(list(zip(numbers, places, strict=True)))
+        problems = [problem for number, _ in mine for problem in rollouts.task.draw(number, 1)]
+        seeds = [sampling_seed(self.seed, TRAINING, place) for _, place in mine]
+        forest = None
+        if mine:
+            with clock("time/sample"):
+                forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
+            with clock("time/judge"):
+                forest = rollouts.judge(forest)
+        with clock("time/gather"):
+            return Forest.interleave([part for part in ranks.gather(forest) if part is not None])

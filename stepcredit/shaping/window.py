@@ -1,0 +1,29 @@
+"""The groups to train on: those neither too easy nor too hard (PRIME's online prompt filter, arXiv 2502.01456)."""
+
+import torch
+from torch import Tensor
+
+from stepcredit.forest import FINISH_CODE, Forest
+from stepcredit.forest.ops import mean_by, segment_sum
+from stepcredit.shaping.options import FilterOptions
+
+REASONS = ("hard", "easy", "truncated", "unjudged")
+
+
+def refused(forest: Forest, window: FilterOptions) -> dict[str, Tensor]:
+    """[num_trees] True where a group is not trained on, by the first reason that holds."""
+    leaf, tree = forest.segment["is_leaf"], forest.segment["tree"]
+    judged = leaf & forest.segment["has_reward"]
+    mean = torch.zeros(forest.num_trees).index_copy(0, tree, mean_by(forest.segment["reward"], tree, where=judged)[0])
+    truncated = leaf & (forest.segment["finish"] == FINISH_CODE["length"])
+    found = {
+        "unjudged": segment_sum(judged.float(), tree, forest.num_trees) == 0,
+        "truncated": (segment_sum(truncated.float(), tree, forest.num_trees) > 0) & window.drop_truncated,
+        "hard": mean < window.low - 1e-6,
+        "easy": mean > window.high + 1e-6,
+    }
+    before = torch.zeros(forest.num_trees, dtype=torch.bool)
+    for reason, holds in found.items():
+        found[reason] = holds & ~before
+        before |= holds
+    return found
