@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from stepcredit.config import resolve
 from stepcredit.credit import CREDIT, assign, needs_of
+from stepcredit.credit.choose import build_credit
 from stepcredit.forest import Forest
-from stepcredit.run.build import build_credit
 from stepcredit.run.trainer import Trainer
 
 PHASES = ("sample", "judge", "observe", "learn")
@@ -82,7 +83,7 @@ def spro_ratio(case: Case, folder: Path, repeats: int) -> dict[str, float]:
     for number in range(repeats + 1):
         pair = {}
         for name in ("grpo", "spro")[:: 1 if number % 2 else -1]:
-            trainer.assign = credits[name]
+            trainer.parts = replace(trainer.parts, assign=credits[name])
             pair[name] = take_step(trainer, again=True).seconds["step"]
         pairs.append(pair)
     return {

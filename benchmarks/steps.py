@@ -22,7 +22,7 @@ from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.policy.forward import Policy, choose_path
 from stepcredit.run.build import build_parts
-from stepcredit.run.collecting import Position
+from stepcredit.run.source import Position
 from stepcredit.run.trainer import Trainer
 
 PAD, STOP = 0, 1
@@ -136,13 +136,13 @@ def take_step(trainer: Trainer, again: bool = False) -> Step:
     torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
     if again:
-        trainer.position = Position()
+        trainer.source.position = Position()
     work, number = trainer.begin(), trainer.done + 1
-    for step in trainer.optimizer_steps(work.forest, number):
+    for step in trainer.policy_update.steps(work.forest, number):
         trainer.update(work, step, number, None)  # type: ignore[arg-type]
-    trainer.rollouts.sampler.sync(trainer.policy)
+    trainer.source.sync(trainer.policy, number)
     metrics = work.metrics(trainer.config)
-    trainer.done, trainer.position = number, replace(work.position)
+    trainer.done, trainer.source.position = number, replace(work.position)
     whole = time.perf_counter() - started
     torch.use_deterministic_algorithms(False)
     parts = {name.removeprefix("time/"): value for name, value in work.clock.seconds.items()}

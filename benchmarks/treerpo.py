@@ -21,8 +21,9 @@ from memory import peak_mib
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem
 from stepcredit.growth.flat import flat
+from stepcredit.growth.options import TreeOptions
 from stepcredit.growth.steps import StepRule
-from stepcredit.growth.tree import TreeShape, tree
+from stepcredit.growth.tree import tree
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.params import SamplingParams
@@ -62,8 +63,9 @@ def sample(policy: Policy, case: Case, form: str) -> Forest:
     sampler, seeds = TransformersSampler(policy), list(range(case.trees))
     if form == "rows":
         return flat(sampler, problems, case.encode, case.params, seeds, case.branches**case.depth)
-    shape = TreeShape(case.branches, case.depth, StepRule(case.tokens), "complete" if form == "tree" else "stepwise")
-    return tree(sampler, problems, case.encode, case.params, seeds, shape)
+    mode = "complete" if form == "tree" else "stepwise"
+    shape = TreeOptions(num_branches=case.branches, depth=case.depth, mode=mode)
+    return tree(sampler, problems, case.encode, case.params, seeds, shape, StepRule(case.tokens))
 
 
 def update(policy: Policy, forest: Forest) -> None:

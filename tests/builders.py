@@ -11,6 +11,10 @@ from torch import Tensor
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.imports import check_options
+from stepcredit.losses.objective import Objective
+from stepcredit.losses.options import ObjectiveOptions
+from stepcredit.losses.table import LOSSES
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
@@ -88,6 +92,21 @@ def judge_only_sampled(tree: Tree) -> None:
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
     """The column that a credit function of the table assigns."""
     return assign(forest, name, CREDIT[name], options).token[column]
+
+
+def objective_of(
+    loss: str = "clip",
+    constant: float = 1.0,
+    unit: str | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    **options,
+) -> Objective:
+    """An objective from the options of its parts, by their names."""
+    given = {name: options.pop(name) for name in list(options) if name in ObjectiveOptions.model_fields}
+    given["kl"] = {"coef": kl_coef, "estimator": kl_estimator}
+    check_options("loss", loss, LOSSES[loss], options)
+    return Objective(LOSSES[loss], options, ObjectiveOptions(**given), constant, unit)
 
 
 def is_near(found: Tensor, expected: Sequence, atol: float = 1e-5) -> None:

@@ -21,6 +21,7 @@ from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import out_of_memory
+from stepcredit.learn.update import PolicyUpdate
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
 from stepcredit.run import checkpoint
@@ -280,7 +281,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys) -> None:
 
 def stop_in_second_iteration(monkeypatch, run: Path, after: int, number: int = signal.SIGTERM) -> int:
     """Train, with a signal while this optimiser step of the second iteration is taken; the exit code."""
-    learn, steps = Trainer.learn, []
+    learn, steps = PolicyUpdate.take, []
 
     def signalled(self, step):
         steps.append(step)
@@ -289,7 +290,7 @@ def stop_in_second_iteration(monkeypatch, run: Path, after: int, number: int = s
         return learn(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "learn", signalled)
+        patch.setattr(PolicyUpdate, "take", signalled)
         return train(run, "--iterations", "3", *EPOCHS)
 
 
@@ -360,8 +361,8 @@ def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error)
     """The budget halves until the step fits; the gradient is that of the whole step."""
     config = resolve({"train": {"problems_per_iteration": 4}, "eval": {"num_problems": 0}})
     trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
-    forest = trainer.weighted(trainer.begin().forest)
-    expected = trainer.learn(forest)
+    forest = trainer.policy_update.weighted(trainer.begin().forest)
+    expected = trainer.policy_update.take(forest)
     other = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
     forward = Policy.forward
 
@@ -371,7 +372,7 @@ def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error)
         return forward(self, part, *rest)
 
     monkeypatch.setattr(Policy, "forward", narrow)
-    found = other.learn(forest)
+    found = other.policy_update.take(forest)
     assert other.learner.max_tokens < 700 and "out of memory" in caplog.text
     assert found["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-4)
     assert found["optim/loss"] == pytest.approx(expected["optim/loss"], rel=1e-4, abs=1e-6)

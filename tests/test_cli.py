@@ -191,7 +191,7 @@ BAD = {
     "train --resume gone": ["--resume", "'gone'"],
     "train --resume full": ["--resume", "'full'", "no checkpoint"],
     "train --device gpu": ["train.device", "'gpu'", "auto or cpu"],
-    "train --objective.dual-clip 0.5": ["objective.dual_clip", "0.5"],
+    "train --loss.dual-clip 0.5": ["loss.dual_clip", "0.5"],
     "train --reward.functions reward_nan.f": ["'reward_nan.f'", "NaN", "'held_out-0-0'", "or None"],
     "train --reward.functions reward_inf.f": ["'reward_inf.f'", "inf"],
     "train --reward.functions reward_word.f": ["'reward_word.f'", "'1'", "number or None"],

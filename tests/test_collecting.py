@@ -6,8 +6,11 @@ import torch
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.run.collecting import Position, Window, collect
-from stepcredit.run.trainer import Clock, Work
+from stepcredit.run.clock import Clock
+from stepcredit.run.source import Position, collect
+from stepcredit.run.work import Work
+from stepcredit.shaping.options import FilterOptions
+from stepcredit.shaping.window import refused
 
 RIGHT = {0: 0, 1: 4, 2: 2, 3: 1, 4: 0, 5: 3}  # of four completions, by number of the problem modulo 6
 
@@ -30,6 +33,10 @@ class Sampling:
         return Forest.from_trees(trees)
 
 
+def window(low: float, high: float, **options) -> FilterOptions:
+    return FilterOptions(low=low, high=high, **options)
+
+
 def ids(forest: Forest) -> list[int]:
     return [int(problem.id) for problem in forest.problems]
 
@@ -47,14 +54,14 @@ def test_the_window_includes_its_ends():
         Tree(Problem(id=str(right)), [1], [Segment([3], reward=float(index < right)) for index in range(5)])
         for right in range(6)
     ]
-    refused = Window(0.2, 0.8).refused(Forest.from_trees(trees))
-    assert refused["hard"].tolist() == [True] + [False] * 5 and refused["easy"].tolist() == [False] * 5 + [True]
+    reasons = refused(Forest.from_trees(trees), window(0.2, 0.8))
+    assert reasons["hard"].tolist() == [True] + [False] * 5 and reasons["easy"].tolist() == [False] * 5 + [True]
 
 
 def test_refills_until_the_batch_is_full():
     """0 and 1 are too hard and too easy; two more are drawn, one of them too hard; one more."""
     sampling = Sampling()
-    batch = collect(Position(), 4, Window(0.2, 0.8), sampling)
+    batch = collect(Position(), 4, window(0.2, 0.8), sampling)
     assert [numbers for numbers, _ in sampling.calls] == [[0, 1, 2, 3], [4, 5], [6], [7], [8]]
     assert [place for _, places in sampling.calls for place in places] == list(range(9))
     assert ids(batch.forest) == [2, 3, 5, 8] and batch.position == Position(9, 9)
@@ -67,26 +74,26 @@ def test_refills_until_the_batch_is_full():
 def test_surplus_problems_come_first_next_time_sampled_afresh():
     """Twice as many as needed: what passes beyond the batch is queued by its number, with a new seed."""
     sampling = Sampling()
-    window = Window(0.2, 0.8, oversample=3.0)
-    batch = collect(Position(), 2, window, sampling)
+    double = window(0.2, 0.8, oversample=3.0)
+    batch = collect(Position(), 2, double, sampling)
     assert sampling.calls == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])]
     assert ids(batch.forest) == [2, 3] and batch.position == Position(6, 6, (5,))
     assert batch.metrics["filter/queued"] == 1 and batch.metrics["filter/passed"] == pytest.approx(3 / 6)
-    after = collect(batch.position, 2, window, sampling)
+    after = collect(batch.position, 2, double, sampling)
     assert sampling.calls[1] == ([5, 6, 7, 8, 9, 10], list(range(6, 12)))
     assert ids(after.forest) == [5, 8] and after.position == Position(11, 12, (9,))
 
 
 def test_at_the_cap_the_batch_is_what_passed():
     sampling = Sampling({number: int(number == 5) for number in range(6)})
-    batch = collect(Position(), 4, Window(0.2, 0.8, max_draws=2.0), sampling)
+    batch = collect(Position(), 4, window(0.2, 0.8, max_draws=2.0), sampling)
     assert batch.position == Position(8, 8) and ids(batch.forest) == [5]
     assert batch.forest.active.all()
 
 
 def test_when_nothing_passes_nothing_is_learnt():
     """The last round, all masked: an update without weights."""
-    batch = collect(Position(), 2, Window(0.2, 0.8), Sampling(dict.fromkeys(range(6), 0)))
+    batch = collect(Position(), 2, window(0.2, 0.8), Sampling(dict.fromkeys(range(6), 0)))
     assert batch.metrics["filter/hard"] == 1 and batch.metrics["filter/problems"] == 8
     assert not batch.forest.active.any() and batch.forest.num_trees > 0
     assert batch.metrics["tokens/left_out"] == (8 - batch.forest.num_trees) * 8
@@ -95,12 +102,12 @@ def test_when_nothing_passes_nothing_is_learnt():
 def test_truncated_groups_and_unjudged_ones():
     """Each group is counted once, by the first reason."""
     sampling = Sampling(dict.fromkeys(range(6), 2), truncated=(1, 3))
-    assert ids(collect(Position(), 2, Window(0.2, 0.8), sampling).forest) == [0, 1]
-    batch = collect(Position(), 2, Window(0.2, 0.8, drop_truncated=True), sampling)
+    assert ids(collect(Position(), 2, window(0.2, 0.8), sampling).forest) == [0, 1]
+    batch = collect(Position(), 2, window(0.2, 0.8, drop_truncated=True), sampling)
     assert ids(batch.forest) == [0, 2] and batch.metrics["filter/truncated"] == pytest.approx(1 / 3)
     trees = [Tree(Problem(id="a"), [1], [Segment([3]), Segment([4], finish="length")])]
-    refused = Window(drop_truncated=True).refused(Forest.from_trees(trees))
-    assert {reason: holds.tolist() for reason, holds in refused.items()} == {
+    reasons = refused(Forest.from_trees(trees), window(0.0, 1.0, drop_truncated=True))
+    assert {reason: holds.tolist() for reason, holds in reasons.items()} == {
         "unjudged": [True],
         "truncated": [False],
         "hard": [False],
@@ -121,7 +128,7 @@ def test_failures_are_counted_over_all_that_was_sampled():
             trees.append(Tree(Problem(id=str(number)), [1], segments))
         return Forest.from_trees(trees)
 
-    batch = collect(Position(), 2, Window(0.4, 0.6), sample)
+    batch = collect(Position(), 2, window(0.4, 0.6), sample)
     assert ids(batch.forest) == [3, 4] and batch.metrics["filter/problems"] == 5
     found = {name: batch.metrics[f"reward/{name}"] for name in ("timeout", "error", "judged")}
     assert found == pytest.approx({"timeout": 4 / 20, "error": 1 / 20, "judged": 15 / 20})

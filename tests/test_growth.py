@@ -12,8 +12,9 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment
 from stepcredit.growth.flat import flat
+from stepcredit.growth.options import TreeOptions
 from stepcredit.growth.steps import StepRule, step_rule
-from stepcredit.growth.tree import TreeShape, tree
+from stepcredit.growth.tree import check_limits, tree
 from stepcredit.policy.forward import score
 from stepcredit.policy.loading import load_policy
 from stepcredit.samplers.params import SamplingParams
@@ -61,11 +62,19 @@ class Counting:
         """Nothing to take over."""
 
 
-def grown(shape: TreeShape, max_new_tokens: int = 24, sampler=None, problems=None, **options) -> Forest:
+def shape_of(
+    num_branches: int, depth: int, rule: StepRule, mode: str = "complete", **limits: int
+) -> tuple[TreeOptions, StepRule]:
+    return TreeOptions(num_branches=num_branches, depth=depth, mode=mode, **limits), rule
+
+
+def grown(
+    shape: tuple[TreeOptions, StepRule], max_new_tokens: int = 24, sampler=None, problems=None, **options
+) -> Forest:
     params = SamplingParams(max_new_tokens=max_new_tokens, **options)
     problems = PROBLEMS if problems is None else problems
     sampler = sampler or TransformersSampler(tiny("qwen3"))
-    return tree(sampler, problems, encode, params, range(7, 7 + len(problems)), shape)
+    return tree(sampler, problems, encode, params, range(7, 7 + len(problems)), *shape)
 
 
 def paths(forest: Forest) -> list[list[int]]:
@@ -93,7 +102,7 @@ def children(forest: Forest) -> Counter:
 def test_a_full_tree(mode):
     """The paper's N 8, D 3 without early stops: 512 leaves, 584 segments, 73 groups of 8."""
     sampler = Counting()
-    forest = grown(TreeShape(8, 3, StepRule(4), mode), 12, sampler, PROBLEMS[:1])
+    forest = grown(shape_of(8, 3, StepRule(4), mode), 12, sampler, PROBLEMS[:1])
     assert int(forest.segment["is_leaf"].sum()) == 512
     assert forest.num_segments == 584
     assert sorted(children(forest).values()) == [8] * 73
@@ -106,7 +115,7 @@ def test_a_full_tree(mode):
 def test_every_level_is_one_call(mode):
     """All nodes of a level of all trees are sampled together, each with a seed of its own."""
     sampler = Counting()
-    grown(TreeShape(4, 3, StepRule(4), mode), 12, sampler)
+    grown(shape_of(4, 3, StepRule(4), mode), 12, sampler)
     new = 3 if mode == "complete" else 4
     assert [call[:2] for call in sampler.calls] == [(3, 4), (12, new), (48, new)]
     seeds = [seed for _, _, some in sampler.calls for seed in some]
@@ -116,7 +125,7 @@ def test_every_level_is_one_call(mode):
 @modes
 def test_early_stops_are_leaves_of_every_depth(mode):
     """A completion that ends in its second step has two segments; there is nothing below them."""
-    forest = grown(TreeShape(3, 3, StepRule(4), mode), 12, Counting(length=6), PROBLEMS[:1])
+    forest = grown(shape_of(3, 3, StepRule(4), mode), 12, Counting(length=6), PROBLEMS[:1])
     assert forest.segment["depth"].bincount().tolist() == [3, 9]
     assert forest.segment["length"][forest.segment["is_leaf"]].tolist() == [2] * 9
     assert {segment.finish for one in forest.to_trees() for segment in one.segments} == {"cut", "stop"}
@@ -125,7 +134,7 @@ def test_early_stops_are_leaves_of_every_depth(mode):
 @modes
 @pytest.mark.parametrize("length", [4, 8])
 def test_a_stop_in_the_last_place_of_a_step_leaves_nothing_behind(mode, length):
-    forest = grown(TreeShape(2, 3, StepRule(4), mode), 12, Counting(length=length), PROBLEMS[:1])
+    forest = grown(shape_of(2, 3, StepRule(4), mode), 12, Counting(length=length), PROBLEMS[:1])
     assert set(forest.segment["length"].tolist()) == {4}
     assert int(forest.segment["depth"].max()) == length // 4 - 1
 
@@ -133,7 +142,7 @@ def test_a_stop_in_the_last_place_of_a_step_leaves_nothing_behind(mode, length):
 @modes
 def test_the_last_segment_runs_to_the_end(mode):
     """Whatever the rule says, and up to the limit of the whole completion."""
-    forest = grown(TreeShape(2, 2, StepRule(4), mode), 20, Counting(), PROBLEMS[:1])
+    forest = grown(shape_of(2, 2, StepRule(4), mode), 20, Counting(), PROBLEMS[:1])
     assert set(forest.segment["length"][forest.segment["depth"] == 1].tolist()) == {16}
     trees = forest.to_trees()
     assert all(one.finish == ("length" if one.parent >= 0 else "cut") for one in trees[0].segments)
@@ -143,7 +152,7 @@ def test_the_last_segment_runs_to_the_end(mode):
 def test_delimiters_end_steps(mode):
     """Each cut segment holds one delimiter, as its last token, or is as long as a step may be."""
     rule = StepRule(tokens=5, delimiters=DELIMITERS)
-    forest = grown(TreeShape(3, 4, rule, mode), 24)
+    forest = grown(shape_of(3, 4, rule, mode), 24)
     seen = Counter()
     for one in forest.to_trees():
         parents = {segment.parent for segment in one.segments}
@@ -160,7 +169,7 @@ def test_delimiters_end_steps(mode):
 @modes
 def test_segments_of_a_real_model(mode):
     """Siblings are N; leaves stop or fill the limit; nothing else does."""
-    forest = grown(TreeShape(3, 3, StepRule(3), mode), 9, stop_token_ids=tuple(range(8)))
+    forest = grown(shape_of(3, 3, StepRule(3), mode), 9, stop_token_ids=tuple(range(8)))
     assert set(children(forest).values()) == {3}
     for one in forest.to_trees():
         one.validate()
@@ -179,7 +188,7 @@ def test_depth_one_is_the_flat_group():
     params, sampler = SamplingParams(max_new_tokens=12), TransformersSampler(tiny("qwen3"))
     group = flat(sampler, PROBLEMS, encode, params, range(7, 10), 4)
     for mode in MODES:
-        one = grown(TreeShape(4, 1, StepRule(4), mode), 12)
+        one = grown(shape_of(4, 1, StepRule(4), mode), 12)
         assert one.token["token_ids"].equal(group.token["token_ids"])
         assert one.segment["parent"].equal(group.segment["parent"])
 
@@ -189,7 +198,7 @@ def test_depth_one_is_the_flat_group():
 def test_reported_logprobs_are_those_of_the_policy(mode, keep_mb):
     """Whether prefixes are kept or encoded again: every token's log-probability on its path, and the same tokens."""
     policy = tiny("qwen3")
-    shape = TreeShape(3, 3, StepRule(3), mode)
+    shape = shape_of(3, 3, StepRule(3), mode)
     forest = grown(shape, 9, TransformersSampler(policy, keep_mb=keep_mb))
     scores = score(policy, forest, 1.0, 4096)
     torch.testing.assert_close(scores.logprobs, forest.token["rollout_logprobs"], atol=2e-4, rtol=0)
@@ -202,15 +211,15 @@ def test_other_paths_grow_the_same_tree(mode, path):
     policy = fresh("qwen3")
     policy.path = path
     rule = StepRule(delimiters=DELIMITERS)
-    found = grown(TreeShape(2, 3, rule, mode), 10, TransformersSampler(policy))
-    expected = grown(TreeShape(2, 3, rule, mode), 10, TransformersSampler(fresh("qwen3")))
+    found = grown(shape_of(2, 3, rule, mode), 10, TransformersSampler(policy))
+    expected = grown(shape_of(2, 3, rule, mode), 10, TransformersSampler(fresh("qwen3")))
     assert found.token["token_ids"].equal(expected.token["token_ids"])
 
 
 @modes
 @pytest.mark.parametrize("max_rows", [1, 5])
 def test_few_rows_change_nothing(mode, max_rows):
-    shape = TreeShape(3, 3, StepRule(3, DELIMITERS), mode)
+    shape = shape_of(3, 3, StepRule(3, DELIMITERS), mode)
     found = grown(shape, 12, TransformersSampler(tiny("qwen3"), max_rows))
     assert found.token["token_ids"].equal(grown(shape, 12).token["token_ids"])
 
@@ -220,10 +229,10 @@ def test_every_path_is_a_sample_of_the_policy(mode):
     """Mean frequency of two-token beginnings over many trees against their probabilities."""
     policy = fresh("qwen3", vocab_size=5, initializer_range=0.4)
     problems = [replace(PROBLEMS[0]) for _ in range(600)]
-    shape = TreeShape(2, 2, StepRule(delimiters=frozenset([0, 1])), mode)
+    shape = shape_of(2, 2, StepRule(delimiters=frozenset([0, 1])), mode)
     params = SamplingParams(max_new_tokens=3, stop_token_ids=(STOP,))
     prompt = [3, 4]
-    forest = tree(TransformersSampler(policy), problems, lambda _: prompt, params, range(600), shape)
+    forest = tree(TransformersSampler(policy), problems, lambda _: prompt, params, range(600), *shape)
     found: Counter = Counter()
     for one in forest.to_trees():
         for index, segment in enumerate(one.segments):
@@ -250,7 +259,7 @@ def test_every_path_is_a_sample_of_the_policy(mode):
 @pytest.mark.parametrize("limit", [9, 12, 20, 30, 38])
 def test_segments_stay_within_their_limit(mode, limit):
     """A node that does not branch is one segment to its end."""
-    forest = grown(TreeShape(3, 3, StepRule(4), mode, max_segments=limit), 12, Counting(), PROBLEMS[:1])
+    forest = grown(shape_of(3, 3, StepRule(4), mode, max_segments=limit), 12, Counting(), PROBLEMS[:1])
     assert 3 <= forest.num_segments <= limit
     assert set(children(forest).values()) == {3}
     assert all(len(path) == 12 for path in paths(forest))
@@ -261,7 +270,7 @@ def test_segments_stay_within_their_limit(mode, limit):
 @modes
 @pytest.mark.parametrize("limit", [36, 60, 100, 200])
 def test_tokens_stay_within_their_limit(mode, limit):
-    shape = TreeShape(3, 3, StepRule(4), mode, max_tokens=limit)
+    shape = shape_of(3, 3, StepRule(4), mode, max_tokens=limit)
     forest = grown(shape, 12, Counting(), PROBLEMS[:1])
     assert 36 <= forest.num_tokens <= limit
     assert all(len(path) == 12 for path in paths(forest))
@@ -272,8 +281,8 @@ def test_tokens_stay_within_their_limit(mode, limit):
 
 @modes
 def test_without_limits_the_tree_is_the_largest(mode):
-    whole = grown(TreeShape(3, 3, StepRule(4), mode), 12, Counting(), PROBLEMS[:1])
-    wide = TreeShape(3, 3, StepRule(4), mode, max_segments=whole.num_segments, max_tokens=whole.num_tokens)
+    whole = grown(shape_of(3, 3, StepRule(4), mode), 12, Counting(), PROBLEMS[:1])
+    wide = shape_of(3, 3, StepRule(4), mode, max_segments=whole.num_segments, max_tokens=whole.num_tokens)
     assert grown(wide, 12, Counting(), PROBLEMS[:1]).num_segments == whole.num_segments == 39
 
 
@@ -282,7 +291,7 @@ def test_without_limits_the_tree_is_the_largest(mode):
 )
 def test_limits_that_are_too_small_are_refused(options, named):
     with pytest.raises(UserError, match=named):
-        TreeShape(3, 3, StepRule(4), **options).check(100)
+        check_limits(shape_of(3, 3, StepRule(4), **options)[0], 100)
 
 
 # ---------------------------------------------------------------------- where a step ends

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
-from stepcredit.estimators.frozen import Base
+from stepcredit.estimators.frozen import BaseModel
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.estimators.prm import ImplicitPRM
 from stepcredit.learn.adapters import adapters_off, add_adapters, own_copy
 from stepcredit.policy.forward import Policy, random_forest, score
 from stepcredit.policy.loading import load_policy
-from stepcredit.run.build import build_models, build_parts
+from stepcredit.run.build import build_estimators, build_parts
 from stepcredit.run.checkpoint import newest_checkpoint
 
 ADAPTED = ("--lora.rank", "4", "--learning-rate", "1e-2", "--objective.kl.coef", "0.01")
@@ -55,7 +55,7 @@ def test_the_reference_is_the_base_to_the_last_bit(path):
     policy, plain, forest = adapted(), load_policy("embedded", "cpu"), random_forest(50)
     policy.path = plain.path = path
     expected = score(plain, forest, 0.7, 40).logprobs
-    assert Base(policy, 0.7, 40).observe(forest).token["ref_logprobs"].equal(expected)
+    assert BaseModel(policy, 0.7, 40).observe(forest).token["ref_logprobs"].equal(expected)
     assert not score(policy, forest, 0.7, 40).logprobs.equal(expected)  # they are on again
     assert any(value.requires_grad for value in policy.parameters())
 
@@ -71,7 +71,7 @@ def test_adapters_are_on_again_after_an_error():
 def test_no_second_copy_of_the_base():
     config = resolve({"algorithm": "prime", "lora": {"rank": 4}, "prm": {"reference": "start"}})
     policy = adapted()
-    models = build_models(config, build_parts(config), policy)
+    models = build_estimators(config, build_parts(config), policy)
     theirs = [model.policy for model in models.values() if hasattr(model, "policy")]
     storages = {value.data_ptr() for value in policy.parameters() if not value.requires_grad}
     for other in theirs:

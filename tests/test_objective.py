@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from builders import flat_forest, is_near, random_forest
+from builders import flat_forest, is_near, objective_of, random_forest
 from torch import Tensor
 
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.losses.objective import AGGREGATORS, Objective, clipped_surrogate
+from stepcredit.losses.clip import clipped_surrogate
+from stepcredit.losses.objective import Objective
+from stepcredit.losses.weights import AGGREGATORS
 from stepcredit.policy.batching import cut
 
 close = torch.testing.assert_close
@@ -24,7 +26,7 @@ def prepared(kind: str, seed: int = 0, **objective) -> tuple[Objective, Forest, 
     """A random forest ready for its loss: objective, forest, log-probabilities and entropies of a policy that moved."""
     forest = random_forest(seed, kind, unsampled=0.2, num_trees=5)
     noise = torch.randn(4, forest.num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    choice = Objective(**objective)
+    choice = objective_of(**objective)
     forest = forest.with_token(advantages=noise[0].float() * forest.active, weights=choice.weights(forest))
     forest = forest.with_token(old_logprobs=forest.token["old_logprobs"] - 2, ref_logprobs=(noise[1] - 2).float())
     return choice, forest, forest.token["old_logprobs"].double() + 0.4 * noise[2], noise[3].exp()
@@ -52,7 +54,7 @@ def test_weights_by_hand(name):
     advantages = torch.ones(forest.num_tokens)
     advantages[2:5] = 0
     forest = forest.with_segment(mask=mask).with_token(advantages=advantages)
-    is_near(Objective(aggregate=name, constant=10.0).weights(forest), WEIGHTS[name], 1e-7)
+    is_near(objective_of(aggregate=name, constant=10.0).weights(forest), WEIGHTS[name], 1e-7)
 
 
 BRANCHING = {  # a root of 2 tokens, a judged leaf of 1, an unjudged of 2, a judged of 3
@@ -68,7 +70,7 @@ def test_the_unit_of_a_branching_forest_is_the_segment(name):
     """Three segments have an active token; a shared segment counts once."""
     leaves = [Segment([1], 0, reward=1.0), Segment([1] * 2, 0), Segment([1] * 3, 0, reward=0.0)]
     forest = Forest.from_trees([Tree(Problem(), [1], [Segment([1] * 2), *leaves])])
-    is_near(Objective(aggregate=name, constant=4.0).weights(forest), BRANCHING[name], 1e-7)
+    is_near(objective_of(aggregate=name, constant=4.0).weights(forest), BRANCHING[name], 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["flat", "chain", "deep"])
@@ -76,7 +78,7 @@ def test_the_unit_of_a_branching_forest_is_the_segment(name):
 def test_weights_sum_to_what_the_name_says(kind, name):
     """1 for the means, mean length for the sum, mean length / constant for the constant; 0 off active tokens."""
     forest = random_forest(3, kind, unsampled=0.2)
-    weights = Objective(aggregate=name, constant=7.0).weights(forest)
+    weights = objective_of(aggregate=name, constant=7.0).weights(forest)
     row = forest.token["segment"]
     units = {int(u) for u in (forest.leaf[row] if forest.is_flat else row)[forest.active]}
     mean_length = int(forest.active.sum()) / len(units)
@@ -88,7 +90,7 @@ def test_weights_sum_to_what_the_name_says(kind, name):
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_a_step_without_active_tokens_has_zero_weights(name):
     """Nothing judged: weights are 0, not NaN."""
-    weights = Objective(aggregate=name, constant=3.0).weights(flat_forest([[2, 1]], [[None, None]]))
+    weights = objective_of(aggregate=name, constant=3.0).weights(flat_forest([[2, 1]], [[None, None]]))
     assert weights.tolist() == [0.0, 0.0, 0.0]
 
 
@@ -128,7 +130,7 @@ def test_clipped_surrogate_by_pencil(ratio, advantage, low, high, dual, loss, sl
 @pytest.mark.parametrize("kind", ["flat", "deep"])
 def test_the_on_policy_gradient_is_weight_times_advantage(surrogate, kind):
     """Without old log-probabilities the ratio is 1 and d loss / d log pi = -w A, for both surrogates."""
-    objective, forest, logprobs, _ = prepared(kind, surrogate=surrogate)
+    objective, forest, logprobs, _ = prepared(kind, loss=surrogate)
     forest = forest.without_token("old_logprobs")
     logprobs.requires_grad_()
     loss_of(objective, forest, logprobs).backward()
@@ -139,14 +141,14 @@ def test_the_on_policy_gradient_is_weight_times_advantage(surrogate, kind):
 def test_loss_and_metrics_by_pencil():
     """Ratios 1.5 and 0.9 with A 1 and -2, weights 1/2: the clip acts on one; the unjudged token is in no sum."""
     forest = flat_forest([[1, 1, 1]], [[1.0, 0.0, None]], old_logprobs=[[[-1.0], [-1.0], [-9.0]]])
-    objective = Objective()
+    objective = objective_of()
     forest = forest.with_token(advantages=torch.tensor([1.0, -2.0, 5.0]), weights=objective.weights(forest))
     logprobs = torch.tensor([math.log(1.5) - 1, math.log(0.9) - 1, -1.0])
-    loss, metrics = objective.loss(TokenScores(logprobs, torch.zeros(3)), forest)
+    loss, sums = objective.loss(TokenScores(logprobs, torch.zeros(3)), forest)
     assert float(loss) == pytest.approx(0.5 * -1.2 + 0.5 * 1.8, abs=1e-6)
     k3 = (1.5 - 1 - math.log(1.5)) + (0.9 - 1 - math.log(0.9))
-    wanted = {"policy/clip_fraction": 1.0, "policy/kl_old": k3, "policy/ratio_max": 1.5}
-    assert metrics == pytest.approx(wanted, abs=1e-6)
+    assert sums.sums == pytest.approx({"policy/clip_fraction": 1.0, "policy/kl_old": k3}, abs=1e-6)
+    assert sums.largest == pytest.approx({"policy/ratio_max": 1.5}, abs=1e-6) and sums.count == 2
 
 
 # ---------------------------------------------------------------------- regularisers
@@ -173,7 +175,7 @@ def test_the_entropy_term_by_hand():
     objective, forest, logprobs, entropy = prepared("flat", entropy_coef=0.5)
     entropy.requires_grad_()
     with_term = loss_of(objective, forest, logprobs, entropy)
-    without = loss_of(Objective(), forest, logprobs, entropy)
+    without = loss_of(objective_of(), forest, logprobs, entropy)
     weights = 0.5 * forest.token["weights"].double()
     close((with_term - without).detach(), -(weights * entropy.detach()).sum())
     close(torch.autograd.grad(with_term, entropy)[0], -weights)
@@ -181,10 +183,10 @@ def test_the_entropy_term_by_hand():
 
 EVERYTHING = [
     {},
-    {"surrogate": "reinforce"},
+    {"loss": "reinforce"},
     {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.4, "aggregate": "seq_mean_token_mean"},
     {"kl_coef": 0.2, "kl_estimator": "k3", "entropy_coef": 0.1, "aggregate": "seq_mean_token_sum"},
-    {"kl_coef": 0.2, "kl_estimator": "k2", "surrogate": "reinforce", "aggregate": "sum_over_constant"},
+    {"kl_coef": 0.2, "kl_estimator": "k2", "loss": "reinforce", "aggregate": "sum_over_constant"},
 ]
 everything = pytest.mark.parametrize("options", EVERYTHING)
 
@@ -270,4 +272,4 @@ def test_has_gradient_skips_zero_advantages_only_without_regularisers():
         ({"kl_coef": 0.1, "kl_estimator": "k3"}, regularised),
         ({"entropy_coef": 0.1}, regularised),
     ):
-        assert Objective(**options).has_gradient(forest).tolist() == expected
+        assert objective_of(**options).has_gradient(forest).tolist() == expected

@@ -13,9 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from stepcredit.cli.main import main
 from stepcredit.config import read_yaml, resolve
+from stepcredit.credit import needs_of
+from stepcredit.credit.choose import build_credit
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.learn.placement import Placement
+from stepcredit.losses.choose import build_objective
 from stepcredit.plan import memory
 from stepcredit.plan.memory import (
     ALWAYS,
@@ -29,7 +32,6 @@ from stepcredit.plan.memory import (
 )
 from stepcredit.policy.decoding import ForestRows
 from stepcredit.processes.ranks import Ranks
-from stepcredit.run.build import _check_growth, build_credit, build_objective
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "scale").glob("*.yaml"))
@@ -294,8 +296,9 @@ def test_recipes_fit_on_8_gpus(path, folders, capsys) -> None:
     config = resolve(read_yaml(str(path)))
     assert config.algorithm == algorithm and size in config.model.lower()
     credit, _ = build_credit(config.credit)
-    _check_growth(config, credit)
-    build_objective(config, credit)
+    flat = needs_of(credit).forests == "flat"
+    config.growth.check(flat, config.credit.name, "", len(config.objective.depth_weights))
+    build_objective(config, flat)
     head = path.read_text().split("\nalgorithm")[0]
     assert "arXiv" in head and "ours" in head.lower() and f"train recipes/scale/{path.name}" in head
     assert ran(path, "--model", folders[size], "--gpus", 8) == 0, capsys.readouterr().out

@@ -14,12 +14,13 @@ from torch import Tensor
 from stepcredit.cli.main import main
 from stepcredit.config import Config, CreditConfig
 from stepcredit.credit import CREDIT, assign
+from stepcredit.credit.choose import build_credit
 from stepcredit.credit.prime import implicit_rewards
 from stepcredit.errors import UserError
+from stepcredit.estimators.prm import prm_beta
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by, sum_to_end
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.run.build import build_credit, prm_beta
 
 close = torch.testing.assert_close
 
@@ -387,7 +388,7 @@ def test_the_reward_model_has_the_scale_of_the_credit(tmp_path, monkeypatch, cre
     """Where it is not given it is the function's own default."""
     write_credits(tmp_path, monkeypatch)
     config = Config(credit=CreditConfig(**{"name": "my_credit.fussy"} | credit))
-    assert prm_beta(config, build_credit(config.credit)[0]) == beta
+    assert prm_beta(config) == beta
 
 
 def write_credits(folder: Path, monkeypatch) -> None:

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.estimators.prm import ImplicitPRM
+from stepcredit.learn.update import PolicyUpdate
 from stepcredit.policy.loading import load_policy
 from stepcredit.run.build import build_parts
 from stepcredit.run.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
+from stepcredit.run.resume import restore
 from stepcredit.run.trainer import Trainer
 
 TINY = ["--train.problems-per-iteration", "2", "--group-size", "4", "--num-problems", "2"]
@@ -78,10 +80,10 @@ def test_a_run_without_a_checkpoint_starts_anew_under_auto(four, tmp_path) -> No
 def test_options_of_the_optimiser_that_are_given_anew_hold(four) -> None:
     config = resolve({"optim": {"weight_decay": 0.1, "betas": [0.5, 0.9]}})
     trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
-    trainer.load_state_dict(load_checkpoint(four / "checkpoints" / "000004"))
+    restore(trainer, load_checkpoint(four / "checkpoints" / "000004"))
     assert trainer.learner.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert trainer.learner.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
-    assert trainer.position.drawn == 8  # four iterations of two problems
+    assert trainer.source.position.drawn == 8  # four iterations of two problems
 
 
 def test_runs_without_a_name_do_not_share_a_folder(tmp_path, monkeypatch) -> None:
@@ -107,12 +109,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     config = resolve({"train": {"problems_per_iteration": 4}, "eval": {"num_problems": 0}})
     policy = load_policy("embedded", "cpu")
     trainer = Trainer(config, build_parts(config), policy, Console(quiet=True))
-    forest = trainer.weighted(trainer.begin().forest)
+    forest = trainer.policy_update.weighted(trainer.begin().forest)
     advantages = torch.where(forest.active, math.inf, 0.0)
     before = [parameter.detach().clone() for parameter in policy.parameters()]
-    assert trainer.learn(forest.with_token(advantages=advantages))["optim/nonfinite"] == 1.0
+    assert trainer.policy_update.take(forest.with_token(advantages=advantages))["optim/nonfinite"] == 1.0
     assert all(torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
-    assert trainer.learn(forest)["optim/nonfinite"] == 0.0
+    assert trainer.policy_update.take(forest)["optim/nonfinite"] == 0.0
     assert not all(torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
 
 
@@ -129,14 +131,15 @@ def test_a_temperature_in_the_generation_config_does_not_stop_saving(tmp_path) -
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     """Exit code 130, and the line names the checkpoint that there is."""
-    learn = Trainer.learn
+    learn, steps = PolicyUpdate.take, []
 
     def interrupted(self, step):
-        if self.done == 2:
+        steps.append(step)
+        if len(steps) == 3:
             raise KeyboardInterrupt
         return learn(self, step)
 
-    monkeypatch.setattr(Trainer, "learn", interrupted)
+    monkeypatch.setattr(PolicyUpdate, "take", interrupted)
     assert train(tmp_path / "run", "--iterations", "4") == 130
     assert "what came after 000002 is lost" in capsys.readouterr().out
     monkeypatch.undo()

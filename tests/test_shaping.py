@@ -1,11 +1,10 @@
 """Shapers: what they mask leaves every denominator, what they leave alone stays bit for bit."""
 
 import pytest
-from builders import flat_forest, random_forest, run
+from builders import flat_forest, objective_of, random_forest, run
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.losses.objective import Objective
 from stepcredit.shaping.shapers import SHAPERS, drop_uniform, mask_truncated, shuffle_rewards
 
 
@@ -19,7 +18,7 @@ def test_truncated_completions_are_masked_over_all_their_segments():
     ]
     forest = mask_truncated(Forest.from_trees([Tree(Problem(), [1], segments)]))
     assert forest.segment["mask"].tolist() == [False, False, False, True]
-    assert Objective().weights(forest).tolist() == [0, 0, 0, 0, 0, 1]
+    assert objective_of().weights(forest).tolist() == [0, 0, 0, 0, 0, 1]
 
 
 def test_rewards_of_truncated_completions_stay_in_the_baseline():
@@ -49,7 +48,7 @@ def test_truncated_leaves_of_a_branching_tree():
     kept = [0, 2, 3, 9]
     assert forest.segment["mask"].nonzero().squeeze(1).tolist() == kept
     weights = [1 / len(kept) if index in kept else 0 for index in range(len(segments))]
-    assert Objective().weights(forest).tolist() == weights
+    assert objective_of().weights(forest).tolist() == weights
 
 
 def test_masked_truncated_leaves_stay_in_the_values():
@@ -79,7 +78,7 @@ def test_groups_of_equal_rewards_are_dropped(rewards, kept):
     forest = drop_uniform(flat_forest([lengths, [1, 3]], [rewards, [1.0, 0.0]]))
     assert forest.segment["mask"].tolist() == [kept] * len(rewards) + [True, True]
     active = 2 * sum(reward is not None for reward in rewards) * kept
-    assert Objective().weights(forest)[-4:].tolist() == pytest.approx([1 / (4 + active)] * 4)
+    assert objective_of().weights(forest)[-4:].tolist() == pytest.approx([1 / (4 + active)] * 4)
 
 
 def test_shapers_respect_each_others_masks():

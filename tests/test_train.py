@@ -248,7 +248,7 @@ KL = {"objective.kl.coef": 0.5, "optim.num-epochs": 2}
     "options",
     [
         {"optim.num-epochs": 2, "optim.num-minibatches": 2},
-        {"optim.num-minibatches": 3, "objective.dual-clip": 3},
+        {"optim.num-minibatches": 3, "loss.dual-clip": 3},
         {"objective.entropy-coef": 0.01},
         *(KL | {"objective.kl.estimator": kind} for kind in ("k1", "k2", "k3")),
         {"shapers": "drop_uniform"},

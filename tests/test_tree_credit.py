@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import reference_credit
 import torch
-from builders import is_near, random_forest, random_trees, run, squeezed
+from builders import is_near, objective_of, random_forest, random_trees, run, squeezed
 from torch import Tensor
 
 from stepcredit.cli.main import main
@@ -18,7 +18,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.records import write_trees
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.losses.objective import AGGREGATORS, Objective
+from stepcredit.losses.weights import AGGREGATORS
 
 SCALES = ("variance", "sqrt", "std", "none")
 TREE_VARIANTS = [
@@ -85,7 +85,7 @@ def test_a_narrow_group_is_pruned(aggregate):
     forest = credited(forest_of([0.49, 0.49, 0.51, 0.51], [0, 0, 1]))
     is_near(by_segment(forest)[:4], [-0.04, -0.04, 0.04, 0.04], 1e-6)
     assert forest.segment["kept"].tolist() == forest.active.tolist() == [False] * 4 + [True] * 3
-    objective = Objective(aggregate=aggregate, constant=7.0)
+    objective = objective_of(aggregate=aggregate, constant=7.0)
     weights, alone = objective.weights(forest), objective.weights(credited(forest_of([0, 0, 1])))
     assert weights[:4].abs().max() == 0 and weights[4:].equal(alone) and alone.min() > 0
 
@@ -411,7 +411,7 @@ def test_gradient_of_a_tiny_tree(name, top, below, surrogate):
     state = torch.tensor([0, 1, 2, 2, 3, 0, 0, 0, 0, 0])  # prefixes "", 0, 01, 012; of the second tree any
     theta = torch.zeros(4, 3, requires_grad=True)
     logprobs = theta.log_softmax(1)[state, forest.token["token_ids"]]
-    objective = Objective(surrogate=surrogate, aggregate="seq_mean_token_mean")
+    objective = objective_of(loss=surrogate, aggregate="seq_mean_token_mean")
     forest = forest.with_token(weights=objective.weights(forest))
     loss, _ = objective.loss(TokenScores(logprobs, torch.zeros(10)), forest)
     (found,) = torch.autograd.grad(-loss, theta)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_trees
+from builders import objective_of, random_trees
 from test_train import metrics, train
 from tiny_models import fresh
 
@@ -12,7 +12,8 @@ from stepcredit.cli.main import main
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.losses.objective import AGGREGATORS, Objective
+from stepcredit.losses.objective import Objective
+from stepcredit.losses.weights import AGGREGATORS
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.policy.forward import Policy
 from stepcredit.run.metrics import forest_metrics
@@ -56,7 +57,7 @@ def gradient(policy: Policy, forest: Forest, objective: Objective, max_tokens: i
 @pytest.mark.parametrize("name", ["treerpo", "spo_tree"])
 def test_the_gradient_is_that_of_one_row_per_node(name, aggregate, max_tokens):
     """Loss, KL and entropy over trees that share prefixes, in any parts, against rows that share nothing: 1e-5."""
-    objective = Objective(aggregate=aggregate, kl_coef=0.1, entropy_coef=0.1, constant=6.0, unit="segment")
+    objective = objective_of(aggregate=aggregate, kl_coef=0.1, entropy_coef=0.1, constant=6.0, unit="segment")
     for seed in range(3):
         forest = credited(seed, name)
         forest = forest.with_token(weights=objective.weights(forest))
@@ -72,7 +73,7 @@ def test_the_gradient_is_that_of_one_row_per_node(name, aggregate, max_tokens):
 
 
 def test_one_row_per_node_is_what_unshared_positions_counts():
-    objective = Objective(unit="segment")
+    objective = objective_of(unit="segment")
     forest = credited(1)
     forest = forest.with_token(weights=objective.weights(forest))
     trained = forest.token["weights"].new_zeros(forest.num_segments, dtype=torch.bool)
@@ -89,8 +90,8 @@ def test_weights_by_depth():
     forest = assign(Forest.from_trees(trees), "treerpo", CREDIT["treerpo"], {})
     assert forest.segment["kept"].tolist() == [True, True, False, False, True, True, True]
     for aggregate in AGGREGATORS:
-        plain = Objective(aggregate=aggregate, unit="segment", constant=7.0).weights(forest)
-        deep = Objective(aggregate=aggregate, unit="segment", constant=7.0, depth_weights=(1.0, 3.0)).weights(forest)
+        plain = objective_of(aggregate=aggregate, unit="segment", constant=7.0).weights(forest)
+        deep = objective_of(aggregate=aggregate, unit="segment", constant=7.0, depth_weights=(1.0, 3.0)).weights(forest)
         torch.testing.assert_close(deep.sum(), plain.sum())
         ratio = (deep / plain)[plain > 0]
         assert float(ratio.max() / ratio.min()) == pytest.approx(3)

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import is_near
+from builders import is_near, objective_of
 from safetensors.torch import load_file
 from tiny_models import fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,10 +37,10 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.learn.adapters import add_adapters
 from stepcredit.learn.placement import WHOLE, full_state
-from stepcredit.losses.objective import Objective, importance_weights
+from stepcredit.losses.weights import importance_weights
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import checkpoint_tensors, load_policy, save_policy
-from stepcredit.run.build import build_models, build_parts, build_sampler
+from stepcredit.run.build import build_estimators, build_parts
 from stepcredit.run.interrupt import Interrupted
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote import launch, transfer, vllm
@@ -49,6 +49,7 @@ from stepcredit.samplers.remote.server import stepcredit_worker
 from stepcredit.samplers.remote.server.stepcredit_worker import Extension
 from stepcredit.samplers.remote.transfer import TransferError
 from stepcredit.samplers.remote.vllm import VLLMSampler
+from stepcredit.samplers.table import build_sampler
 from stepcredit.samplers.transformers import TransformersSampler
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
@@ -1045,9 +1046,9 @@ def config(**vllm_options):
 def test_old_logprobs_and_entropy_come_from_the_trainer(policy):
     """Even where a step is exactly on-policy."""
     given = config(launch=True)
-    assert set(build_models(given, build_parts(given), policy)) == {"old_logprobs"}
+    assert set(build_estimators(given, build_parts(given), policy)) == {"old_logprobs"}
     ours = resolve({})
-    assert build_models(ours, build_parts(ours), policy) == {}
+    assert build_estimators(ours, build_parts(ours), policy) == {}
     columns = {"rollout_logprobs": [-1.0, -2.0, -3.0]}
     forest = Forest.from_trees([Tree(Problem(), [1, 5], [Segment([7, 8, 2], columns=columns)])])
     found = OldPolicy(policy, 0.7, 1000).observe(forest)
@@ -1156,12 +1157,12 @@ def test_importance_of_sequences():
 def test_importance_in_the_objective():
     forest = forest_of(BRANCHING)
     forest = forest.with_token(advantages=torch.ones(5))
-    plain = Objective(aggregate="token_mean").weights(forest)
+    plain = objective_of(aggregate="token_mean").weights(forest)
     is_near(plain, [0.2] * 5)
-    is_near(Objective(importance="token", importance_cap=1.1).weights(forest), [0.22, 0.15, 0.1, 0.22, 0.2])
-    is_near(Objective(importance="sequence", importance_cap=1.6).weights(forest), [0.3, 0.3, 0.15, 0.32, 0.32])
+    is_near(objective_of(importance="token", importance_cap=1.1).weights(forest), [0.22, 0.15, 0.1, 0.22, 0.2])
+    is_near(objective_of(importance="sequence", importance_cap=1.6).weights(forest), [0.3, 0.3, 0.15, 0.32, 0.32])
     without = forest.without_token("rollout_logprobs")
-    is_near(Objective(importance="token").weights(without), [0.2] * 5)
+    is_near(objective_of(importance="token").weights(without), [0.2] * 5)
 
 
 # ---------------------------------------------------------------------- a server of the run's own

@@ -1,4 +1,4 @@
-"""GSPO: one ratio for each completion, the geometric mean of its tokens' (arXiv 2507.18071), and its token form."""
+"""GSPO: one ratio for each completion, the geometric mean of its tokens', and its token form."""
 
 from typing import Annotated
 
@@ -13,9 +13,10 @@ Bound = Annotated[float, Field(ge=0)]
 
 @loss(ratio=True, unit="completion", sparse=True)
 def gspo(tokens: Tokens, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4) -> LossParts:
-    """-min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A), s_i = exp(mean over t of log rho_{i,t}), for every token.
+    """-min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A), s_i = exp(mean_t log rho_{i,t}) (arXiv 2507.18071).
 
-    The paper's mean over completions is the aggregate seq_mean_token_mean. A clip takes out whole completions.
+    Every token has the loss of its completion, so the paper's mean over completions is the aggregate
+    seq_mean_token_mean. A clip takes out whole completions.
 
     Trap: the bounds are of another order than PPO's (the paper's 3e-4 and 4e-4 are the defaults), because s_i hardly
     moves; verl ignores the configured aggregate and always takes seq_mean_token_mean. With advantages that differ
