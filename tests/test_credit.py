@@ -156,7 +156,7 @@ def test_assign_names_a_missing_column(name, missing):
     if missing == {"spro": "prm_logprobs", "prime": "old_logprobs"}[name]:
         assert run(forest, name).equal(run(random_forest(0), name))
         return
-    with pytest.raises(UserError, match=f"credit '{name}' needs the token column '{missing}'"):
+    with pytest.raises(UserError, match=f"credit '{name}' needs the column '{missing}'"):
         run(forest, name)
 
 
