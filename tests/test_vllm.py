@@ -1093,7 +1093,7 @@ def test_a_server_that_takes_no_adapters(fakes):
 
 def test_weights_of_a_killed_run_go(policy, fake):
     """With the next run; those of a run that lives stay."""
-    code = "import sys; from pathlib import Path; from stepcredit.samplers import vllm\n"
+    code = "import sys; from pathlib import Path; from stepcredit.samplers.remote import vllm\n"
     code += "vllm.MEMORY = Path(sys.argv[1]); print(vllm._new_folder(None), flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(vllm.MEMORY)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
