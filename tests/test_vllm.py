@@ -40,15 +40,19 @@ from stepcredit.learn.placement import WHOLE, full_state
 from stepcredit.losses.objective import Objective, importance_weights
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import checkpoint_tensors, load_policy, save_policy
-from stepcredit.run.build import build_models, build_parts, build_sampler
+from stepcredit.run.build import build_models, build_parts
 from stepcredit.run.interrupt import Interrupted
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.remote import launch, transfer, vllm
-from stepcredit.samplers.remote.launch import LocalServer, lora_args
+from stepcredit.samplers.remote import launch, pool, transfer, weights
+from stepcredit.samplers.remote.dialect import Start
+from stepcredit.samplers.remote.launch import LocalServer
+from stepcredit.samplers.remote.options import ServerOptions
+from stepcredit.samplers.remote.sampler import RemoteSampler
 from stepcredit.samplers.remote.server import stepcredit_worker
 from stepcredit.samplers.remote.server.stepcredit_worker import Extension
 from stepcredit.samplers.remote.transfer import TransferError
-from stepcredit.samplers.remote.vllm import VLLMSampler
+from stepcredit.samplers.remote.vllm import VLLM, lora_args
+from stepcredit.samplers.table import build_sampler
 from stepcredit.samplers.transformers import TransformersSampler
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
@@ -304,9 +308,9 @@ def policy() -> Policy:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path_factory):
     """Short pauses, and a memory of its own."""
-    monkeypatch.setattr(vllm, "MEMORY", tmp_path_factory.mktemp("memory"))
-    monkeypatch.setattr(vllm, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(vllm, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(weights, "MEMORY", tmp_path_factory.mktemp("memory"))
+    monkeypatch.setattr(pool, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE_S", 0.1)
 
 
 @pytest.fixture
@@ -328,9 +332,21 @@ def fake(fakes) -> Fake:
     return fakes()
 
 
+def remote(
+    policy: Policy,
+    urls: list[str],
+    way: str = "auto",
+    folder: Path | None = None,
+    patience_s: float = 300.0,
+    **more,
+) -> RemoteSampler:
+    options = ServerOptions(transfer=way, folder=None if folder is None else str(folder), patience_s=patience_s)
+    return RemoteSampler(VLLM(), policy, urls, options, **more)
+
+
 @contextmanager
-def sampling(policy: Policy, *fakes: Fake, patience_s: float = 5.0, **options) -> Iterator[VLLMSampler]:
-    with closing(VLLMSampler(policy, [one.url for one in fakes], patience_s=patience_s, **options)) as sampler:
+def sampling(policy: Policy, *fakes: Fake, patience_s: float = 5.0, **options) -> Iterator[RemoteSampler]:
+    with closing(remote(policy, [one.url for one in fakes], patience_s=patience_s, **options)) as sampler:
         yield sampler
 
 
@@ -488,8 +504,8 @@ def test_a_server_that_only_fails_does_not_keep_others_from_answering(policy, fa
 
 def test_a_refusal_ends_at_once(policy, fake, monkeypatch):
     """Also when another request is still being tried; that one is given up."""
-    monkeypatch.setattr(vllm, "FIRST_PAUSE_S", 5.0)
-    monkeypatch.setattr(vllm, "LONGEST_PAUSE_S", 5.0)
+    monkeypatch.setattr(pool, "FIRST_PAUSE_S", 5.0)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE_S", 5.0)
     with sampling(policy, fake, patience_s=30.0) as sampler:
         fake.fail(COMPLETIONS, [status(500), status(400, "too long")])
         started = time.monotonic()
@@ -499,7 +515,7 @@ def test_a_refusal_ends_at_once(policy, fake, monkeypatch):
             assert time.monotonic() - started < 2
             time.sleep(0.01)
         assert len(fake.paths(COMPLETIONS)) == 2
-        assert not any(one.waiting for one in sampler.servers)
+        assert not any(one.waiting for one in sampler.pool.servers)
 
 
 def test_a_run_can_be_stopped_while_no_server_answers(policy, fake):
@@ -532,8 +548,9 @@ def test_a_server_that_goes_down_in_the_middle(policy, fakes, caplog):
         first.load_delay, second.delay = 0.2, 0.02
         sampler.sample(PROMPTS * 10, 2, PARAMS, range(40))
         assert f"{first.url} is back" in caplog.text
-        assert [version for _, version in first.loads] == [sampler.version] and sampler.version.endswith("-2")
-        assert first.served and set(first.served) == {sampler.version}  # not one before the weights were there
+        version = sampler.weights.version
+        assert [taken for _, taken in first.loads] == [version] and version.endswith("-2")
+        assert first.served and set(first.served) == {sampler.weights.version}  # not one before the weights were there
         assert first.paths(RPC, RESET, COMPLETIONS)[:3] == [RPC, RPC, RESET]
 
 
@@ -545,7 +562,7 @@ def test_the_only_server_goes_down_and_comes_back(policy, fake, caplog):
         thread.start()
         assert ids(sampler.sample(PROMPTS, 2, PARAMS, SEEDS)) == right
         thread.join()
-    assert set(fake.served) == {sampler.version} and "is back" in caplog.text
+    assert set(fake.served) == {sampler.weights.version} and "is back" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["policy", "another"])
@@ -558,7 +575,7 @@ def test_a_server_that_was_started_anew_between_two_calls(policy, fake, name, ca
         fake.start()
         assert fake.version == ""
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-    assert set(fake.served) == {sampler.version} and f"{fake.url} was started anew" in caplog.text
+    assert set(fake.served) == {sampler.weights.version} and f"{fake.url} was started anew" in caplog.text
 
 
 def test_no_answer_at_all_ends_with_the_address(policy, fake):
@@ -591,16 +608,16 @@ def test_servers_that_do_not_fit_are_refused(policy, fake, name):
     path, fault, why = WRONG[name]
     fake.fail(path, itertools.repeat(fault))
     with pytest.raises(UserError, match=why) as error:
-        VLLMSampler(policy, [fake.url])
+        remote(policy, [fake.url])
     assert fake.url in str(error.value)
     del error
-    assert not list(vllm.MEMORY.iterdir())  # no folder is left
+    assert not list(weights.MEMORY.iterdir())  # no folder is left
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:port", "http://"])
 def test_nothing_listens_there(policy, url):
     with pytest.raises(UserError, match=re.escape(url) if url != "http://" else "http") as error:
-        VLLMSampler(policy, [url])
+        remote(policy, [url])
     assert "does not answer as a vLLM server does" in str(error.value)
 
 
@@ -625,7 +642,7 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
         methods = [body["method"] for path, body in fake.requests if path == RPC]
         assert methods[-3:] == ["stepcredit_load", "stepcredit_commit", "stepcredit_loaded"]
         second, version = fake.loads[1]
-        assert version == sampler.version and version.endswith("-2") and not first.exists()
+        assert version == sampler.weights.version and version.endswith("-2") and not first.exists()
         assert len(AutoTokenizer.from_pretrained(second)) == len(policy.tokenizer)
         loaded = AutoModelForCausalLM.from_pretrained(second, dtype=torch.float32).state_dict()
         assert all(torch.equal(value, loaded[name]) for name, value in other.model.state_dict().items())
@@ -634,12 +651,12 @@ def test_weights_are_passed_on_in_a_folder(policy, fake, tmp_path):
 
 def test_weights_are_in_memory_and_go_with_the_sampler(policy, fake):
     with sampling(policy, fake) as sampler:
-        assert list(vllm.MEMORY.iterdir()) == [sampler.folder]
-        assert sampler.folder.stat().st_mode & 0o077 == 0
+        assert list(weights.MEMORY.iterdir()) == [sampler.weights.folder]
+        assert sampler.weights.folder.stat().st_mode & 0o077 == 0
         sampler.sync(policy)
-        assert sampler.folder.stat().st_mode & 0o077 == 0
-        assert Path(fake.loads[1][0]).parent == sampler.folder
-    assert not list(vllm.MEMORY.iterdir())
+        assert sampler.weights.folder.stat().st_mode & 0o077 == 0
+        assert Path(fake.loads[1][0]).parent == sampler.weights.folder
+    assert not list(weights.MEMORY.iterdir())
 
 
 def test_only_the_first_process_writes(policy, fakes, tmp_path):
@@ -653,14 +670,14 @@ def test_only_the_first_process_writes(policy, fakes, tmp_path):
 
     fake, theirs = fakes(), fakes()
     with sampling(policy, fake, folder=tmp_path) as sampler:
-        theirs.version = sampler.version
-        answers = iter((sampler.token, sampler.folder, ["folder"]))
+        theirs.version = sampler.weights.version
+        answers = iter((sampler.weights.token, sampler.weights.folder, ["folder"]))
         with sampling(policy, theirs, ranks=Other(), folder=tmp_path) as second:
             assert not theirs.loads
             theirs.version = ""
             second.sample(PROMPTS, 2, PARAMS, SEEDS)
-            assert [Path(folder) for folder, _ in theirs.loads] == [sampler.folder / sampler.version]
-        assert (sampler.folder / sampler.version).is_dir()
+            assert [Path(folder) for folder, _ in theirs.loads] == [sampler.weights.folder / sampler.weights.version]
+        assert (sampler.weights.folder / sampler.weights.version).is_dir()
 
 
 # ---------------------------------------------------------------------- weights by broadcast
@@ -698,11 +715,11 @@ def test_weights_by_broadcast(policy, fakes, tmp_path, monkeypatch, chunk):
         other = bigger(policy)
         sampler.sync(other)
         assert has(first, other, tmp_path / "b") and has(second, other, tmp_path / "b")
-        assert [path.name for path in sampler.folder.iterdir()] == ["lock"]
-        assert {first.version, second.version} == {sampler.version}
+        assert [path.name for path in sampler.weights.folder.iterdir()] == ["lock"]
+        assert {first.version, second.version} == {sampler.weights.version}
         assert first.paths(RPC, RESET)[-4:] == [RPC, RESET, RPC, RPC]  # the group of before
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-    assert set(first.served + second.served) == {sampler.version}
+    assert set(first.served + second.served) == {sampler.weights.version}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mixtral", "qwen3_moe"])
@@ -743,27 +760,27 @@ def test_the_way_of_the_weights(policy, fakes, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "stepcredit")
     near, far = fakes(), placed(fakes(), sees=False)
     with sampling(policy, near, far) as sampler:
-        assert [one.way for one in sampler.servers] == ["folder", "gloo"]
+        assert [one.way for one in sampler.pool.servers] == ["folder", "gloo"]
         assert len(near.loads) == len(far.loads) == 1
     assert f"weights go to {far.url} by gloo" in caplog.text
     with sampling(policy, placed(fakes(), gpu="GPU-1")) as sampler:
-        assert sampler.servers[0].way == "folder"  # the policy has none
-    monkeypatch.setattr(vllm, "gpu_of", lambda _: "GPU-1")
+        assert sampler.pool.servers[0].way == "folder"  # the policy has none
+    monkeypatch.setattr(weights, "gpu_of", lambda _: "GPU-1")
     with sampling(policy, placed(fakes(), gpu="GPU-1")) as sampler:
-        assert sampler.servers[0].way == "folder"  # the same
+        assert sampler.pool.servers[0].way == "folder"  # the same
     tried: list[str] = []
 
     def refused(url: str, backend: str, *_: object) -> None:
         tried.append(backend)
         raise TransferError(f"{backend}: not today")
 
-    monkeypatch.setattr(vllm, "Transfer", refused)
+    monkeypatch.setattr(weights, "Transfer", refused)
     caplog.clear()
     with sampling(policy, placed(fakes(), gpu="GPU-2")) as sampler:
-        assert sampler.servers[0].way == "folder" and tried == ["nccl"]
+        assert sampler.pool.servers[0].way == "folder" and tried == ["nccl"]
     assert "by nccl: not today" in caplog.text
-    with pytest.raises(UserError, match=r"sampler\.vllm\.folder.*gloo: not today"):
-        VLLMSampler(policy, [placed(fakes(), sees=False).url])
+    with pytest.raises(UserError, match=r"sampler\.server\.folder.*gloo: not today"):
+        remote(policy, [placed(fakes(), sees=False).url])
 
 
 def test_ways_that_cannot_be(policy, fakes):
@@ -772,11 +789,11 @@ def test_ways_that_cannot_be(policy, fakes):
     for one, way, why in [
         (policy, "nccl", "from GPU to GPU"),
         (adapted, "gloo", "adapters go through a folder"),
-        (policy, "folder", "sampler.vllm.folder"),
+        (policy, "folder", "sampler.server.folder"),
     ]:
         with pytest.raises(UserError, match=why):
-            VLLMSampler(one, [placed(fakes(), sees=False).url], way=way)
-        assert not list(vllm.MEMORY.iterdir())
+            remote(one, [placed(fakes(), sees=False).url], way=way)
+        assert not list(weights.MEMORY.iterdir())
 
 
 def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplog):
@@ -784,7 +801,7 @@ def test_a_server_that_is_started_anew_joins_again(policy, fake, tmp_path, caplo
         fake.stop()
         fake.start()
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-        assert has(fake, policy, tmp_path / "a") and set(fake.served) == {sampler.version}
+        assert has(fake, policy, tmp_path / "a") and set(fake.served) == {sampler.weights.version}
         assert f"{fake.url} was started anew" in caplog.text
         other = bigger(policy)
         sampler.sync(other)
@@ -801,13 +818,13 @@ def test_a_server_that_ends_while_it_is_given_weights(policy, fakes, tmp_path, c
         other = bigger(policy)
         sampler.sync(other)
         assert f"{first.url} has not got the weights" in caplog.text and "out of room" in caplog.text
-        assert sampler.servers[0].down and has(second, other, tmp_path / "a")
+        assert sampler.pool.servers[0].down and has(second, other, tmp_path / "a")
         assert first.version == ""  # neither those of before
         for worker in first.workers:
             worker.fault = None
         sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
         assert f"{first.url} is back" in caplog.text and has(first, other, tmp_path / "a")
-        assert set(first.served + second.served) == {sampler.version}
+        assert set(first.served + second.served) == {sampler.weights.version}
 
 
 FAILURES = {
@@ -838,13 +855,13 @@ def test_workers_that_fail_in_a_broadcast(policy, fakes, tmp_path, caplog, monke
         assert f"{first.url} has not got the weights" in caplog.text
         if not (raises and name == "one worker"):  # this server passes on that the other was left alone
             assert ("1 of 2 workers" if answers == 1 and not raises else "out of room") in caplog.text
-        assert sampler.servers[1].down and first.version != sampler.version
+        assert sampler.pool.servers[1].down and first.version != sampler.weights.version
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
         assert not first.served
         for number in numbers:
             setattr(first.workers[number], where, None)
         sampler.sample(PROMPTS * 4, 2, PARAMS, range(16))
-        assert has(first, other, tmp_path / "a") and set(first.served) <= {sampler.version}
+        assert has(first, other, tmp_path / "a") and set(first.served) <= {sampler.weights.version}
 
 
 @pytest.mark.parametrize(
@@ -862,7 +879,7 @@ def test_workers_that_fail_to_load_a_folder(policy, fake, monkeypatch, name, rai
     where, numbers, fake.answers = FAILURES[name]
     monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=1 if raises else 2, data_parallel_size=1))
     with sampling(policy, fake) as sampler:
-        assert sampler.servers[0].way == "folder"
+        assert sampler.pool.servers[0].way == "folder"
         for number in numbers:
             setattr(fake.workers[number], where, RuntimeError("out of room"))
         with pytest.raises(UserError, match="out of room"):
@@ -875,14 +892,14 @@ def test_a_folder_of_engines_that_are_not_heard_must_be_asked_for(policy, fakes,
     monkeypatch.setattr(Worker, "parallel_config", SimpleNamespace(world_size=2, data_parallel_size=2))
     for way, taken in (("auto", "gloo"), ("folder", "folder")):
         with sampling(policy, fakes(), way=way, patience_s=JOIN_S) as sampler:
-            assert sampler.servers[0].way == taken
+            assert sampler.pool.servers[0].way == taken
 
 
 def test_a_start_at_which_no_server_takes_the_weights(policy, fake):
     for worker in fake.workers:
         worker.late = RuntimeError("out of room")
     with pytest.raises(UserError, match="out of room"):
-        VLLMSampler(policy, [fake.url], way="gloo")
+        remote(policy, [fake.url], way="gloo")
 
 
 @pytest.mark.parametrize("answer", [status(503), lambda _: (200, b'{"success": false}')], ids=["down", "in use"])
@@ -893,13 +910,13 @@ def test_a_cache_that_is_not_emptied_is_emptied_before_the_server_is_used(policy
         assert fake.seen
         fake.fail(RESET, [answer])
         sampler.sync(bigger(policy))
-        assert fake.version == "" and sampler.servers[0].down
+        assert fake.version == "" and sampler.pool.servers[0].down
         fake.seen = {tuple(PROMPTS[1])}  # it was not emptied
         fake.served.clear()
         before = len(fake.paths(RESET))
         sampler.sample([PROMPTS[0]], 1, PARAMS, SEEDS[:1])
         assert len(fake.paths(RESET)) > before and fake.seen == {tuple(PROMPTS[0])}
-        assert fake.served == [sampler.version]
+        assert fake.served == [sampler.weights.version]
 
 
 def test_two_trainers_of_one_server(policy, fake, tmp_path, caplog):
@@ -910,15 +927,15 @@ def test_two_trainers_of_one_server(policy, fake, tmp_path, caplog):
     ):
         other = bigger(policy)
         one.sync(other)
-        assert "another trainer" in caplog.text and one.servers[0].down
+        assert "another trainer" in caplog.text and one.pool.servers[0].down
         one.sample(PROMPTS, 1, PARAMS, SEEDS)
-        assert has(fake, other, tmp_path / "a") and fake.version == one.version
+        assert has(fake, other, tmp_path / "a") and fake.version == one.weights.version
 
 
 def test_the_gpu_is_the_one_that_a_sharded_policy_will_be_on(policy, fake):
     """It is on the CPU when the sampler is made."""
     with pytest.raises(UserError, match="nccl, which this torch does not have"):
-        VLLMSampler(policy, [fake.url], way="nccl", device=torch.device("cuda"))
+        remote(policy, [fake.url], way="nccl", device=torch.device("cuda"))
 
 
 def test_only_the_first_process_broadcasts(policy, fake, caplog):
@@ -931,7 +948,7 @@ def test_only_the_first_process_broadcasts(policy, fake, caplog):
             return next(answers)
 
     with sampling(policy, fake, way="gloo", patience_s=JOIN_S) as sampler:
-        answers = iter((sampler.token, sampler.folder, ["gloo"]))
+        answers = iter((sampler.weights.token, sampler.weights.folder, ["gloo"]))
         with sampling(policy, fake, ranks=Other(), way="gloo", patience_s=JOIN_S) as second:
             fake.stop()
             fake.start()
@@ -939,7 +956,7 @@ def test_only_the_first_process_broadcasts(policy, fake, caplog):
             later.start()
             second.sample(PROMPTS, 2, PARAMS, SEEDS)
             later.join()
-    assert set(fake.served) == {sampler.version} and len(fake.loads) == 1
+    assert set(fake.served) == {sampler.weights.version} and len(fake.loads) == 1
     assert "waits for the first process" in caplog.text
 
 
@@ -984,7 +1001,7 @@ TINY += ["--sampler.max-new-tokens", "32", "--sampler.name", "vllm"]
 
 
 def train(fake: Fake, run: Path, *more: str) -> int:
-    return main(["train", *TINY, "--sampler.vllm.servers", fake.url, "--run-dir", str(run), *more])
+    return main(["train", *TINY, "--sampler.server.urls", fake.url, "--run-dir", str(run), *more])
 
 
 def rows(run: Path) -> list[dict]:
@@ -1014,7 +1031,7 @@ def test_a_run(policy, fakes, tmp_path):
     assert all(torch.equal(value, served[name]) for name, value in end.items())
     start = policy.model.state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in end.items())
-    assert not list(vllm.MEMORY.iterdir())
+    assert not list(weights.MEMORY.iterdir())
 
 
 def test_a_run_with_trees(fakes, tmp_path):
@@ -1038,8 +1055,8 @@ def test_other_weights_end_a_run(fakes, tmp_path, capsys):
     assert "server has other weights" in error
 
 
-def config(**vllm_options):
-    return resolve({"sampler": {"name": "vllm", "vllm": vllm_options}})
+def config(**server_options):
+    return resolve({"sampler": {"name": "vllm", "server": server_options}})
 
 
 def test_old_logprobs_and_entropy_come_from_the_trainer(policy):
@@ -1058,7 +1075,7 @@ def test_old_logprobs_and_entropy_come_from_the_trainer(policy):
     assert OldPolicy(policy, 0.7, 1000).observe(there).token["entropy"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("options", [{}, {"servers": "http://127.0.0.1:1", "launch": True}])
+@pytest.mark.parametrize("options", [{}, {"urls": "http://127.0.0.1:1", "launch": True}])
 def test_servers_or_one_of_its_own(policy, options):
     with pytest.raises(UserError, match=r"needs running servers .* not both"):
         build_sampler(config(**options), policy, WHOLE)
@@ -1071,15 +1088,15 @@ def test_adapters_are_models_of_their_own(fakes):
     with sampling(adapted, fake) as sampler:
         for _ in range(2):
             sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-            assert list(fake.adapters) == [sampler.version] and set(fake.served) == {sampler.version}
-            folder = Path(fake.adapters[sampler.version])
+            assert list(fake.adapters) == [sampler.weights.version] and set(fake.served) == {sampler.weights.version}
+            folder = Path(fake.adapters[sampler.weights.version])
             assert (folder / "adapter_model.safetensors").is_file() and not list(folder.glob("model*"))
             fake.served.clear()
             sampler.sync(adapted)
         fake.stop()
         fake.start()
         sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
-        assert list(fake.adapters) == [sampler.version]
+        assert list(fake.adapters) == [sampler.weights.version]
     assert not fake.loads  # the base stays what it is
 
 
@@ -1093,9 +1110,9 @@ def test_a_server_that_takes_no_adapters(fakes):
 
 def test_weights_of_a_killed_run_go(policy, fake):
     """With the next run; those of a run that lives stay."""
-    code = "import sys; from pathlib import Path; from stepcredit.samplers.remote import vllm\n"
-    code += "vllm.MEMORY = Path(sys.argv[1]); print(vllm._new_folder(None), flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(vllm.MEMORY)]
+    code = "import sys; from pathlib import Path; from stepcredit.samplers.remote import weights\n"
+    code += "weights.MEMORY = Path(sys.argv[1]); print(weights.new_folder(None), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(weights.MEMORY)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as dead, subprocess.Popen(command, **pipes) as alive:
         left, kept = Path(dead.stdout.readline().strip()), Path(alive.stdout.readline().strip())
@@ -1103,7 +1120,7 @@ def test_weights_of_a_killed_run_go(policy, fake):
         dead.wait()
         assert left.is_dir()
         with sampling(policy, fake) as sampler:
-            assert not left.exists() and set(vllm.MEMORY.iterdir()) == {sampler.folder, kept}
+            assert not left.exists() and set(weights.MEMORY.iterdir()) == {sampler.weights.folder, kept}
         alive.stdin.close()
 
 
@@ -1208,7 +1225,9 @@ def python(tmp_path) -> Path:
 def local(
     python: Path | str | None, folder: Path, processed: bool = False, port: int = 0, more: str = "--more"
 ) -> LocalServer:
-    return LocalServer("a-model", str(python), port, "float32", processed, [more, "1"], folder / "log" / "server.log")
+    params = SamplingParams(temperature=0.7 if processed else 1.0)
+    start = Start("a-model", "float32", params, str(python), port, args=[more, "1"])
+    return LocalServer(VLLM(), start, folder / "log" / "server.log")
 
 
 def told(folder: Path) -> dict:
@@ -1254,8 +1273,11 @@ def test_close_ends_all_processes(python, tmp_path, monkeypatch, caplog):
 
 @linux
 def test_nothing_stays_when_the_run_is_killed(python, tmp_path):
-    code = "import sys, time; from pathlib import Path; from stepcredit.samplers.remote.launch import LocalServer\n"
-    code += "one = LocalServer('m', sys.argv[1], 0, 'auto', False, [], Path(sys.argv[2]))\nprint('ready', flush=True)\n"
+    code = "import sys, time; from pathlib import Path; from stepcredit.samplers.params import SamplingParams\n"
+    code += "from stepcredit.samplers.remote.dialect import Start; from stepcredit.samplers.remote.vllm import VLLM\n"
+    code += "from stepcredit.samplers.remote.launch import LocalServer\n"
+    code += "start = Start('m', 'auto', SamplingParams(), sys.argv[1])\n"
+    code += "one = LocalServer(VLLM(), start, Path(sys.argv[2]))\nprint('ready', flush=True)\n"
     code += "time.sleep(300)"
     words = [sys.executable, "-c", code, str(python), str(tmp_path / "log")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
@@ -1270,7 +1292,7 @@ def test_nothing_stays_when_the_run_is_killed(python, tmp_path):
 def test_a_server_of_its_own_that_ends_ends_the_run(policy, fake, python, tmp_path):
     """Without waiting for the patience to be over."""
     server = local(python, tmp_path)
-    with sampling(policy, fake, patience_s=30.0, server=server) as sampler:
+    with sampling(policy, fake, patience_s=30.0, local=server) as sampler:
         pids = told(tmp_path)["pids"]
         os.kill(pids[0], signal.SIGTERM)
         assert server.process.wait(5) != 0
@@ -1302,7 +1324,7 @@ def test_what_does_not_end_is_made_to(python, tmp_path, monkeypatch, which):
 
 @linux
 def test_the_sampler_closes_its_server(policy, fake, python, tmp_path):
-    with sampling(policy, fake, server=local(python, tmp_path)):
+    with sampling(policy, fake, local=local(python, tmp_path)):
         pids = told(tmp_path)["pids"]
     assert all_gone(pids)
 
@@ -1312,7 +1334,7 @@ def test_a_port_in_use(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"sampler.vllm.port: {port} is in use"):
+        with pytest.raises(UserError, match=rf"sampler.server.port: {port} is in use"):
             local(None, tmp_path, port=port)
 
 

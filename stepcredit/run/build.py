@@ -2,12 +2,9 @@
 
 import inspect
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -30,12 +27,12 @@ from stepcredit.learn.placement import WHOLE, Placement
 from stepcredit.losses.objective import Objective
 from stepcredit.plan.memory import fits_whole
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.loading import load_policy, pick_device, source_of
+from stepcredit.policy.loading import load_policy, pick_device
 from stepcredit.processes.ranks import ALONE, Ranks
 from stepcredit.run.collecting import Window
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler
+from stepcredit.samplers.table import build_sampler, sampler_traits
 from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
@@ -75,6 +72,7 @@ class Rollouts:
 
 def build_parts(config: Config) -> Parts:
     """Everything but the model."""
+    sampler_traits(config)  # now, so that a sampler that does not exist is found before a model is loaded
     shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
     credit, assign_credit = build_credit(config.credit)
     _check_growth(config, credit)
@@ -100,54 +98,6 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
     sampler = build_sampler(config, policy, placement)
     grow = build_growth(config, parts.task, policy)
     return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, placement.ranks)
-
-
-def build_sampler(config: Config, policy: Policy, placement: Placement) -> Sampler:
-    """The sampler, with the weights of a policy that is still whole."""
-    given = config.sampler
-    if given.name == "transformers":
-        return TransformersSampler(placement.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
-    from stepcredit.samplers.remote.launch import LocalServer, lora_args
-    from stepcredit.samplers.remote.vllm import VLLMSampler
-
-    if bool(given.vllm.servers) == given.vllm.launch:
-        raise UserError(
-            "sampler.name vllm needs running servers (--sampler.vllm.servers http://HOST:PORT,...) or one of its own "
-            "(--sampler.vllm.launch true), not both"
-        )
-    server: LocalServer | None = None
-    urls, options = list(given.vllm.servers), given.vllm
-    if options.launch:
-        started: list[LocalServer] = []
-
-        def start() -> str:
-            processed = given.temperature not in (0.0, 1.0) and given.top_p == 1 and given.top_k == 0
-            file = Path(tempfile.gettempdir()) / f"stepcredit-vllm-{os.getpid()}.log"
-            model, dtype = source_of(config.model), dtype_of(policy)
-            args = [*lora_args(config.lora.rank), *options.args]
-            started.append(LocalServer(model, options.python, options.port, dtype, processed, args, file))
-            return started[0].url
-
-        urls = [placement.ranks.first(start)]
-        server = started[0] if started else None
-    folder = Path(options.folder) if options.folder else None
-    return VLLMSampler(
-        policy,
-        urls,
-        given.max_rows,
-        options.timeout_s,
-        options.patience_s,
-        folder,
-        placement.ranks,
-        server,
-        options.transfer,
-        placement.device if placement.sharded else None,
-    )
-
-
-def dtype_of(policy: Policy) -> str:
-    """The type that a policy computes in, as vLLM names it."""
-    return str(policy.autocast or torch.float32).removeprefix("torch.")
 
 
 def build_growth(config: Config, task: Task, policy: Policy) -> Growth:
@@ -267,12 +217,14 @@ def build_models(config: Config, parts: Parts, policy: Policy, placement: Placem
     needed = set(needs_of(parts.credit).columns)
     if objective.needs_reference:
         needed.add("ref_logprobs")
-    elsewhere = config.sampler.name != "transformers"  # its log-probabilities are not to the last bit the trainer's
-    if objective.kl_in_reward or objective.importance != "none" or elsewhere:
+    sampler = sampler_traits(config)
+    if objective.kl_in_reward or objective.importance != "none" or sampler.elsewhere:
         needed.add("old_logprobs")
+    if "entropy" in needed and "entropy" not in sampler.columns:
+        needed.add("old_logprobs")  # the same forward gives both
     if optim.num_epochs * optim.num_minibatches > 1:
         needed.add("old_logprobs")
-    provided = {"old_logprobs", "ref_logprobs", "prm_logprobs", "rollout_logprobs", "entropy", "token_rewards"}
+    provided = {"old_logprobs", "ref_logprobs", "prm_logprobs", "entropy", "token_rewards", *sampler.columns}
     if unknown := needed - provided:
         raise UserError(
             f"credit '{config.credit.name}' needs {', '.join(sorted(unknown))}, which nothing here provides"

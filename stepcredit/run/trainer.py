@@ -32,6 +32,7 @@ from stepcredit.run.interrupt import Interrupted, StopRequest
 from stepcredit.run.metrics import forest_metrics
 from stepcredit.run.state import random_state, set_random_state
 from stepcredit.run.tracking import Records, open_tracker
+from stepcredit.samplers.table import check_training
 
 log = logging.getLogger("stepcredit")
 
@@ -86,6 +87,7 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.console, self.ranks = config, policy, console, placement.ranks
         self.shapers, self.assign, self.objective = parts.shapers, parts.assign, parts.objective
+        self.sampling = check_training(config)
         build_adapters(config, policy)
         self.rollouts = build_rollouts(config, parts, policy, placement)
         self.models = build_models(config, parts, policy, placement)
@@ -151,19 +153,22 @@ class Trainer:
 
     def compare(self, forest: Forest) -> None:
         """Stop when a sampler outside this program samples from another model than the one trained here."""
-        if self.config.sampler.name == "transformers" or "rollout_logprobs" not in forest.token:
+        if not self.sampling.elsewhere:
             return
+        if "rollout_logprobs" not in forest.token:
+            raise UserError(
+                f"sampler: the segments of '{self.config.sampler.name}' lack the column rollout_logprobs, so nothing "
+                "tells whether it samples from the model that is trained here; give it to every segment"
+            )
         far = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]).abs() * forest.token_sampled
         mean = float(far.sum() / forest.token_sampled.sum().clamp(min=1))
-        tolerance = self.config.sampler.vllm.tolerance or (0.05 if self.policy.autocast else 0.005)  # bf16, fp32
+        tolerance = self.config.sampler.server.tolerance or (0.05 if self.policy.autocast else 0.005)  # bf16, fp32
         if not mean <= tolerance:
             beyond = float((far[forest.token_sampled] > tolerance).float().mean())
             raise UserError(
                 f"sampler: log-probabilities of the sampled tokens differ from the trainer's by {mean:.3g} nats on "
-                f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond sampler.vllm.tolerance "
-                f"{tolerance:g}). If most tokens are concerned, the server has other weights, an output layer that was "
-                "not renewed, another type of numbers or, at a temperature other than 1, lacks --logprobs-mode "
-                "processed_logprobs; if few are, its prefix cache is of other weights (docs/vllm.md)"
+                f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond "
+                f"sampler.server.tolerance {tolerance:g}). {self.sampling.other_model}"
             )
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:
