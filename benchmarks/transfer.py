@@ -6,6 +6,7 @@ python benchmarks/transfer.py --python PYTHON OF THE ENVIRONMENT WITH VLLM [--la
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,8 +16,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy, save_policy
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.remote.dialect import Start
 from stepcredit.samplers.remote.launch import LocalServer
-from stepcredit.samplers.remote.vllm import VLLMSampler
+from stepcredit.samplers.remote.options import ServerOptions
+from stepcredit.samplers.remote.sampler import RemoteSampler
+from stepcredit.samplers.remote.vllm import VLLM
 
 
 def make_policy(layers: int) -> Policy:
@@ -62,10 +67,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_policy(policy, Path(folder) / "model")
         file = Path(folder) / "server.log"
-        server = LocalServer(f"{folder}/model", given.python, 0, "float32", False, given.args, file)
+        python = given.python or sys.executable
+        start = Start(f"{folder}/model", "float32", SamplingParams(), python, args=given.args)
+        server = LocalServer(VLLM(), start, file)
         try:
             for way in given.ways:
-                sampler = VLLMSampler(policy, [server.url], way=way)
+                sampler = RemoteSampler(VLLM(), policy, [server.url], ServerOptions(transfer=way))
                 taken = best(lambda sampler=sampler: sampler.sync(policy), given.repeats)
                 print(f"{way:8}{taken:8.2f} s {size / 2**30 / taken:8.2f} GiB/s {taken / copy:8.1f} copies", flush=True)
                 sampler.close()

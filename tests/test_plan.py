@@ -243,6 +243,22 @@ def test_parts_of_prime(folders) -> None:
     assert lora["reward model: weights, fp32"] == 4 * adapters  # its base is the policy's
 
 
+def test_a_sampler_elsewhere_takes_nothing_here(folders, capsys) -> None:
+    """Neither a copy of a sharded policy, nor keys and values; all else stays."""
+    given = {"model": folders["7b"], "algorithm": "treerpo"}
+    for strategy in ("ddp", "fsdp"):
+        here = reckon(resolve(given), 8, strategy, 80 * GIB)
+        there = reckon(resolve(given | {"sampler": {"name": "vllm"}}), 8, strategy, 80 * GIB)
+        left = [part for part in here.parts if part.when != SAMPLING and not part.name.startswith("sampler: ")]
+        assert list(there.parts) == left and there.rows == 0 < here.rows
+    copy = 2 * memory.size_of(folders["7b"]).weights
+    assert bytes_of(here)["sampler: a whole copy of the policy, bf16"] == copy
+    assert ran("--gpus", 8, "--model", folders["7b"], "--sampler.name", "vllm") in (0, 1)
+    assert "not counted: the sampler" in capsys.readouterr().out
+    assert ran("--gpus", 8, "--model", folders["7b"]) in (0, 1)
+    assert "not counted" not in capsys.readouterr().out
+
+
 def test_only_what_an_algorithm_needs(folders) -> None:
     plain = bytes_of(reckon(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
     assert not any(name.startswith(("reference", "reward model")) for name in plain)

@@ -129,10 +129,14 @@ def _table(plans: "dict[str, Plan]", budgets: dict[str, int]) -> Table:
 
 
 def _conclusion(config: Config, plan: "Plan", takes: str, advice: "list[Advice]") -> list[str]:
+    from stepcredit.samplers.table import sampler_traits
+
     asked = config.distributed.strategy
     lines = [f"auto takes {takes}" + ("" if asked in ("auto", takes) else f"; asked for is {asked}")]
     if plan.gpus == 1 and plan.strategy == "fsdp":
         lines.append("on one GPU shards need torchrun, with --nproc-per-node 1")
+    if sampler_traits(config).elsewhere:
+        lines.append("not counted: the sampler, which computes in another program; it takes memory where it runs")
     if not plan.measured:
         lines.append("activations are an estimate for this kind of model")
     if plan.tokens > config.optim.max_tokens_per_micro_batch:

@@ -11,49 +11,48 @@ RENAMED = {
     "objective.clip_low": "loss.clip_low",
     "objective.clip_high": "loss.clip_high",
     "objective.dual_clip": "loss.dual_clip",
+    "sampler.vllm.servers": "sampler.server.urls",
+    "sampler.vllm": "sampler.server",
 }
 
 
 def new_name(path: str) -> str:
     """The name that an option has now."""
-    return RENAMED.get(path, path)
+    for old, new in RENAMED.items():
+        if path == old or path.startswith(f"{old}."):
+            return new + path.removeprefix(old)
+    return path
 
 
 def with_new_names(given: Mapping[str, Any]) -> dict[str, Any]:
     """A nested config with old names replaced; where both are given the new one holds. Replaced ones are logged."""
-    config = _copy(given)
-    replaced = []
-    for old, new in RENAMED.items():
-        value = _take(config, old.split("."))
-        if value is None:
-            continue
-        replaced.append(f"{old} is {new}")
-        if new.startswith("loss.") and new != "loss.name" and _loss(config) not in (None, "clip"):
+    config: dict[str, Any] = {}
+    replaced: dict[str, str] = {}
+    old_options: list[tuple[str, Any]] = []
+    for path, value in _leaves(given):
+        if new_name(path) == path:
+            _put(config, path.split("."), value)
+        else:
+            old_options.append((path, value))
+    for path, value in old_options:
+        new = new_name(path)
+        replaced[path] = new
+        loss = config.get("loss", {}).get("name", "clip") if isinstance(config.get("loss", {}), Mapping) else "clip"
+        if new.startswith("loss.") and new != "loss.name" and loss != "clip":
             continue  # saved with its default beside a loss that has no such option
         _put(config, new.split("."), value)
     if replaced:
-        log.warning("config: %s now", ", ".join(replaced))
+        log.warning("config: %s", ", ".join(f"{old} is {new} now" for old, new in replaced.items()))
     return config
 
 
-def _loss(config: Mapping[str, Any]) -> Any:
-    loss = config.get("loss")
-    return loss.get("name") if isinstance(loss, Mapping) else None
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
-
-
-def _take(config: dict[str, Any], path: list[str]) -> Any:
-    """Remove an option and give its value; None where it is not there."""
-    *sections, name = path
-    inside: Any = config
-    for section in sections:
-        inside = inside.get(section)
-        if not isinstance(inside, dict):
-            return None
-    return inside.pop(name, None)
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Options with their values, those of the top first; dictionaries that are values come apart and together again."""
+    found: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        path = f"{prefix}{key}"
+        found += _leaves(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
+    return found
 
 
 def _put(config: dict[str, Any], path: list[str], value: Any) -> None:

@@ -16,6 +16,7 @@ from stepcredit.imports import by_name
 from stepcredit.policy.decoding import MAX_PREFILL
 from stepcredit.policy.head import MAX_LOGITS
 from stepcredit.policy.loading import source_of
+from stepcredit.samplers.table import sampler_traits
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory that a run may fill
@@ -168,7 +169,7 @@ class Plan:
         strategy: "ddp" or "fsdp".
         memory: bytes of a GPU, of which a run may fill `USABLE`.
         tokens: of the largest micro-batch that there will be; at least the longest path, which is never split.
-        rows: completions that a process decodes at once.
+        rows: completions that a process decodes at once; 0 where another program does.
         measured: the model is of a kind whose activations were measured.
     """
 
@@ -223,6 +224,8 @@ def reckon(config: Config, gpus: int, strategy: str, memory: float) -> Plan:
     Args:
         strategy: "ddp" or "fsdp".
         memory: bytes of a GPU.
+
+    A sampler that computes in another program is not counted, wherever that runs.
     """
     sharded, mixed = strategy == "fsdp", config.train.dtype != "float32"
     width = 2 if mixed else 4
@@ -257,16 +260,18 @@ def reckon(config: Config, gpus: int, strategy: str, memory: float) -> Plan:
         shared = start is policy and start.adapters and not sharded
         weights = start.adapters + (0 if shared else start.size.weights)
         learner("reward model", start, weights, learns=config.prm.update != "none")
-    if sharded:
+    sampler = sampler_traits(config)
+    if sharded and sampler.copies_when_sharded:
         kind = "bf16" if mixed else "fp32"
         add(ALWAYS, f"sampler: a whole copy of the policy, {kind}", width * (policy.size.weights + policy.adapters))
-    if config.growth.name == "tree":
+    if config.growth.name == "tree" and not sampler.elsewhere:
         add(ALWAYS, "sampler: kept keys and values", config.sampler.keep_mb * 2**20)
 
     rows = 0
-    for part, taken in _sampling(config, policy, gpus, sharded):
-        parts.append(part)
-        rows = max(rows, taken)
+    if not sampler.elsewhere:
+        for part, taken in _sampling(config, policy, gpus, sharded):
+            parts.append(part)
+            rows = max(rows, taken)
     tokens = micro_batch(config, gpus)
     passes = [_pass(config, model, gpus, sharded, tokens) for model in learning]
     parts += max(passes, key=lambda found: sum(part.bytes for part in found))

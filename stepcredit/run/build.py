@@ -21,7 +21,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.table import build_sampler, sampler_kind
+from stepcredit.samplers.table import build_sampler, sampler_traits
 from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
@@ -65,7 +65,7 @@ def build_parts(config: Config) -> Parts:
 
 def columns_read(config: Config, credit: CreditFunction, objective: Objective) -> tuple[dict[str, str], set[str]]:
     """The columns that something reads, each with its reader; and those that rollouts bring."""
-    sampler, optim = sampler_kind(config), config.optim
+    sampler, optim = sampler_traits(config), config.optim
     read = {column: f"loss '{config.loss.name}'" for column in objective.needs.columns}
     read |= {column: f"credit '{config.credit.name}'" for column in needs_of(credit).columns}
     if objective.needs_reference:

@@ -9,7 +9,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.policy.forward import Policy
-from stepcredit.samplers.table import sampler_kind
+from stepcredit.samplers.base import Traits
 from stepcredit.tasks.base import Task
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.options import RewardOptions
@@ -45,19 +45,22 @@ def check_sampling(rollouts: Rollouts, held_out: Sequence[Problem]) -> None:
         rollouts.encode(problem)
 
 
-def check_agreement(forest: Forest, config: Config, policy: Policy) -> None:
+def check_agreement(forest: Forest, config: Config, sampling: Traits, policy: Policy) -> None:
     """Stop when a sampler elsewhere samples from another model than the one trained here."""
-    if not sampler_kind(config).elsewhere or "rollout_logprobs" not in forest.token:
+    if not sampling.elsewhere:
         return
-    tolerance = config.sampler.vllm.tolerance or (0.05 if policy.autocast else 0.005)  # bf16, fp32
+    if "rollout_logprobs" not in forest.token:
+        raise UserError(
+            f"sampler: the segments of '{config.sampler.name}' lack the column rollout_logprobs, so nothing tells "
+            "whether it samples from the model that is trained here; give it to every segment"
+        )
+    tolerance = config.sampler.server.tolerance or (0.05 if policy.autocast else 0.005)  # bf16, fp32
     far = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]).abs() * forest.token_sampled
     mean = float(far.sum() / forest.token_sampled.sum().clamp(min=1))
     if not mean <= tolerance:
         beyond = float((far[forest.token_sampled] > tolerance).float().mean())
         raise UserError(
             f"sampler: log-probabilities of the sampled tokens differ from the trainer's by {mean:.3g} nats on "
-            f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond sampler.vllm.tolerance "
-            f"{tolerance:g}). If most tokens are concerned, the server has other weights, an output layer that was "
-            "not renewed, another type of numbers or, at a temperature other than 1, lacks --logprobs-mode "
-            "processed_logprobs; if few are, its prefix cache is of other weights (docs/vllm.md)"
+            f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond sampler.server.tolerance "
+            f"{tolerance:g}). {sampling.other_model}"
         )

@@ -24,6 +24,7 @@ from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
 from stepcredit.run.work import Work
+from stepcredit.samplers.table import check_training
 
 
 class Trainer:
@@ -40,6 +41,7 @@ class Trainer:
         self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = WHOLE
     ) -> None:
         self.config, self.parts, self.policy, self.console = config, parts, policy, console
+        self.sampling = check_training(config)
         adapt(config, policy)
         self.rollouts = build_rollouts(config, parts, policy, placement)
         self.estimators = build_estimators(config, parts, policy, self.rollouts, placement)
@@ -100,7 +102,7 @@ class Trainer:
             for estimator in self.estimators.values():
                 forest = estimator.observe(forest)
                 observed |= estimator.metrics
-            check_agreement(forest, self.config, self.policy)
+            check_agreement(forest, self.config, self.sampling, self.policy)
             forest = self.parts.assign(forest)
         return Work(forest, batch.position, clock, observed)
 

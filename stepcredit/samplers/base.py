@@ -1,13 +1,20 @@
-"""The Sampler seam: token ids in, completions out."""
+"""The Sampler seam: token ids in, completions out; and what a run knows of a sampler before it builds one.
+
+A builder is `build(config, policy, placement, **options) -> Sampler`. `@sampler` declares what its sampler gives.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from stepcredit.forest.types import Segment
+from stepcredit.samplers.options import SamplerOptions
 from stepcredit.samplers.params import SamplingParams
 
 if TYPE_CHECKING:
     from stepcredit.policy.forward import Policy
+
+OTHER_MODEL = "The sampler has other weights than those that are trained, or another type of numbers"
 
 
 class Sampler(Protocol):
@@ -33,3 +40,54 @@ class Sampler(Protocol):
     def sync(self, policy: "Policy") -> None: ...
 
     def close(self) -> None: ...
+
+
+Builder = Callable[..., Sampler]
+
+
+def always_there(options: SamplerOptions) -> str:
+    """Of samplers whose segments have their columns whatever the options are."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a sampler gives; the defaults are those of a builder that declares nothing.
+
+    Attributes:
+        columns: token columns that its segments bring.
+        elsewhere: it computes in another program, so that its log-probabilities differ from the trainer's by rounding:
+            the trainer computes its own, and compares them with the column `rollout_logprobs`.
+        copies_when_sharded: it holds a whole copy of the policy on each GPU when the policy is in shards.
+        why_no_logprobs: from the options, why segments come without `rollout_logprobs`, and what to do; else empty.
+        other_model: what to look for when its log-probabilities are not the trainer's.
+    """
+
+    columns: tuple[str, ...] = ("rollout_logprobs",)
+    elsewhere: bool = True
+    copies_when_sharded: bool = False
+    why_no_logprobs: Callable[[SamplerOptions], str] = always_there
+    other_model: str = OTHER_MODEL
+
+
+def sampler(
+    columns: tuple[str, ...],
+    elsewhere: bool,
+    copies_when_sharded: bool,
+    why_no_logprobs: Callable[[SamplerOptions], str] = always_there,
+    other_model: str = OTHER_MODEL,
+) -> Callable[[Builder], Builder]:
+    """Declare the `Traits` of the sampler that a builder makes."""
+    traits = Traits(columns, elsewhere, copies_when_sharded, why_no_logprobs, other_model)
+
+    def declare(builder: Builder) -> Builder:
+        builder.traits = traits  # type: ignore[attr-defined]
+        return builder
+
+    return declare
+
+
+def traits_of(builder: Builder) -> Traits:
+    """What a builder declared."""
+    found = getattr(builder, "traits", None)
+    return found if isinstance(found, Traits) else Traits()

@@ -1,6 +1,6 @@
 """How completions are drawn."""
 
-from typing import Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from stepcredit.section import Ids, Section
 
 
 class SamplerOptions(Section):
-    name: Literal["transformers", "vllm"] = "transformers"
+    name: str = "transformers"  # a name of samplers/table.py, or the dotted path of a builder of your own
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -17,4 +17,5 @@ class SamplerOptions(Section):
     stop_token_ids: Ids = None  # None: the model's own
     max_rows: int = Field(256, ge=1)
     keep_mb: int = Field(4096, ge=0)  # keys and values that growing trees go on from
-    vllm: ServerOptions = ServerOptions()
+    server: ServerOptions = ServerOptions()  # of samplers that are servers
+    options: dict[str, Any] = {}  # of a sampler of your own

@@ -1,76 +1,91 @@
-"""Samplers by name."""
+"""The samplers: one row here for each, and the user's own by dotted path.
 
-import os
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+Rows are dotted paths of builders (`samplers/base.py`), so that only what is chosen is imported.
+"""
 
-import torch
+import inspect
+from functools import cache
+from typing import TYPE_CHECKING
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
-from stepcredit.learn.placement import Placement
-from stepcredit.policy.forward import Policy
-from stepcredit.policy.loading import source_of
-from stepcredit.samplers.base import Sampler
-from stepcredit.samplers.transformers import TransformersSampler
+from stepcredit.imports import by_name
+from stepcredit.samplers.base import Builder, Sampler, Traits, traits_of
+
+if TYPE_CHECKING:
+    from stepcredit.learn.placement import Placement
+    from stepcredit.policy.forward import Policy
+
+SAMPLERS = {
+    "transformers": "stepcredit.samplers.transformers.build",
+    "vllm": "stepcredit.samplers.remote.vllm.build",
+}
 
 
-@dataclass(frozen=True)
-class SamplerKind:
-    columns: tuple[str, ...]
-    elsewhere: bool
+def sampler_builder(config: Config) -> Builder:
+    """The builder that `sampler.name` names.
 
-
-def sampler_kind(config: Config) -> SamplerKind:
-    if config.sampler.name == "transformers":
-        return SamplerKind(("rollout_logprobs", "entropy"), False)
-    return SamplerKind(("rollout_logprobs",), True)
-
-
-def build_sampler(config: Config, policy: Policy, placement: Placement) -> Sampler:
-    """The sampler, with the weights of a policy that is still whole."""
+    Raises:
+        UserError: there is none, or it does not take `sampler.options`.
+    """
     given = config.sampler
-    if given.name == "transformers":
-        return TransformersSampler(placement.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
-    from stepcredit.samplers.remote.launch import LocalServer, lora_args
-    from stepcredit.samplers.remote.vllm import VLLMSampler
-
-    if bool(given.vllm.servers) == given.vllm.launch:
+    builder = _named(given.name)
+    if given.options and given.name in SAMPLERS:
+        names = ", ".join(given.options)
         raise UserError(
-            "sampler.name vllm needs running servers (--sampler.vllm.servers http://HOST:PORT,...) or one of its own "
-            "(--sampler.vllm.launch true), not both"
+            f"sampler.options: {names}; they go to a sampler of your own, and sampler.name is {given.name}, whose "
+            "options stand under sampler itself"
         )
-    server: LocalServer | None = None
-    urls, options = list(given.vllm.servers), given.vllm
-    if options.launch:
-        started: list[LocalServer] = []
-
-        def start() -> str:
-            processed = given.temperature not in (0.0, 1.0) and given.top_p == 1 and given.top_k == 0
-            file = Path(tempfile.gettempdir()) / f"stepcredit-vllm-{os.getpid()}.log"
-            model, dtype = source_of(config.model), dtype_of(policy)
-            args = [*lora_args(config.lora.rank), *options.args]
-            started.append(LocalServer(model, options.python, options.port, dtype, processed, args, file))
-            return started[0].url
-
-        urls = [placement.ranks.first(start)]
-        server = started[0] if started else None
-    folder = Path(options.folder) if options.folder else None
-    return VLLMSampler(
-        policy,
-        urls,
-        given.max_rows,
-        options.timeout_s,
-        options.patience_s,
-        folder,
-        placement.ranks,
-        server,
-        options.transfer,
-        placement.device if placement.sharded else None,
-    )
+    try:
+        inspect.signature(builder).bind(config, None, None, **given.options)
+    except TypeError as error:
+        raise UserError(
+            f"sampler.options: '{given.name}' is called as build(config, policy, placement, **options) and does not "
+            f"take that ({error})"
+        ) from error
+    return builder
 
 
-def dtype_of(policy: Policy) -> str:
-    """The type that a policy computes in, as vLLM names it."""
-    return str(policy.autocast or torch.float32).removeprefix("torch.")
+@cache
+def _named(name: str) -> Builder:
+    """Once for each name, so that the log says once that code is the user's own."""
+    return by_name("sampler.name", name, SAMPLERS)
+
+
+def sampler_traits(config: Config) -> Traits:
+    """What the sampler of a config gives, before it is built."""
+    return traits_of(sampler_builder(config))
+
+
+def build_sampler(config: Config, policy: "Policy", placement: "Placement") -> Sampler:
+    """The sampler of a config, with the weights of a policy that is still whole."""
+    made: Sampler = sampler_builder(config)(config, policy, placement, **config.sampler.options)
+    return made
+
+
+def check_training(config: Config) -> Traits:
+    """What the sampler of a config gives, if a run can be trained with it.
+
+    Importance weights need log-probabilities of the sampler; so does the comparison that finds one elsewhere to have
+    other weights.
+
+    Raises:
+        UserError: segments will not have them, naming the options, and what to change.
+    """
+    traits = sampler_traits(config)
+    users = []
+    if config.objective.importance != "none":
+        users.append(f"objective.importance {config.objective.importance}")
+    if traits.elsewhere:
+        users.append("the comparison with the trainer's log-probabilities")
+    if not users:
+        return traits
+    name, needing = config.sampler.name, " and ".join(users)
+    if "rollout_logprobs" not in traits.columns:
+        raise UserError(
+            f"sampler.name: '{name}' does not declare the column rollout_logprobs, which {needing} would go without; "
+            "give it and declare it with @sampler(columns=...), or take another sampler"
+        )
+    if why := traits.why_no_logprobs(config.sampler):
+        raise UserError(f"{why}; {needing} would go without rollout_logprobs")
+    return traits

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.forest.types import Segment
-from stepcredit.learn.placement import copy_weights
+from stepcredit.learn.placement import Placement, copy_weights
 from stepcredit.policy.decoding import CachedRows, ForestRows, Prefix
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.head import LEAST
+from stepcredit.samplers.base import sampler
 from stepcredit.samplers.kept import Kept
 from stepcredit.samplers.params import SamplingParams
 
@@ -295,6 +297,13 @@ class _Decoding:
             for row in range(len(count))
         ]
         return [segments[start : start + self.n] for start in range(0, len(segments), self.n)]
+
+
+@sampler(columns=("rollout_logprobs", "entropy"), elsewhere=False, copies_when_sharded=True)
+def build(config: Config, policy: Policy, placement: Placement) -> TransformersSampler:
+    """The decode loop, with the policy itself or, where that will be in shards, a whole copy of it."""
+    given = config.sampler
+    return TransformersSampler(placement.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
 
 
 def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:

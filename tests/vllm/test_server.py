@@ -21,22 +21,32 @@ from stepcredit.forest.types import Tree
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.remote import launch
+from stepcredit.samplers.remote.connection import Server
+from stepcredit.samplers.remote.dialect import Start
 from stepcredit.samplers.remote.launch import LocalServer
-from stepcredit.samplers.remote.vllm import VLLMSampler
+from stepcredit.samplers.remote.options import ServerOptions
+from stepcredit.samplers.remote.sampler import RemoteSampler
+from stepcredit.samplers.remote.vllm import VLLM
 from stepcredit.samplers.transformers import TransformersSampler
 
 PYTHON = os.environ.get("STEPCREDIT_VLLM_PYTHON")
 ARGS = ["--enforce-eager", "--max-num-seqs", "64", "--block-size", "32"]  # prompts of 50 tokens are to be cached
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="make test-vllm sets up vLLM")
 
-LAUNCH = ["--sampler.name", "vllm", "--sampler.vllm.launch", "true", "--sampler.vllm.python", str(PYTHON)]
-LAUNCH += ["--sampler.vllm.args=" + ",".join(ARGS), "--eval.num-problems", "20", "--iterations", "5"]
+LAUNCH = ["--sampler.name", "vllm", "--sampler.server.launch", "true", "--sampler.server.python", str(PYTHON)]
+LAUNCH += ["--sampler.server.args=" + ",".join(ARGS), "--eval.num-problems", "20", "--iterations", "5"]
 LORA = "grpo --lora.rank 4 --learning-rate 2e-3"
 PROBLEMS = problems("held_out", 0, 8)
 
 
-def start(log: Path, port: int = 0) -> LocalServer:
-    return LocalServer(str(EMBEDDED_MODEL), PYTHON, port, "float32", False, ARGS, log)
+def start(log: Path, port: int = 0, args: list[str] = ARGS) -> LocalServer:
+    wanted = Start(str(EMBEDDED_MODEL), "float32", SamplingParams(), str(PYTHON), port, args=args)
+    return LocalServer(VLLM(), wanted, log)
+
+
+def remote(policy: Policy, server: LocalServer, way: str = "auto") -> RemoteSampler:
+    return RemoteSampler(VLLM(), policy, [server.url], ServerOptions(patience_s=60, transfer=way))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def policy() -> Policy:
 
 @pytest.fixture(params=["folder", "gloo"])
 def sampler(server, policy, request):
-    one = VLLMSampler(policy, [server.url], patience_s=60, way=request.param)
+    one = remote(policy, server, request.param)
     one.sync(policy)
     yield one
     one.close()
@@ -68,7 +78,7 @@ def moved(policy: Policy) -> Policy:
     return policy
 
 
-def difference(sampler: VLLMSampler, policy: Policy, n: int = 4) -> float:
+def difference(sampler: RemoteSampler, policy: Policy, n: int = 4) -> float:
     """Mean difference of log-probabilities between server and trainer on what the server samples."""
     prompts = [list(policy.tokenizer(str(problem.question))["input_ids"]) for problem in PROBLEMS]
     groups = sampler.sample(prompts, n, SamplingParams(), range(len(prompts)))
@@ -82,7 +92,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "treerpo --sampler.vllm.transfer gloo", LORA])
+@pytest.mark.parametrize("algorithm", ["grpo", "treerpo --sampler.server.transfer gloo", LORA])
 def test_five_iterations(algorithm, tmp_path):
     """Weights synced and compared each time; rewards as with the sampler of this program."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -121,17 +131,15 @@ def test_greedy(sampler, policy):
 def test_a_stale_prefix_cache_shows(sampler, policy, monkeypatch):
     """The tolerance of a run in fp32 is 0.005."""
     difference(sampler, policy)  # fills the cache
-    post = VLLMSampler._post
-    monkeypatch.setattr(
-        VLLMSampler, "_post", lambda self, one, path, body: {} if "reset" in path else post(self, one, path, body)
-    )
+    post = Server.post
+    monkeypatch.setattr(Server, "post", lambda self, path, body: {} if "reset" in path else post(self, path, body))
     sampler.sync(moved(policy))
     assert difference(sampler, policy) > 0.005
 
 
 def test_a_stale_tied_head_shows(policy, tmp_path, monkeypatch):
     """A worker without the renewal of the output layer."""
-    whole = Path(sys.modules[LocalServer.__module__].SERVER) / "stepcredit_worker.py"
+    whole = launch.SERVER / "stepcredit_worker.py"
     text = whole.read_text()
     stale = re.sub(r"        for module in .*?(?=        if self\.device)", "", text, flags=re.DOTALL)
     assert stale != text
@@ -139,10 +147,10 @@ def test_a_stale_tied_head_shows(policy, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "stepcredit_worker.py").write_text(stale)
     (folder / "supervise.py").write_text((whole.parent / "supervise.py").read_text())
-    monkeypatch.setattr(sys.modules[LocalServer.__module__], "SERVER", folder)
+    monkeypatch.setattr(launch, "SERVER", folder)
     one = start(tmp_path / "log")
     try:
-        sampler = VLLMSampler(policy, [one.url], patience_s=60)
+        sampler = remote(policy, one)
         sampler.sync(moved(policy))
         assert difference(sampler, policy) > 0.005
     finally:
@@ -164,9 +172,18 @@ def test_a_server_that_is_killed_and_comes_back(way, policy, tmp_path):
 
     thread = threading.Thread(target=replace, daemon=True)
     thread.start()
-    words = ["--sampler.name", "vllm", "--sampler.vllm.servers", first.url, "--eval.num-problems", "4"]
-    words += ["--eval.greedy", "false", "--iterations", "6", "--run-dir", str(run), "--sampler.vllm.patience-s", "200"]
-    words += ["--sampler.vllm.transfer", way]
+    words = ["--sampler.name", "vllm", "--sampler.server.urls", first.url, "--eval.num-problems", "4"]
+    words += [
+        "--eval.greedy",
+        "false",
+        "--iterations",
+        "6",
+        "--run-dir",
+        str(run),
+        "--sampler.server.patience-s",
+        "200",
+    ]
+    words += ["--sampler.server.transfer", way]
     try:
         assert main(["train", *words]) in (0, 1)
         thread.join()
@@ -198,19 +215,17 @@ Extension = Faulty
 @pytest.mark.parametrize("kind", ["tensor", "data"])
 def test_the_second_of_two_workers_fails_once(kind, policy, tmp_path, monkeypatch, caplog):
     """Both get the weights; the failure is noticed, and mended before anything is sampled."""
-    launch = sys.modules[LocalServer.__module__]
     folder = tmp_path / "server"
     shutil.copytree(launch.SERVER, folder)
     (folder / "stepcredit_worker.py").open("a").write(FAILS_ONCE)
     monkeypatch.setattr(launch, "SERVER", folder)
     monkeypatch.setenv("FAULT_AT", "2")
-    args = [*ARGS, f"--{kind}-parallel-size", "2"]
-    one = LocalServer(str(EMBEDDED_MODEL), PYTHON, 0, "float32", False, args, tmp_path / "log")
+    one = start(tmp_path / "log", args=[*ARGS, f"--{kind}-parallel-size", "2"])
     try:
-        sampler = VLLMSampler(policy, [one.url], patience_s=60, way="gloo")
-        assert sampler.servers[0].transfer.size == 3 and difference(sampler, policy) < 1e-4
+        sampler = remote(policy, one, "gloo")
+        assert sampler.pool.servers[0].transfer.size == 3 and difference(sampler, policy) < 1e-4
         sampler.sync(moved(policy))
-        assert sampler.servers[0].down and "out of room" in caplog.text
+        assert sampler.pool.servers[0].down and "out of room" in caplog.text
         assert difference(sampler, policy, 16) < 1e-4
         sampler.close()
     finally:

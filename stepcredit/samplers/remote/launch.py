@@ -1,4 +1,4 @@
-"""A vLLM server of the run's own, on this machine."""
+"""A server of the run's own, on this machine."""
 
 import logging
 import os
@@ -8,73 +8,40 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import torch
 
 from stepcredit.errors import UserError
+from stepcredit.samplers.remote.dialect import Dialect, Start
 
 log = logging.getLogger("stepcredit")
 
 SERVER = Path(__file__).parent / "server"
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 READY_S = 1800.0  # reading a large model takes its time
-ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; other devices ignore them
-ALWAYS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+HEALTH_S = 2.0
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LocalServer:
     """Starts a server and waits until it answers; it ends with `close` or with this process, however that ends.
 
     Args:
-        model: folder or hub id.
-        python: the interpreter of the environment that has vLLM; None: this one.
-        port: 0 takes a free one.
-        dtype: of the computation, as `train.dtype` has it.
-        processed: give log-probabilities at the sampling temperature instead of temperature 1.
-        args: further arguments of the server.
+        start: what is wanted.
         log_file: takes what it prints.
 
     Raises:
-        UserError: the port is in use, there is no vLLM, or the server ends.
+        UserError: the port is in use, the engine is missing, or the server ends.
     """
 
-    def __init__(
-        self,
-        model: str,
-        python: str | None,
-        port: int,
-        dtype: str,
-        processed: bool,
-        args: Sequence[str],
-        log_file: Path,
-    ) -> None:
-        python = python or sys.executable
-        self.port, self.log_file = _port(port), log_file
+    def __init__(self, dialect: Dialect, start: Start, log_file: Path) -> None:
+        start = replace(start, port=usable_port(start.port))
+        self.dialect, self.port, self.log_file = dialect, start.port, log_file
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [
-            python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            model,
-            "--served-model-name",
-            "policy",
-        ]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-prefix-caching"]
-        command += ["--generation-config", "vllm", "--worker-extension-cls", "stepcredit_worker.Extension"]
-        command += ["--dtype", dtype] if dtype != "auto" else []
-        command += ["--logprobs-mode", "processed_logprobs"] if processed else []
-        if not torch.cuda.is_available():  # on CPUs vLLM 0.32 dies when it cuts the prompt of a request with a seed
-            command += ["--no-enable-chunked-prefill"]
-        command += args
-        paths = [str(SERVER), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = ON_CPU | os.environ | ALWAYS | {"PYTHONPATH": os.pathsep.join(paths)}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)  # it is no process of torchrun's
+        command = dialect.command(start)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as out:
             self.process = subprocess.Popen(
@@ -82,10 +49,10 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
-                env=environment,
+                env=server_environment(dialect, os.environ),
             )
         self._end = weakref.finalize(self, _close, self.process)
-        log.info("vLLM: starting %s at %s; its log is %s", model, self.url, log_file)
+        log.info("%s: starting %s at %s; its log is %s", dialect.name, start.model, self.url, log_file)
         self._wait()
 
     def close(self) -> None:
@@ -94,19 +61,22 @@ class LocalServer:
     def check(self) -> None:
         """Raise `UserError` when the server has ended."""
         if self.process.poll() is not None:
-            raise UserError(f"sampler.vllm.launch: the server has ended; its log is {self.log_file}{self._why()}")
+            raise UserError(f"sampler.server.launch: the server has ended; its log is {self.log_file}{self._why()}")
 
     def _wait(self) -> None:
         started = time.monotonic()
         while time.monotonic() - started < READY_S:
             self.check()
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200:
-                    log.info("vLLM: ready after %.0f s", time.monotonic() - started)
+                answer = httpx.get(f"{self.url}{self.dialect.health_path}", timeout=HEALTH_S, trust_env=False)
+                if answer.status_code == 200:
+                    log.info("%s: ready after %.0f s", self.dialect.name, time.monotonic() - started)
                     return
             time.sleep(0.5)
         self.close()
-        raise UserError(f"sampler.vllm.launch: the server is not ready after {READY_S:g} s; its log is {self.log_file}")
+        raise UserError(
+            f"sampler.server.launch: the server is not ready after {READY_S:g} s; its log is {self.log_file}"
+        )
 
     def _why(self) -> str:
         """The first error in the log."""
@@ -115,23 +85,30 @@ class LocalServer:
         return f" ({found[0]})" if found else ""
 
 
-def lora_args(rank: int) -> list[str]:
-    """What lets a server take adapters of this rank."""
-    fitting = [one for one in LORA_RANKS if one >= rank]
-    if rank and not fitting:
-        raise UserError(f"lora.rank: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {rank}")
-    return ["--enable-lora", "--max-lora-rank", str(fitting[0])] if rank else []
+def server_environment(dialect: Dialect, own: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of a server: it finds what it runs for us, and is no process of torchrun's."""
+    found = dialect.environment(own)
+    paths = [str(SERVER)]
+    if found.get("PYTHONPATH"):
+        paths.append(found["PYTHONPATH"])
+    found["PYTHONPATH"] = os.pathsep.join(paths)
+    return {name: value for name, value in found.items() if name not in OF_TORCHRUN}
 
 
-def _port(port: int) -> int:
+def usable_port(port: int) -> int:
+    """This port, or a free one for 0.
+
+    Raises:
+        UserError: it is in use.
+    """
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             one.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(
-                f"sampler.vllm.port: {port} is in use; take another, or 0 for a free one, or name a server that runs "
-                "there with --sampler.vllm.servers"
+                f"sampler.server.port: {port} is in use; take another, or 0 for a free one, or name a server that runs "
+                "there with --sampler.server.urls"
             ) from error
         return int(one.getsockname()[1])
 

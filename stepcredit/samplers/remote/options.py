@@ -8,9 +8,9 @@ from stepcredit.section import Names, Section
 
 
 class ServerOptions(Section):
-    servers: Names = []  # addresses of running servers, such as http://127.0.0.1:8000
+    urls: Names = []  # addresses of running servers, such as http://127.0.0.1:8000
     launch: bool = False  # start one on this machine, for as long as the run lasts
-    python: str | None = None  # interpreter of the environment with vLLM; None: that of the run
+    python: str | None = None  # interpreter of the environment with the server's engine; None: that of the run
     port: int = Field(0, ge=0, lt=65536)  # of the one started; 0: a free one
     args: Names = []  # further arguments of the one started
     transfer: Literal["auto", "folder", "nccl", "gloo"] = "auto"  # of weights: from GPU to GPU, by files, or by network
