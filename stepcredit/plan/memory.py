@@ -138,7 +138,7 @@ def estimate_memory(config: Config, gpus: int, strategy: str, memory: float) -> 
     sampling, rows = _sampling(setting, policy)
     tokens = micro_batch(config, gpus)
     passes = [_training_pass(setting, model, tokens) for model in learning]
-    largest_pass = max(passes, key=lambda found: sum(part.bytes for part in found))
+    largest_pass = max(passes, key=lambda parts: sum(part.bytes for part in parts))
     step = _end_of_step(setting, max(learning, key=lambda model: model.trained))
     parts = [part for part in (*parts, *sampling, *largest_pass, *step) if part.bytes]
     measured = all(model.size.measured for model in learning)
@@ -147,8 +147,8 @@ def estimate_memory(config: Config, gpus: int, strategy: str, memory: float) -> 
 
 def _permanent(setting: Setting, policy: Model) -> tuple[list[Part], list[Model]]:
     """What is there all the time, and the models that learn."""
-    config, size = setting.config, policy.size
-    whole_policy = size.weights + policy.adapters
+    config = setting.config
+    whole_policy = policy.size.weights + policy.adapters
     columns = needs_of(by_name("credit.name", config.credit.name, CREDIT)).columns
     has_prm = "prm_logprobs" in columns
     start = _model(config, config.prm.model) if has_prm and config.prm.model else policy
@@ -163,7 +163,8 @@ def _permanent(setting: Setting, policy: Model) -> tuple[list[Part], list[Model]
         weights = start.adapters + (0 if shares_base else start.size.weights)
         learns = config.prm.update != "none"
         parts += _learner("reward model", setting, start, weights, learns)
-        learning += [start] if learns else []
+        if learns:
+            learning.append(start)
     if setting.sharded:
         kind = "bf16" if setting.mixed else "fp32"
         parts.append(Part(ALWAYS, f"sampler: a whole copy of the policy, {kind}", setting.width * whole_policy))
