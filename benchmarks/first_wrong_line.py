@@ -19,9 +19,9 @@ import statistics
 from pathlib import Path
 
 from stepcredit.demo.chain import check_lines
-from stepcredit.display.pieces import pieces_of
 from stepcredit.display.rollouts import read_groups
 from stepcredit.display.runs import read_runs
+from stepcredit.display.token_texts import token_texts_of
 from stepcredit.forest.records import read_trees
 from stepcredit.forest.types import Segment
 from stepcredit.policy.loading import load_policy
@@ -77,12 +77,14 @@ def by_credit(runs: list[Path], last: int, names: list[str]) -> None:
     """A line for each credit function: wrong completions, the share told apart, and of those the share found."""
     total = {name: [0.0] * 4 for name in names}
     for run in read_runs([str(path) for path in runs]):
-        pieces = pieces_of(run)
+        token_texts = token_texts_of(run)
         for iteration in sorted(run.files)[-last:]:
-            for name, blame in compare_credits(run, read_groups(run, iteration, pieces), names).blame.items():
-                told = blame.count * (1 - blame.silent)
-                found = (blame.count, told, told * (blame.found or 0.0), told * (blame.chance or 0.0))
-                total[name] = [one + other for one, other in zip(total[name], found, strict=True)]
+            groups = read_groups(run, iteration, token_texts)
+            for name, detection in compare_credits(run, groups, names).first_error.items():
+                told = detection.count * (1 - detection.uniform)
+                hits, chances = told * (detection.accuracy or 0.0), told * (detection.chance or 0.0)
+                counts = (detection.count, told, hits, chances)
+                total[name] = [one + other for one, other in zip(total[name], counts, strict=True)]
     print(f"{'credit':24}{'wrong':>7}{'told apart':>12}{'found':>8}{'chance':>8}")
     for name, (count, told, hits, chances) in total.items():
         shares = f"{hits / told:8.1%}{chances / told:8.1%}" if told else f"{'-':>8}{'-':>8}"

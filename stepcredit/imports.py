@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from stepcredit.errors import UserError, did_you_mean
 
 log = logging.getLogger("stepcredit")
+_told: set[str] = set()  # dotted paths that the log has named
 
 
 def by_name(option: str, name: str, table: Mapping[str, Callable[..., Any] | str]) -> Callable[..., Any]:
@@ -33,7 +34,8 @@ def by_name(option: str, name: str, table: Mapping[str, Callable[..., Any] | str
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{option}: cannot import '{name}' ({error})") from error
-    if name not in table:
+    if name not in table and name not in _told:
+        _told.add(name)
         log.info("%s: code of your own, %s from %s", option, name, sys.modules[module].__file__)
     if not callable(function):
         raise UserError(f"{option}: '{name}' is a {type(function).__name__}, not a function")

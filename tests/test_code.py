@@ -9,11 +9,11 @@ import pytest
 
 from stepcredit.errors import UserError
 from stepcredit.forest.types import Problem
-from stepcredit.verifiers import code, sandbox
+from stepcredit.verifiers import bubblewrap, code
 from stepcredit.verifiers.code import extract, gold, same_output, verify
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-REASON = sandbox.refusal()
+REASON = bubblewrap.refusal()
 needs_sandbox = pytest.mark.skipif(REASON is not None, reason=f"{REASON} (bubblewrap)")
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 

@@ -16,8 +16,9 @@ from stepcredit.cli import compare as command
 from stepcredit.cli.main import COMMANDS, main
 from stepcredit.display.runs import read_runs
 from stepcredit.errors import UserError
-from stepcredit.report import compare as report
-from stepcredit.report.compare import compare, difference, first_reach, interval, over_seeds, resampled
+from stepcredit.report.bootstrap import Estimate, all_means, difference, interval, over_seeds
+from stepcredit.report.compare import compare
+from stepcredit.report.curves import first_reach, start_and_end
 
 A = [(0, 0.2), (100, 0.3), (200, 0.6)]
 B = [(0, 0.2), (80, 0.6), (240, 0.4)]
@@ -116,9 +117,9 @@ def test_length_and_entropy() -> None:
     """Five iterations at each end; fewer where they would overlap; none beyond the budget."""
     folder = made("a", [(10 * number, float(number)) for number in range(1, 13)], metric="completion/length")
     (run,) = read_runs([folder])
-    assert report.ends_of(run, "completion/length", 120) == (3.0, 10.0)
-    assert report.ends_of(run, "completion/length", 45) == (1.5, 3.5)
-    assert report.ends_of(run, "completion/length", 10) is None and report.ends_of(run, "policy/entropy", 120) is None
+    assert start_and_end(run, "completion/length", 120) == (3.0, 10.0)
+    assert start_and_end(run, "completion/length", 45) == (1.5, 3.5)
+    assert start_and_end(run, "completion/length", 10) is None and start_and_end(run, "policy/entropy", 120) is None
     assert compared(folder, metric="completion/length").rows[0].length == (3.0, 10.0)
 
 
@@ -136,9 +137,9 @@ def test_a_metric_of_every_iteration_begins_where_all_have_it() -> None:
 
 def test_resamples_of_two() -> None:
     """1 1, 1 3, 3 1, 3 3."""
-    means, counts = resampled([1.0, 3.0])
+    means, counts = all_means([1.0, 3.0])
     assert means.tolist() == [1, 2, 3] and counts.tolist() == [1, 2, 1]
-    assert over_seeds([3.0, 1.0]) == report.Estimate(2.0, 1.0, 3.0)
+    assert over_seeds([3.0, 1.0]) == Estimate(2.0, 1.0, 3.0)
 
 
 def test_resamples_by_hand_of_four() -> None:
@@ -151,7 +152,7 @@ def test_resamples_by_hand_of_four() -> None:
 def test_resamples_are_all_there_are(size) -> None:
     values = [0.31, 0.35, 0.36, 0.44, 0.52, 0.9][:size]
     every = sorted(sum(drawn) / size for drawn in product(values, repeat=size))
-    means, counts = resampled(values)
+    means, counts = all_means(values)
     assert sorted(numpy.repeat(means, counts)) == pytest.approx(every)
     expected = numpy.quantile(every, [0.025, 0.975], method="inverted_cdf")
     found = over_seeds(values)
@@ -170,9 +171,9 @@ def test_many_seeds_are_drawn() -> None:
 
 def test_differences_paired_and_not() -> None:
     """All 16 pairs of resamples against the 4 of the pairs' differences."""
-    assert difference([0.0, 2.0], [0.0, 1.0], paired=False) == report.Estimate(0.5, -1.0, 2.0)
-    assert difference([0.0, 2.0], [0.0, 1.0], paired=True) == report.Estimate(0.5, 0.0, 1.0)
-    assert difference([5.0], [0.0, 1.0], paired=False) == report.Estimate(4.5)
+    assert difference([0.0, 2.0], [0.0, 1.0], paired=False) == Estimate(0.5, -1.0, 2.0)
+    assert difference([0.0, 2.0], [0.0, 1.0], paired=True) == Estimate(0.5, 0.0, 1.0)
+    assert difference([5.0], [0.0, 1.0], paired=False) == Estimate(4.5)
     values, others = [0.1, 0.5, 0.2], [0.0, 0.9, 0.4, 0.3]
     every = [sum(one) / 3 - sum(other) / 4 for one in product(values, repeat=3) for other in product(others, repeat=4)]
     found = difference(values, others, paired=False)
@@ -264,7 +265,7 @@ def test_one_evaluation_is_a_final_value(capsys) -> None:
     found = compared("runs")
     a, b = found.rows
     assert found.budget == 240 and a.final.value == 0.5 and a.area is None and a.to_target is None and a.best is None
-    assert b.final.value == pytest.approx(0.45) and b.area == report.Estimate(0.25)  # of the run that has a curve
+    assert b.final.value == pytest.approx(0.45) and b.area == Estimate(0.25)  # of the run that has a curve
     assert b.area_difference is None
     assert any("one evaluation only" in note and "a at 250 tokens, c at 240 tokens" in note for note in found.notes)
     assert ran("runs", "--json", "x.json") == 0

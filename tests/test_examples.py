@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepcredit.cli.main import main
+from stepcredit.verifiers.bubblewrap import refusal
 from stepcredit.verifiers.math import verify
-from stepcredit.verifiers.sandbox import refusal
 
 ROOT = Path(__file__).parents[1]
 MATH500 = ROOT.parent / "shared" / "data" / "math500.jsonl"

@@ -20,16 +20,10 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.learn.placement import Placement
 from stepcredit.losses.choose import build_objective
 from stepcredit.plan import memory
-from stepcredit.plan.memory import (
-    ALWAYS,
-    GIB,
-    PASS,
-    SAMPLING,
-    reckon,
-    saved_by_checkpoint,
-    saved_by_layer,
-    saved_outside,
-)
+from stepcredit.plan.activations import saved_by_checkpoint, saved_by_layer, saved_outside
+from stepcredit.plan.advice import largest_budget, largest_rows, with_options
+from stepcredit.plan.memory import ALWAYS, GIB, PASS, SAMPLING, chosen_strategy, estimate_memory, fits_whole
+from stepcredit.plan.sizes import size_of, size_of_network
 from stepcredit.policy.decoding import ForestRows
 from stepcredit.processes.ranks import Ranks
 
@@ -123,7 +117,7 @@ def test_activations_are_those_that_autograd_keeps(family, mixed, width) -> None
     policy.autocast = torch.bfloat16 if mixed else None
     forest = groups()
     found, casts = kept(policy, forest)
-    size = memory.size_of_network(policy.model)
+    size = size_of_network(policy.model)
     assert size.measured and size.layers == width[-1]
     expected = size.layers * saved_by_layer(size, mixed) + saved_outside(size, mixed)
     assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03)
@@ -140,7 +134,7 @@ def test_activations_of_checkpointed_layers(width, mixed) -> None:
     policy.checkpoint_layers()
     forest = groups()
     found, casts = kept(policy, forest)
-    size = memory.size_of_network(policy.model)
+    size = size_of_network(policy.model)
     angles = 8 * size.head_dim  # are held by the layers' calls, which nobody counts here
     expected = size.layers * saved_by_checkpoint(size, mixed) + saved_outside(size, mixed) - angles
     assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03) and casts == 0
@@ -149,9 +143,9 @@ def test_activations_of_checkpointed_layers(width, mixed) -> None:
 def test_a_plan_with_checkpointed_layers(folders) -> None:
     """Example: of 28 layers what goes into them, and two whole ones."""
     config = resolve({"model": folders["7b"], "train": {"gradient_checkpointing": True}})
-    size = memory.size_of(folders["7b"])
+    size = size_of(folders["7b"])
     for kind, sharded in (("ddp", False), ("fsdp", True)):
-        found = reckon(config, 8, kind, 80 * GIB)
+        found = estimate_memory(config, 8, kind, 80 * GIB)
         a_token = 28 * saved_by_checkpoint(size, True, sharded) + 2 * saved_by_layer(size, True, sharded)
         a_token += saved_outside(size, True, sharded)
         assert bytes_of(found)[f"activations of {found.tokens} tokens"] == found.tokens * a_token
@@ -168,7 +162,7 @@ def test_activations_in_shards(family, again, mixed) -> None:
         ranks._host = dist.group.WORLD
         policy = shaped(family, WIDTHS[1])
         policy.autocast = torch.bfloat16 if mixed else None
-        size = memory.size_of_network(policy.model)
+        size = size_of_network(policy.model)
         if again:
             policy.checkpoint_layers()
         forest = groups()
@@ -193,9 +187,9 @@ def test_keys_and_values_are_those_that_the_sampler_holds() -> None:
     held += sum(
         tensor.nbytes for shared in rows.shared for tensors in (shared.keys, shared.values) for tensor in tensors
     )
-    size = memory.size_of_network(policy.model)
+    size = size_of_network(policy.model)
     config = resolve({"model": "none", "train": {"dtype": "float32", "problems_per_iteration": 2}})
-    config = memory.changed_by(
+    config = with_options(
         config,
         {
             "growth.group_size": 3,
@@ -204,15 +198,16 @@ def test_keys_and_values_are_those_that_the_sampler_holds() -> None:
             "eval.num_problems": 0,
         },
     )
-    part, taken = next(memory._sampling(config, memory._Learning(size, 0, size.weights), 1, False))
-    assert taken == 6 and part.bytes == held * (size.layers + 1) / size.layers
+    setting = memory.Setting(config, 1, sharded=False, mixed=False)
+    parts, rows = memory._sampling(setting, memory.Model(size, 0, size.weights))
+    assert rows == 6 and parts[0].bytes == held * (size.layers + 1) / size.layers
 
 
 # ---------------------------------------------------------------------- parts
 
 
 def test_sizes_are_the_published_ones(folders) -> None:
-    small, large = memory.size_of(folders["1.5b"]), memory.size_of(folders["7b"])
+    small, large = size_of(folders["1.5b"]), size_of(folders["7b"])
     assert (small.weights, large.weights) == (1_543_714_304, 7_615_616_512)
     assert large.outside == 2 * 152064 * 3584 + 3584 and small.outside == 151936 * 1536 + 1536
     assert large.weights == 28 * large.largest_layer + large.outside
@@ -220,9 +215,9 @@ def test_sizes_are_the_published_ones(folders) -> None:
 
 def test_parts_of_prime(folders) -> None:
     """A policy, a reference and a reward model: whole, in shards, offloaded, with the policy as reference, adapters."""
-    size = memory.size_of(folders["7b"])
+    size = size_of(folders["7b"])
     config = resolve({"algorithm": "prime", "model": folders["7b"]})
-    whole, sharded = (bytes_of(reckon(config, 8, name, 80 * GIB)) for name in ("ddp", "fsdp"))
+    whole, sharded = (bytes_of(estimate_memory(config, 8, name, 80 * GIB)) for name in ("ddp", "fsdp"))
     for name, width in [("policy: weights", 4), ("policy: AdamW", 8), ("reference: weights", 4)]:
         assert whole[f"{name}, fp32"] == width * size.weights
         assert sharded[f"{name}, fp32"] == width * size.weights / 8
@@ -230,15 +225,15 @@ def test_parts_of_prime(folders) -> None:
     assert whole["reward model: DDP's buckets of gradients"] == 4 * size.weights
     assert sharded["sampler: a whole copy of the policy, bf16"] == 2 * size.weights
     assert not any("sampler: a whole copy" in name for name in whole) and not any("DDP" in name for name in sharded)
-    offloaded = memory.changed_by(config, {"distributed.cpu_offload": True})
-    found = reckon(offloaded, 8, "fsdp", 80 * GIB)
+    offloaded = with_options(config, {"distributed.cpu_offload": True})
+    found = estimate_memory(offloaded, 8, "fsdp", 80 * GIB)
     assert found.taken(ALWAYS) == 2 * size.weights
-    own = memory.changed_by(config, {"prm.reference": "policy"})
-    assert "reference: weights, fp32" not in bytes_of(reckon(own, 8, "ddp", 80 * GIB))
-    frozen = memory.changed_by(config, {"prm.update": "none"})
-    assert "reward model: AdamW, fp32" not in bytes_of(reckon(frozen, 8, "ddp", 80 * GIB))
+    own = with_options(config, {"prm.reference": "policy"})
+    assert "reference: weights, fp32" not in bytes_of(estimate_memory(own, 8, "ddp", 80 * GIB))
+    frozen = with_options(config, {"prm.update": "none"})
+    assert "reward model: AdamW, fp32" not in bytes_of(estimate_memory(frozen, 8, "ddp", 80 * GIB))
     adapters = 16 * sum(size.linear.values())
-    lora = bytes_of(reckon(memory.changed_by(config, {"lora.rank": 16}), 8, "ddp", 80 * GIB))
+    lora = bytes_of(estimate_memory(with_options(config, {"lora.rank": 16}), 8, "ddp", 80 * GIB))
     assert lora["policy: AdamW, fp32"] == 8 * adapters and "reference: weights, fp32" not in lora
     assert lora["reward model: weights, fp32"] == 4 * adapters  # its base is the policy's
 
@@ -247,8 +242,8 @@ def test_a_sampler_elsewhere_takes_nothing_here(folders, capsys) -> None:
     """Neither a copy of a sharded policy, nor keys and values; all else stays."""
     given = {"model": folders["7b"], "algorithm": "treerpo"}
     for strategy in ("ddp", "fsdp"):
-        here = reckon(resolve(given), 8, strategy, 80 * GIB)
-        there = reckon(resolve(given | {"sampler": {"name": "vllm"}}), 8, strategy, 80 * GIB)
+        here = estimate_memory(resolve(given), 8, strategy, 80 * GIB)
+        there = estimate_memory(resolve(given | {"sampler": {"name": "vllm"}}), 8, strategy, 80 * GIB)
         left = [part for part in here.parts if part.when != SAMPLING and not part.name.startswith("sampler: ")]
         assert list(there.parts) == left and there.rows == 0 < here.rows
     copy = 2 * memory.size_of(folders["7b"]).weights
@@ -260,46 +255,48 @@ def test_a_sampler_elsewhere_takes_nothing_here(folders, capsys) -> None:
 
 
 def test_only_what_an_algorithm_needs(folders) -> None:
-    plain = bytes_of(reckon(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
+    plain = bytes_of(estimate_memory(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
     assert not any(name.startswith(("reference", "reward model")) for name in plain)
-    trees = bytes_of(reckon(resolve({"algorithm": "treerpo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
+    trees = bytes_of(estimate_memory(resolve({"algorithm": "treerpo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
     assert "reference: weights, fp32" in trees and trees["sampler: kept keys and values"] == 4096 * 2**20
-    alone = bytes_of(reckon(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 1, "ddp", 80 * GIB))
+    alone = bytes_of(estimate_memory(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 1, "ddp", 80 * GIB))
     assert not any("DDP" in name for name in alone)
 
 
 def test_a_path_is_never_split(folders) -> None:
     """A budget under the longest path, and one over all that a process has in a step, are not what is computed."""
     config = resolve({"model": folders["1.5b"], "train": {"problems_per_iteration": 8}})
-    few, many = (memory.changed_by(config, {"optim.max_tokens_per_micro_batch": budget}) for budget in (10, 10**8))
-    assert reckon(few, 8, "ddp", GIB).tokens == 1024 + 1024
-    assert reckon(many, 8, "ddp", GIB).tokens == 1024 + 8 * 1024
+    few, many = (with_options(config, {"optim.max_tokens_per_micro_batch": budget}) for budget in (10, 10**8))
+    assert estimate_memory(few, 8, "ddp", GIB).tokens == 1024 + 1024
+    assert estimate_memory(many, 8, "ddp", GIB).tokens == 1024 + 8 * 1024
 
 
 def test_the_largest_that_fits(folders) -> None:
     """One token or row more does not."""
     config = resolve({"model": folders["1.5b"], "growth": {"group_size": 2048}, "sampler": {"max_rows": 4096}})
-    plan = reckon(config, 8, "ddp", 80 * GIB)
+    plan = estimate_memory(config, 8, "ddp", 80 * GIB)
     for option, largest, when in (
-        ("optim.max_tokens_per_micro_batch", memory.largest_budget(config, plan), PASS),
-        ("sampler.max_rows", memory.largest_rows(config, plan), SAMPLING),
+        ("optim.max_tokens_per_micro_batch", largest_budget(config, plan), PASS),
+        ("sampler.max_rows", largest_rows(config, plan), SAMPLING),
     ):
-        at, over = (reckon(memory.changed_by(config, {option: largest + more}), 8, "ddp", 80 * GIB) for more in (0, 1))
+        at, over = (
+            estimate_memory(with_options(config, {option: largest + more}), 8, "ddp", 80 * GIB) for more in (0, 1)
+        )
         assert largest > 1 and at.taken(when) <= plan.usable < over.taken(when)
-    assert memory.largest_budget(config, reckon(config, 8, "ddp", 20 * GIB)) == 0
+    assert largest_budget(config, estimate_memory(config, 8, "ddp", 20 * GIB)) == 0
 
 
 def test_auto_is_what_training_takes(folders, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
     for name, budget, expected in (("1.5b", 8192, "ddp"), ("1.5b", 16384, "fsdp"), ("7b", 2048, "fsdp")):
         config = resolve({"model": folders[name], "optim": {"max_tokens_per_micro_batch": budget}})
-        config = memory.changed_by(config, {"growth.group_size": 64})
+        config = with_options(config, {"growth.group_size": 64})
         with monkeypatch.context() as patch:
             patch.setattr(dist, "is_initialized", lambda: True)
             patch.setattr(dist, "get_world_size", lambda: 8)
-            whole = memory.fits_whole(config, torch.device("cuda"))
-        assert memory.chosen(config, 8, 80 * GIB) == expected == ("ddp" if whole else "fsdp")
-        assert memory.fits_whole(config, torch.device("cpu"))
+            whole = fits_whole(config, torch.device("cuda"))
+        assert chosen_strategy(config, 8, 80 * GIB) == expected == ("ddp" if whole else "fsdp")
+        assert fits_whole(config, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------- recipes

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from stepcredit.cli.main import main
 from stepcredit.config.algorithms import ALGORITHMS
-from stepcredit.display.pieces import Pieces, pieces_of, visible
-from stepcredit.display.rollouts import choose, read_groups
-from stepcredit.display.runs import Run, essence, methods, read_runs
+from stepcredit.display.rollouts import find_group, read_groups
+from stepcredit.display.runs import Run, method_options, methods, read_runs
+from stepcredit.display.token_texts import TokenTexts, token_texts_of, visible
 from stepcredit.forest import Forest
 from stepcredit.forest.records import read_records
 from stepcredit.report.credits import compare_credits, unfold
@@ -101,7 +101,7 @@ def test_methods_of_one_algorithm_are_told_apart_by_what_differs(run, tmp_path):
         "spro · credit.beta 0.003",
         "spro · credit.beta 0.5",
     }
-    assert "train.seed" not in essence(only(other)) and "run_dir" not in essence(only(other))
+    assert "train.seed" not in method_options(only(other)) and "run_dir" not in method_options(only(other))
 
 
 def test_a_killed_run_is_told_and_read(run):
@@ -112,7 +112,7 @@ def test_a_killed_run_is_told_and_read(run):
     assert [row["iteration"] for row in found.rows] == [0, 1]
     assert any("1 of 3 lines" in remark for remark in found.remarks)
     assert any("after iteration 1 of 2" in remark for remark in found.remarks)
-    assert pieces_of(found).tokenizer is not None  # of the model that it started from
+    assert token_texts_of(found).tokenizer is not None  # of the model that it started from
 
 
 def test_a_column_leaves_out_what_has_no_number(tmp_path):
@@ -150,10 +150,10 @@ def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
 
 def test_texts_of_tokens_make_up_the_text(trained):
     found = only(trained / "grpo")
-    pieces = pieces_of(found)
+    token_texts = token_texts_of(found)
     for record, tree in read_records(str(found.files[2])):
         for saved, segment in zip(record["segments"], tree.segments, strict=True):
-            text = "".join(pieces.of(segment.token_ids)).replace("<eos>", "")
+            text = "".join(token_texts.of(segment.token_ids)).replace("<eos>", "")
             assert text.strip() == saved["text"].strip()
 
 
@@ -172,12 +172,12 @@ def test_a_character_of_several_tokens_stands_with_the_first():
         def batch_decode(self, rows):
             return [self.decode(row) for row in rows]
 
-    pieces = Pieces(Bytes())  # type: ignore[arg-type]
-    assert pieces.of(list("aé€𝄞b".encode())) == ["a", "é", "", "€", "", "", "𝄞", "", "", "", "b"]
+    token_texts = TokenTexts(Bytes())  # type: ignore[arg-type]
+    assert token_texts.of(list("aé€𝄞b".encode())) == ["a", "é", "", "€", "", "", "𝄞", "", "", "", "b"]
 
 
 def test_without_a_tokenizer_tokens_are_numbers():
-    assert Pieces(None).of([3, 14]) == ["⟨3⟩", "⟨14⟩"]
+    assert TokenTexts(None).of([3, 14]) == ["⟨3⟩", "⟨14⟩"]
 
 
 @pytest.mark.parametrize("char", ["\u202e", "\u200b", "\x1b", "\x00", "\u2066", "\ufeff", "\x85"])
@@ -191,7 +191,7 @@ def test_characters_that_act_are_spelt_out(char):
 
 def test_the_first_wrong_line_is_found(trained):
     found = only(trained / "grpo")
-    groups = read_groups(found, 2, pieces_of(found))
+    groups = read_groups(found, 2, token_texts_of(found))
     wrong = right = 0
     for group in groups:
         for leaf in group.leaves:
@@ -200,7 +200,7 @@ def test_the_first_wrong_line_is_found(trained):
                 right += 1
             if span is not None:
                 wrong += 1
-                line = "".join(group.pieces[leaf][slice(*span)])
+                line = "".join(group.texts[leaf][slice(*span)])
                 assert line.strip().endswith(".") or "####" in line
                 assert span[0] in group.steps[leaf]
     assert wrong and right
@@ -210,7 +210,7 @@ def test_the_first_wrong_line_is_found(trained):
 def test_the_runs_own_credit_comes_out_again(trained, name):
     """Scored anew, the saved rollouts get what the run gave them (whitening is over the saved groups: all, here)."""
     found = only(trained / name)
-    groups = read_groups(found, 2, pieces_of(found))
+    groups = read_groups(found, 2, token_texts_of(found))
     score = compare_credits(found, groups).scores[name]
     recorded = chunk_column(groups, "advantages")
     there = ~numpy.isnan(recorded)
@@ -221,33 +221,33 @@ def test_the_runs_own_credit_comes_out_again(trained, name):
 def chunk_column(groups, name):
     values = []
     for group in groups:
-        rows = group.columns.get(name) or [None] * len(group.pieces)
-        for pieces, row in zip(group.pieces, rows, strict=True):
-            values += row if row is not None else [math.nan] * len(pieces)
+        rows = group.columns.get(name) or [None] * len(group.texts)
+        for texts, row in zip(group.texts, rows, strict=True):
+            values += row if row is not None else [math.nan] * len(texts)
     return numpy.array(values, dtype=numpy.float32)
 
 
 def test_flat_credit_on_a_tree_is_the_mean_over_completions(trained):
     found = only(trained / "treerpo")
-    groups = read_groups(found, 2, pieces_of(found))
+    groups = read_groups(found, 2, token_texts_of(found))
     score = compare_credits(found, groups, ["dr_grpo"]).scores["dr_grpo"]
     forest = Forest.from_trees([group.tree for group in groups])
     start = 0
     for group in groups:
         rewards = [group.tree.segments[leaf].reward for leaf in group.leaves]
         mean = sum(rewards) / len(rewards)
-        for number, pieces in enumerate(group.pieces):
+        for number, texts in enumerate(group.texts):
             below = [group.tree.segments[leaf].reward for leaf in group.leaves if number in group.path(leaf)]
             wanted = sum(below) / len(below) - mean
-            assert score[start : start + len(pieces)].tolist() == pytest.approx([wanted] * len(pieces), abs=1e-5)
-            start += len(pieces)
+            assert score[start : start + len(texts)].tolist() == pytest.approx([wanted] * len(texts), abs=1e-5)
+            start += len(texts)
     flat, source = unfold(forest)
     assert flat.is_flat and torch.equal(flat.token["token_ids"], forest.token["token_ids"][source])
 
 
 def test_correlation_of_a_credit_with_itself_is_one_and_of_a_constant_is_none(trained):
     found = only(trained / "spro")
-    groups = read_groups(found, 2, pieces_of(found))
+    groups = read_groups(found, 2, token_texts_of(found))
     comparison = compare_credits(found, groups, ["grpo", "dr_grpo"])
     assert comparison.correlation[0][0] == pytest.approx(1) and comparison.correlation[1][1] == pytest.approx(1)
     assert comparison.correlation[0][1] == pytest.approx(comparison.correlation[1][0])
@@ -258,7 +258,7 @@ def test_correlation_of_a_credit_with_itself_is_one_and_of_a_constant_is_none(tr
 
 def test_credits_that_do_not_fit_are_named(trained, capsys, tmp_path):
     found = only(trained / "grpo")
-    comparison = compare_credits(found, read_groups(found, 2, pieces_of(found)))
+    comparison = compare_credits(found, read_groups(found, 2, token_texts_of(found)))
     assert "ref_logprobs" in comparison.missing["spro"] or "old_logprobs" in comparison.missing["spro"]
     out = str(tmp_path / "r.html")
     assert main(["report", str(trained / "grpo"), "-o", out, "--credits", "spro"]) == 2
@@ -267,8 +267,8 @@ def test_credits_that_do_not_fit_are_named(trained, capsys, tmp_path):
 
 def test_outcome_credit_says_nothing_about_lines(trained):
     found = only(trained / "grpo")
-    blame = compare_credits(found, read_groups(found, 2, pieces_of(found)), ["grpo"]).blame["grpo"]
-    assert blame.count > 0 and blame.silent == 1.0 and blame.found is None
+    detection = compare_credits(found, read_groups(found, 2, token_texts_of(found)), ["grpo"]).first_error["grpo"]
+    assert detection.count > 0 and detection.uniform == 1.0 and detection.accuracy is None
 
 
 # ---------------------------------------------------------------------- the page's data
@@ -276,14 +276,14 @@ def test_outcome_credit_says_nothing_about_lines(trained):
 
 def test_a_chunk_holds_the_numbers_of_the_record(trained):
     found = only(trained / "prime")
-    groups = read_groups(found, 2, pieces_of(found))
+    groups = read_groups(found, 2, token_texts_of(found))
     data = chunk_of(groups, compare_credits(found, groups, ["prime"]))
     size = int.from_bytes(data[:4], "little")
     header, rest = json.loads(data[4 : 4 + size]), data[4 + size :]
     arrays = numpy.frombuffer(rest, numpy.uint8).reshape(1 + len(header["columns"]), 4, header["tokens"])
     whole = arrays.transpose(0, 2, 1).copy()
-    texts = [header["pieces"][number] for number in whole[0].view("<u4")[:, 0]]
-    assert texts == [text for group in groups for pieces in group.pieces for text in pieces]
+    texts = [header["texts"][number] for number in whole[0].view("<u4")[:, 0]]
+    assert texts == [text for group in groups for segment in group.texts for text in segment]
     for place, name in enumerate(header["columns"], 1):
         if not name.startswith("credit:"):
             assert numpy.array_equal(whole[place].view("<f4")[:, 0], chunk_column(groups, name), equal_nan=True), name
@@ -391,9 +391,9 @@ def test_every_view_of_every_algorithm_opens(trained, name, watched):
 @needs_browser
 def test_hovering_a_token_shows_the_numbers_of_the_record(trained, watched):
     run = only(trained / "spro")
-    groups = read_groups(run, 2, pieces_of(run))
+    groups = read_groups(run, 2, token_texts_of(run))
     page = watched(trained / "spro")
-    group = choose(groups, page.locator(".problems [aria-current=true]").get_attribute("data-problem"))
+    group = find_group(groups, page.locator(".problems [aria-current=true]").get_attribute("data-problem"))
     for completion, place in ((0, 3), (1, 5)):
         leaf = group.leaves[completion]
         token = page.locator(".completion").nth(completion).locator("[data-token]").nth(place)
@@ -406,21 +406,21 @@ def test_hovering_a_token_shows_the_numbers_of_the_record(trained, watched):
         for column in ("advantages", "process", "logprobs", "entropy", "log_ratio"):
             value = float(numpy.float32(group.columns[column][leaf][place]))
             assert shown[column] == displayed(value, column in ("advantages", "process", "log_ratio")), column
-        assert page.locator("#tip code").inner_text().strip() == group.pieces[leaf][place].strip()
+        assert page.locator("#tip code").inner_text().strip() == group.texts[leaf][place].strip()
 
 
 @needs_browser
 def test_clicking_a_node_shows_its_path(trained, watched):
     run = only(trained / "treerpo")
-    groups = read_groups(run, 2, pieces_of(run))
+    groups = read_groups(run, 2, token_texts_of(run))
     page = watched(trained / "treerpo", view="trees")
-    group = choose(groups, page.locator(".problems [aria-current=true]").get_attribute("data-problem"))
+    group = find_group(groups, page.locator(".problems [aria-current=true]").get_attribute("data-problem"))
     deep = [leaf for leaf in group.leaves if len(group.path(leaf)) > 1]
-    assert deep and page.locator("[data-node]").count() == len(group.pieces)
+    assert deep and page.locator("[data-node]").count() == len(group.texts)
     for leaf in (deep[0], deep[-1], group.path(deep[0])[0]):
         page.locator(f"[data-node='{leaf}']").click()
         shown = "".join(page.locator("#path [data-token]").all_inner_texts())
-        wanted = "".join(text for number in group.path(leaf) for text in group.pieces[number])
+        wanted = "".join(text for number in group.path(leaf) for text in group.texts[number])
         assert shown.replace(" ", "") == wanted.replace(" ", "")
         marked = page.locator(f"[data-node='{leaf}']")
         assert marked.get_attribute("aria-selected") == "true"
@@ -483,19 +483,19 @@ def test_keys_move_between_tokens_tabs_and_problems(trained, watched):
 @needs_browser
 def test_search_sort_and_iterations(trained, watched):
     run = only(trained / "grpo")
-    first = {iteration: read_groups(run, iteration, pieces_of(run)) for iteration in (1, 2)}
+    first = {iteration: read_groups(run, iteration, token_texts_of(run)) for iteration in (1, 2)}
     page = watched(trained / "grpo")
     wanted = first[2][0].question.split(" =")[0]
     page.fill("input[aria-label=Search]", wanted)
     count = page.locator(".problems button").count()
-    matching = [g for g in first[2] if wanted in g.question or any(wanted in "".join(p) for p in g.pieces)]
+    matching = [g for g in first[2] if wanted in g.question or any(wanted in "".join(p) for p in g.texts)]
     assert count == len(matching)
     page.fill("input[aria-label=Search]", "nothing has this")
     assert page.locator(".problems button").count() == 0
     page.fill("input[aria-label=Search]", "")
     page.select_option("aside label:has-text('Order') select", "hard")
     ids = [button.get_attribute("data-problem") for button in page.locator(".problems button").all()]
-    means = [sum(choose(first[2], i).rewards) for i in ids]
+    means = [sum(find_group(first[2], i).rewards) for i in ids]
     assert means == sorted(means)
     page.locator("input[type=range]").fill("0")
     page.wait_for_selector("aside label:has-text('Iteration 1 ')")

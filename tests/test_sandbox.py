@@ -14,10 +14,10 @@ import pytest
 from hostile import BOMBS, ESCAPES, FAKES, LEFTOVERS
 
 from stepcredit.errors import UserError
-from stepcredit.verifiers import sandbox
+from stepcredit.verifiers import bubblewrap, sandbox
 from stepcredit.verifiers.sandbox import Limits, run, run_each, run_tests
 
-REASON = sandbox.refusal()
+REASON = bubblewrap.refusal()
 needs_sandbox = pytest.mark.skipif(REASON is not None, reason=f"{REASON} (bubblewrap)")
 MARK = os.getpid() * 1e-9  # makes the limits, which stand in the command line, those of this process
 SHORT = Limits(seconds=1.5 + MARK, memory_mb=256)
@@ -198,15 +198,15 @@ def _until(true) -> None:
 
 
 def test_without_bubblewrap_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="allow_unsafe true"):
         run("print(1)")
 
 
 def test_unprotected(monkeypatch, caplog):
     """Limits and the end of what was left hold there, too."""
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    sandbox._warn.cache_clear()
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
+    sandbox._warn_unprotected.cache_clear()
     assert run("print(int(input()) + 1)", "1", SHORT, allow_unsafe=True).stdout == "2\n"
     assert run("while True: pass", "", SHORT, allow_unsafe=True).status == "timeout"
     assert run("x = bytearray(10 ** 9)", "", SHORT, allow_unsafe=True).status == "error"

@@ -13,27 +13,17 @@ from rich.console import Console
 from rich.text import Text
 from test_train import train
 
-import stepcredit.display.pieces
+import stepcredit.display.token_texts
 from stepcredit.cli.main import main as command
 from stepcredit.cli.show import HELP, main
 from stepcredit.config import resolve
-from stepcredit.display.pieces import Pieces
-from stepcredit.display.rollouts import groups_of
-from stepcredit.display.terminal import (
-    MINUS,
-    Shading,
-    Tokens,
-    blocks,
-    curves,
-    glimpse,
-    group_view,
-    picked,
-    shaded,
-    sparkline,
-    steps_line,
-    style_of,
-    telling,
-)
+from stepcredit.display.curves import blocks, curves, sparkline
+from stepcredit.display.example import example_group, short_view
+from stepcredit.display.groups import group_view, select_leaves
+from stepcredit.display.numbers import MINUS
+from stepcredit.display.rollouts import read_groups_of_file
+from stepcredit.display.shading import Shading, Tokens, shaded, step_means_line, style_of
+from stepcredit.display.token_texts import TokenTexts
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
@@ -62,7 +52,7 @@ class Words:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Texts of the tokens above, on a terminal of 100 columns."""
-    monkeypatch.setattr(stepcredit.display.pieces, "pieces_of", lambda run: Pieces(Words()))
+    monkeypatch.setattr(stepcredit.display.token_texts, "token_texts_of", lambda run: TokenTexts(Words()))
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORFGBG"):
         monkeypatch.delenv(name, raising=False)
@@ -114,7 +104,7 @@ def told(capsys, *words: str) -> str:
 
 def groups(folder: Path, *records: dict):
     (folder / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return groups_of(folder / "r.jsonl", Pieces(Words()))
+    return read_groups_of_file(folder / "r.jsonl", TokenTexts(Words()))
 
 
 def printed(renderable, width: int = 100, **options) -> str:
@@ -176,7 +166,7 @@ def test_strength_rises_with_size():
 
 
 def test_a_light_background_has_light_shades(monkeypatch):
-    from stepcredit.display.terminal import _style
+    from stepcredit.display.shading import _style
 
     monkeypatch.setenv("COLORFGBG", "0;15")
     _style.cache_clear()
@@ -190,9 +180,9 @@ def test_signs_are_seen_without_colour():
     shown = printed(shaded(tokens, SHADES), force_terminal=True, no_color=True, color_system="truecolor")
     assert f"Ann .{ESCAPE}[4m Bob .{ESCAPE}[0m" in shown
     assert printed(shaded(tokens, Shading("advantage", 1.0, plain=True))) == "[+0.71] Ann . [-0.20] Bob .\n"
-    assert printed(steps_line(tokens, SHADES)) == "+0.71 │ -0.20\n"
+    assert printed(step_means_line(tokens, SHADES)) == "+0.71 │ -0.20\n"
     even = Tokens(["Ann", " .", " Bob"], [0.5, 0.5, 0.5], starts=[0, 2])
-    assert steps_line(even, SHADES) is None and "[" not in shaded(even, Shading("advantage", 1.0, True)).plain
+    assert step_means_line(even, SHADES) is None and "[" not in shaded(even, Shading("advantage", 1.0, True)).plain
 
 
 def test_the_first_wrong_line_is_enclosed():
@@ -207,10 +197,10 @@ def test_the_middle_of_a_long_completion_is_left_out():
     assert text == "".join(texts[:10]).strip() + " … 85 tokens …  095 096 097 098 099"
 
 
-def test_glimpse_has_at_most_six_lines():
+def test_a_short_view_has_at_most_six_lines():
     tokens = Tokens([f" word{n}" for n in range(500)], [n / 500 - 0.5 for n in range(500)], range(0, 500, 5))
     console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system="truecolor")
-    console.print(glimpse(Text("title"), "why " * 99, tokens, SHADES, console))
+    console.print(short_view(Text("title"), "why " * 99, tokens, SHADES, console))
     assert console.file.getvalue().count("\n") == 6
 
 
@@ -249,7 +239,11 @@ def test_few_completions_are_right_and_wrong_ones(tmp_path, capsys):
     rewards = [0, 0, 0, 1, 0, 1]
     record = {"segments": [segment([0, 3], 0.5 - reward, float(reward)) for reward in rewards]}
     (group,) = groups(tmp_path, record)
-    assert picked(group, 2) == [0, 3] and picked(group, 3) == [0, 3, 5] and picked(group, 9) == [0, 1, 2, 3, 4, 5]
+    assert (
+        select_leaves(group, 2) == [0, 3]
+        and select_leaves(group, 3) == [0, 3, 5]
+        and select_leaves(group, 9) == [0, 1, 2, 3, 4, 5]
+    )
     out = told(capsys, run_of(tmp_path / "run", [], {1: [record]}), "--problem", "1", "--completions", "2")
     assert "✗ 1 " in out and "✓ 4 " in out and "✗ 2 " not in out and "4 more (--completions 6)" in out
 
@@ -273,14 +267,14 @@ def test_a_tree(tmp_path, capsys):
     assert max(map(len, narrow.splitlines())) <= 24 and "…" in narrow
 
 
-def test_the_most_telling_group():
+def test_the_example_group():
     """Right and wrong completions come before advantages that lie far apart."""
 
     def group(rewards: list[float], *advantages: float):
         return SimpleNamespace(rewards=rewards, columns={"advantages": [list(advantages)]})
 
-    assert telling([group([0.0, 0.0], -9, 9), group([0.0, 1.0], -1, 1), group([1.0, 0.0], -2, 1)]) == 2
-    assert telling([group([0.0]), group([0.0], -1, 1)]) == 1
+    assert example_group([group([0.0, 0.0], -9, 9), group([0.0, 1.0], -1, 1), group([1.0, 0.0], -2, 1)]) == 2
+    assert example_group([group([0.0]), group([0.0], -1, 1)]) == 1
 
 
 def test_nothing_in_a_run_acts_on_the_terminal(tmp_path, capsys, monkeypatch):
@@ -307,7 +301,7 @@ def test_nothing_in_a_run_acts_on_the_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_a_whole_run(tmp_path, capsys):
-    """Heading, curves, health, saved iterations, problems, and the most telling group."""
+    """Heading, curves, health, saved iterations, problems, and the example."""
     rows = [{"eval/accuracy": 0.25}, *[ROW | {"reward/mean": 0.125 * n} for n in range(1, 9)], ROW | {"reward/mean": 1}]
     out = told(capsys, run_of(tmp_path / "run", rows, {1: [EQUAL], 9: [EQUAL, RECORD]}))
     assert "run  grpo · mine.jsonl · iteration 9 of 9 · 100 tokens · 0:18 min of training" in out
@@ -498,8 +492,8 @@ def test_a_tokenizer_that_fails_stops_no_run(tmp_path, caplog, monkeypatch):
     """What cannot be shown is left out with a warning."""
     forest = Forest.from_trees(FOREST).with_token(advantages=torch.tensor(ADVANTAGES))
     with tracker(tmp_path, Console(file=io.StringIO()), every=0) as records:
-        monkeypatch.setattr(records, "_is_shown", lambda iteration: True)
-        monkeypatch.setattr(records.pieces, "of", lambda ids: [][0])
+        monkeypatch.setattr(records, "_take_example_turn", lambda iteration: True)
+        monkeypatch.setattr(records.token_texts, "of", lambda ids: [][0])
         records.report(1, ROW, forest)
     assert "iteration 1: no completion can be shown (IndexError" in caplog.text
 

@@ -1,6 +1,7 @@
 """Command-line words to a nested dictionary: short flags, `--section.option value`, a YAML file."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,22 @@ def split(
             raise UserError(f"{written} needs a value, for example '{written} {options[name]}'")
         given[name] = value if equals else queue.pop(0)
     return places, given
+
+
+def read_number(own: Mapping[str, str], name: str, above: float = -math.inf) -> float:
+    """The value of an option, a finite number above a bound.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    try:
+        value = float(own[name])
+    except ValueError as error:
+        raise UserError(f"--{name}: '{own[name]}' is not a number") from error
+    if not above < value < math.inf:
+        bound = "" if above == -math.inf else f" above {above:g}"
+        raise UserError(f"--{name}: expected a finite number{bound}, got {own[name]}")
+    return value
 
 
 def output_file(own: Mapping[str, str], name: str = "out") -> Path | None:

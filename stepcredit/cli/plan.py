@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from stepcredit.cli.arguments import output_file, parse
+from stepcredit.cli.arguments import output_file, parse, read_number
 from stepcredit.config import Config, resolve
 from stepcredit.errors import UserError
 
 if TYPE_CHECKING:
-    from stepcredit.plan.memory import Advice, Plan
+    from stepcredit.plan.advice import Advice
+    from stepcredit.plan.memory import Plan
 
 HELP = """\
 usage: stepcredit plan [CONFIG.yaml] --model MODEL --gpus N [--gpu-memory-gib X] [--option value ...]
@@ -33,8 +34,8 @@ Any option of 'stepcredit train' works too. Most depends on
   --sampler.max-rows N  --max-new-tokens N  --task.max-prompt-tokens N   keys and values while sampling
   --distributed.strategy NAME  --distributed.cpu-offload true  --lora.rank N
 
-Sizes are at their largest: every completion as long as it may be. Activations are reckoned for decoders like those of
-Qwen2, Qwen3 and Llama (stepcredit/parallel/memory.py); for others they are an estimate.
+Sizes are at their largest: every completion as long as it may be. Activations are computed for decoders like those of
+Qwen2, Qwen3 and Llama (stepcredit/plan/activations.py); for others they are a rough estimate.
 
 Exit codes: 0 it fits, 1 it does not, 2 the input is wrong.
 
@@ -51,7 +52,7 @@ def main(words: Sequence[str]) -> int:
     out = output_file(own, "json")
     if "gpus" not in own:
         raise UserError("--gpus N is missing; see 'stepcredit plan --help'")
-    gpus, gib = _number(own, "gpus"), _number(own, "gpu-memory-gib")
+    gpus, gib = read_number(own, "gpus", above=0), read_number(own, "gpu-memory-gib", above=0)
     if gpus != int(gpus):
         raise UserError(f"--gpus: expected a whole number, got {gpus:g}")
     config, gpus = resolve(given), int(gpus)
@@ -59,43 +60,34 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.credit import needs_of
     from stepcredit.credit.choose import build_credit
     from stepcredit.losses.choose import build_objective
-    from stepcredit.plan import memory
+    from stepcredit.plan.advice import advise, largest_budget, with_options
+    from stepcredit.plan.memory import GIB, chosen_strategy, estimate_memory
     from stepcredit.processes.ranks import ALONE
     from stepcredit.run.build import build_placement
 
     credit, _ = build_credit(config.credit)  # these say what does not go together
     build_objective(config, needs_of(credit).forests == "flat")
     build_placement(config, ALONE)
-    size = gib * memory.GIB
-    plans = {name: memory.reckon(config, gpus, name, size) for name in ("ddp", "fsdp")}
-    auto = memory.changed_by(config, {"distributed.strategy": "auto"})
-    takes, chosen = memory.chosen(auto, gpus, size), memory.chosen(config, gpus, size)
+    memory = gib * GIB
+    plans = {strategy: estimate_memory(config, gpus, strategy, memory) for strategy in ("ddp", "fsdp")}
+    auto = chosen_strategy(with_options(config, {"distributed.strategy": "auto"}), gpus, memory)
+    chosen = chosen_strategy(config, gpus, memory)
     plan = plans[chosen]
-    budgets = {name: memory.largest_budget(config, one) for name, one in plans.items()}
-    advice = [] if plan.fits else memory.advise(config, gpus, size)
+    budgets = {strategy: largest_budget(config, plan) for strategy, plan in plans.items()}
+    advice = [] if plan.fits else advise(config, gpus, memory)
     console = Console()
     console.print(_title(config, gpus, gib), highlight=False, soft_wrap=True)
     console.print(_table(plans, budgets))
-    for line in _conclusion(config, plan, takes, advice):
+    for line in _conclusion(config, plan, auto, advice):
         console.print(line, highlight=False, soft_wrap=True)
     if out is not None:
-        numbers = _numbers(config, plans, budgets, chosen, takes, advice)
-        out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        result = _as_json(config, plans, budgets, chosen, auto, advice)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if plan.fits else 1
 
 
-def _number(own: dict[str, str], name: str) -> float:
-    try:
-        value = float(own[name])
-    except ValueError as error:
-        raise UserError(f"--{name}: '{own[name]}' is not a number") from error
-    if not 0 < value < float("inf"):
-        raise UserError(f"--{name}: expected a number above 0, got {own[name]}")
-    return value
-
-
 def _title(config: Config, gpus: int, gib: float) -> str:
-    from stepcredit.plan.memory import size_of
+    from stepcredit.plan.sizes import size_of
 
     billions = size_of(config.model, config.trust_remote_code).weights / 1e9
     count = f"{gpus} GPU" + ("s" if gpus > 1 else "")
@@ -115,9 +107,9 @@ def _table(plans: "dict[str, Plan]", budgets: dict[str, int]) -> Table:
 
     for when in (ALWAYS, SAMPLING, PASS, STEP):
         table.add_row(when, style="bold")
-        taken = [{part.name: part.bytes for part in plan.parts if part.when == when} for plan in plans.values()]
-        for name in dict.fromkeys(name for found in taken for name in found):
-            row(f"  {name}", [found.get(name) for found in taken])
+        parts = [{part.name: part.bytes for part in plan.parts if part.when == when} for plan in plans.values()]
+        for name in dict.fromkeys(name for named in parts for name in named):
+            row(f"  {name}", [named.get(name) for named in parts])
         if when != ALWAYS:
             row("  with what is there all the time", [plan.taken(when) for plan in plans.values()], "bold")
     table.add_row()
@@ -128,11 +120,11 @@ def _table(plans: "dict[str, Plan]", budgets: dict[str, int]) -> Table:
     return table
 
 
-def _conclusion(config: Config, plan: "Plan", takes: str, advice: "list[Advice]") -> list[str]:
+def _conclusion(config: Config, plan: "Plan", auto: str, advice: "list[Advice]") -> list[str]:
     from stepcredit.samplers.table import sampler_traits
 
     asked = config.distributed.strategy
-    lines = [f"auto takes {takes}" + ("" if asked in ("auto", takes) else f"; asked for is {asked}")]
+    lines = [f"auto takes {auto}" + ("" if asked in ("auto", auto) else f"; asked for is {asked}")]
     if plan.gpus == 1 and plan.strategy == "fsdp":
         lines.append("on one GPU shards need torchrun, with --nproc-per-node 1")
     if sampler_traits(config).elsewhere:
@@ -150,12 +142,12 @@ def _conclusion(config: Config, plan: "Plan", takes: str, advice: "list[Advice]"
     return [*lines, *(f"  {one.options}   ({one.plan.strategy}, {_gib(one.plan.peak)} GiB)" for one in advice)]
 
 
-def _numbers(
+def _as_json(
     config: Config,
     plans: "dict[str, Plan]",
     budgets: dict[str, int],
     chosen: str,
-    takes: str,
+    auto: str,
     advice: "list[Advice]",
 ) -> dict[str, Any]:
     plan = plans[chosen]
@@ -167,19 +159,19 @@ def _numbers(
         "usable": plan.usable,
         "measured": plan.measured,
         "strategy": chosen,
-        "auto": takes,
+        "auto": auto,
         "fits": plan.fits,
         "strategies": {
-            name: {
-                "fits": one.fits,
-                "peak": one.peak,
-                "tightest": one.tightest,
-                "micro_batch_tokens": one.tokens,
-                "largest_micro_batch_tokens": budgets[name],
-                "rows": one.rows,
-                "parts": [{"when": part.when, "name": part.name, "bytes": part.bytes} for part in one.parts],
+            strategy: {
+                "fits": other.fits,
+                "peak": other.peak,
+                "tightest": other.tightest,
+                "micro_batch_tokens": other.tokens,
+                "largest_micro_batch_tokens": budgets[strategy],
+                "rows": other.rows,
+                "parts": [{"when": part.when, "name": part.name, "bytes": part.bytes} for part in other.parts],
             }
-            for name, one in plans.items()
+            for strategy, other in plans.items()
         },
         "advice": [
             {"options": one.options, "gpus": one.plan.gpus, "strategy": one.plan.strategy, "peak": one.plan.peak}

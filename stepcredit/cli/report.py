@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcredit.cli.arguments import output_file, split
+from stepcredit.cli.arguments import output_file, read_number, split
 from stepcredit.display.runs import read_runs
 from stepcredit.errors import UserError
 
@@ -40,14 +40,14 @@ def main(words: Sequence[str]) -> int:
     assert out is not None
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out: '{out}' does not end in .html")
-    room = _number(given.get("max-mb", "10"))
+    max_mib = read_number({"max-mb": "10"} | given, "max-mb", above=0)
     runs = read_runs(places)
     from stepcredit.report.page import write_page
 
     console, started = Console(), time.monotonic()
     credits = [name.strip() for name in given.get("credits", "").split(",") if name.strip()]
     with console.status("reading") as status:
-        written = write_page(runs, Path(out), credits, room, lambda what: status.update(f"reading {what}"))
+        written = write_page(runs, Path(out), credits, max_mib, lambda what: status.update(f"reading {what}"))
     for run in runs:
         for remark in run.remarks:
             console.print(f"{run.name}: {remark}", markup=False, highlight=False, soft_wrap=True)
@@ -61,13 +61,3 @@ def main(words: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise UserError(f"--max-mb: '{text}' is not a number above 0")
-    return value

@@ -10,7 +10,7 @@ from stepcredit.cli.arguments import split
 from stepcredit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from stepcredit.display.rollouts import Group
+    from stepcredit.display.rollouts import SavedGroup
     from stepcredit.display.runs import Run
 
 HELP = """\
@@ -53,7 +53,8 @@ METRICS = (
     "group/kept",
     "prm/auc",
 )
-EXAMPLE_LINES = 6  # about, of a completion of the example
+COMPLETIONS, EXAMPLE_COMPLETIONS = 16, 4  # that are shown, of a problem that was asked for and of an example
+EXAMPLE_LINES = 6  # about, of a completion of an example
 
 
 def main(words: Sequence[str]) -> int:
@@ -61,36 +62,36 @@ def main(words: Sequence[str]) -> int:
         print(HELP)
         return 0
     path, given = _options(words)
-    iteration, most = _whole(given, "iteration"), _whole(given, "completions")
+    iteration, most = _whole_number(given, "iteration"), _whole_number(given, "completions")
     if most is not None and most < 1:
         raise UserError(f"--completions: {most} is less than 1")
+    from stepcredit.display.console import replace_unencodable
     from stepcredit.display.runs import read_runs
-    from stepcredit.display.terminal import forgive
 
     runs = read_runs([path])
     if len(runs) > 1:
         names = ", ".join(run.name for run in runs[:8]) + (" ..." if len(runs) > 8 else "")
         raise UserError(f"'{path}' holds {len(runs)} runs; give one of them ({names})")
     run, console = runs[0], Console(highlight=False)
-    forgive(console)
+    replace_unencodable(console)
     if iteration is not None and iteration not in run.files:
         raise UserError(_not_saved(run, iteration))
     if "metrics" in given:
         _check_metrics(run, given["metrics"].split(","))
-    looks = "problem" in given or iteration is not None
-    found, groups = _read(run, iteration)
-    if looks and not groups:
+    rollouts_only = "problem" in given or iteration is not None
+    saved, groups = _read(run, iteration)
+    if rollouts_only and not groups:
         raise UserError(f"{run.path}: nothing to look into: {'; '.join(run.remarks)}")
     chosen, column = _choose(groups, given.get("problem")), given.get("column", "")
-    column = _column(groups[chosen], column, f"{run.files[found]}") if chosen is not None else column
-    _heading(run, console)
-    if not looks or "metrics" in given:
-        _curves(run, console, given["metrics"].split(",") if "metrics" in given else None)
-        _health(run, console)
+    column = _column(groups[chosen], column, f"{run.files[saved]}") if chosen is not None else column
+    _print_heading(run, console)
+    if not rollouts_only or "metrics" in given:
+        _print_curves(run, console, given["metrics"].split(",") if "metrics" in given else None)
+        _print_health(run, console)
     if chosen is not None:
         if "problem" not in given:
-            _table(run, found, groups, console)
-        _group(groups, chosen, found, column, most, "problem" in given, console)
+            _print_problems(run, saved, groups, console)
+        _print_group(groups, chosen, saved, column, most, "problem" not in given, console)
     return 0
 
 
@@ -99,14 +100,14 @@ def main(words: Sequence[str]) -> int:
 
 def _options(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The run and the options."""
-    runs, found = split(words, OPTIONS, "show")
+    runs, given = split(words, OPTIONS, "show")
     if len(runs) != 1:
         what = f"one run at a time, found {', '.join(runs)}" if runs else "the folder of a run is missing"
         raise UserError(f"show: {what}; for example 'stepcredit show runs/grpo-1'")
-    return runs[0], found
+    return runs[0], given
 
 
-def _whole(given: dict[str, str], name: str) -> int | None:
+def _whole_number(given: dict[str, str], name: str) -> int | None:
     try:
         return int(given[name]) if name in given else None
     except ValueError:
@@ -115,8 +116,9 @@ def _whole(given: dict[str, str], name: str) -> int | None:
 
 def _not_saved(run: "Run", iteration: int) -> str:
     near = sorted(run.files, key=lambda saved: abs(saved - iteration))
-    saved = f"saved are {', '.join(map(str, near[:8]))}{' ...' if len(near) > 8 else ''}" if near else "none are"
-    return f"--iteration: rollouts of {iteration} are not saved in {run.path}; {saved} (--rollouts.every)"
+    more = " ..." if len(near) > 8 else ""
+    others = f"saved are {', '.join(map(str, near[:8]))}{more}" if near else "none are"
+    return f"--iteration: rollouts of {iteration} are not saved in {run.path}; {others} (--rollouts.every)"
 
 
 def _check_metrics(run: "Run", names: Sequence[str]) -> None:
@@ -127,16 +129,17 @@ def _check_metrics(run: "Run", names: Sequence[str]) -> None:
             raise UserError(f"--metrics: '{name}' is not in {run.path / 'metrics.jsonl'}; {hint}")
 
 
-def _read(run: "Run", iteration: int | None) -> tuple[int, list["Group"]]:
+def _read(run: "Run", iteration: int | None) -> tuple[int, list["SavedGroup"]]:
     """The groups of an iteration; without one, the last that can be read, and remarks on those that cannot."""
-    from stepcredit.display.pieces import pieces_of
     from stepcredit.display.rollouts import read_groups
+    from stepcredit.display.token_texts import token_texts_of
 
-    pieces = pieces_of(run) if run.files else None
+    if not run.files:
+        return 0, []
+    token_texts = token_texts_of(run)
     for saved in [iteration] if iteration is not None else sorted(run.files, reverse=True):
-        assert pieces is not None
         try:
-            groups = read_groups(run, saved, pieces)
+            groups = read_groups(run, saved, token_texts)
             if groups:
                 return saved, groups
             raise UserError(f"{run.files[saved]}: holds no rollouts")
@@ -147,20 +150,20 @@ def _read(run: "Run", iteration: int | None) -> tuple[int, list["Group"]]:
     return 0, []
 
 
-def _choose(groups: Sequence["Group"], problem: str | None) -> int | None:
-    """The group that is shown."""
-    from stepcredit.display.rollouts import choose
-    from stepcredit.display.terminal import telling
+def _choose(groups: Sequence["SavedGroup"], problem: str | None) -> int | None:
+    """The group that is shown: the one asked for, or an example."""
+    from stepcredit.display.example import example_group
+    from stepcredit.display.rollouts import find_group
 
     if not groups:
         return None
     if problem is None:
-        return telling(groups)
-    found = choose(groups, problem)
-    return next(place for place, group in enumerate(groups) if group is found)
+        return example_group(groups)
+    wanted = find_group(groups, problem)
+    return next(place for place, group in enumerate(groups) if group is wanted)
 
 
-def _column(group: "Group", column: str, where: str) -> str:
+def _column(group: "SavedGroup", column: str, where: str) -> str:
     """The column that tokens are shaded by: the one asked for, or the first."""
     from stepcredit.display.rollouts import COLUMNS
 
@@ -176,8 +179,8 @@ def _column(group: "Group", column: str, where: str) -> str:
 # ---------------------------------------------------------------------- what is shown
 
 
-def _heading(run: "Run", console: Console) -> None:
-    from stepcredit.display.terminal import one_line
+def _print_heading(run: "Run", console: Console) -> None:
+    from stepcredit.display.shading import one_line
 
     last = run.rows[-1] if run.rows else {}
     wanted, tokens = run.config.get("train.iterations"), last.get("tokens/total")
@@ -188,13 +191,13 @@ def _heading(run: "Run", console: Console) -> None:
         f"{tokens:,.0f} tokens" if isinstance(tokens, (int, float)) else "",
         _duration(last.get("seconds", 0.0)),
     ]
-    console.print(_said(f"{one_line(run.name)}  ", "bold", one_line(" · ".join(filter(None, facts)))))
+    console.print(_labelled(f"{one_line(run.name)}  ", "bold", one_line(" · ".join(filter(None, facts)))))
     for remark in run.remarks:
-        console.print(_said("remark: ", "bold yellow", one_line(remark)))
+        console.print(_labelled("remark: ", "bold yellow", one_line(remark)))
 
 
-def _said(name: str, style: str, text: str) -> Text:
-    return Text().append(name, style).append(text)
+def _labelled(label: str, style: str, text: str) -> Text:
+    return Text().append(label, style).append(text)
 
 
 def _duration(seconds: float) -> str:
@@ -205,58 +208,61 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h of training" if hours else f"{minutes}:{rest:02d} min of training"
 
 
-def _curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
-    from stepcredit.display.terminal import curves
+def _print_curves(run: "Run", console: Console, names: Sequence[str] | None) -> None:
+    from stepcredit.display.curves import curves
 
-    found = {name: run.column(name) for name in names or METRICS}
-    found = {name: column for name, column in found.items() if column[1]}
-    if found:
+    columns = {name: run.column(name) for name in names or METRICS}
+    columns = {name: (places, values) for name, (places, values) in columns.items() if values}
+    if columns:
         console.print()
-        console.print(curves(found, console.width))
+        console.print(curves(columns, console.width))
 
 
-def _health(run: "Run", console: Console) -> None:
-    """What the alarms of training have said, with the iterations at which they did."""
-    from stepcredit.display.terminal import names
+def _print_health(run: "Run", console: Console) -> None:
+    """The warnings that training gave, with their iterations."""
+    from stepcredit.display.numbers import abbreviated
     from stepcredit.run.health import replay
 
-    found = replay(run.rows)
-    if not found.iterations:
+    health = replay(run.rows)
+    if not health.iterations:
         return
     console.print()
-    if found.verdict:
-        console.print(_said("warning: ", "bold yellow", found.verdict))
+    if health.verdict:
+        console.print(_labelled("warning: ", "bold yellow", health.verdict))
         return
     warned: dict[str, list[int]] = {}
-    for iteration, name, _ in found.warnings:
+    for iteration, name, _ in health.warnings:
         warned.setdefault(name, []).append(iteration)
-    remarks = [f"{name} (iteration {names(at, 6)})" for name, at in warned.items()]
-    if found.idle:
-        remarks.append(f"{found.idle} of {found.iterations} iterations had no group with two different rewards")
+    remarks = [f"{name} (iteration {abbreviated(iterations, 6)})" for name, iterations in warned.items()]
+    if health.idle:
+        remarks.append(f"{health.idle} of {health.iterations} iterations had no group with two different rewards")
     style = "bold yellow" if warned else "bold green"
-    console.print(_said("health: ", style, "; ".join(remarks) or "nothing to remark"))
+    console.print(_labelled("health: ", style, "; ".join(remarks) or "nothing to remark"))
 
 
-def _table(run: "Run", iteration: int, groups: Sequence["Group"], console: Console) -> None:
-    from stepcredit.display.terminal import names, problems
+def _print_problems(run: "Run", iteration: int, groups: Sequence["SavedGroup"], console: Console) -> None:
+    from stepcredit.display.groups import problems_table
+    from stepcredit.display.numbers import abbreviated
 
     console.print()
-    console.print(_said("saved rollouts: ", "bold", f"iterations {names(run.files)}"))
+    console.print(_labelled("saved rollouts: ", "bold", f"iterations {abbreviated(run.files)}"))
     console.print(Text(f"the {len(groups)} problems of iteration {iteration}", "dim"))
-    console.print(problems(groups))
+    console.print(problems_table(groups))
 
 
-def _group(
-    groups: Sequence["Group"],
+def _print_group(
+    groups: Sequence["SavedGroup"],
     chosen: int,
     iteration: int,
     column: str,
     most: int | None,
-    whole: bool,
+    is_example: bool,
     console: Console,
 ) -> None:
+    from stepcredit.display.console import is_plain
+    from stepcredit.display.groups import group_view, is_branching, shading_of
     from stepcredit.display.rollouts import COLUMNS
-    from stepcredit.display.terminal import group_view, is_branching, is_plain, one_line, shading_of
+    from stepcredit.display.shading import one_line
 
     group = groups[chosen]
     shading = shading_of(group, column, COLUMNS.get(column, column), is_plain(console))
@@ -267,5 +273,6 @@ def _group(
         style="dim",
     )
     if most is None:
-        most = 16 if whole or is_branching(group) else 4
-    console.print(group_view(group, column, shading, most, console.width, None if whole else EXAMPLE_LINES))
+        most = EXAMPLE_COMPLETIONS if is_example and not is_branching(group) else COMPLETIONS
+    lines = EXAMPLE_LINES if is_example else None
+    console.print(group_view(group, column, shading, most, console.width, lines))

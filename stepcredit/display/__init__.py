@@ -1,1 +1,1 @@
-"""Runs, rollouts and tokens as people look at them, in a terminal."""
+"""Runs, rollouts and tokens as people look at them, in a terminal; what the page of `report` shares with it."""

@@ -1,4 +1,4 @@
-"""Saved rollouts as they are looked at: texts of tokens, the numbers behind them, where steps and wrong lines are."""
+"""Saved rollouts, read for display: texts of tokens, their numbers, where steps and first wrong lines are."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepcredit.display.pieces import Pieces, visible
 from stepcredit.display.runs import Run
+from stepcredit.display.token_texts import TokenTexts, visible
 from stepcredit.errors import UserError
 from stepcredit.forest.records import read_records
 from stepcredit.forest.types import Tree
 
-COLUMNS = {  # of a token: what it is called, in the order of the switch
+COLUMNS = {  # numbers of tokens: column to title, in the order in which they are offered
     "advantages": "advantage",
     "process": "process part",
     "logprobs": "log-probability",
@@ -25,24 +25,24 @@ COLUMNS = {  # of a token: what it is called, in the order of the switch
 
 
 @dataclass(frozen=True)
-class Group:
-    """The completions of one problem; every list has an entry for each segment of the tree.
+class SavedGroup:
+    """The saved completions of one problem; every list has an entry for each segment of the tree.
 
     Attributes:
-        tree: what the record holds, without credit; for scoring it anew.
+        tree: what the record holds, without credit; to compute other credit on.
         question: of the problem, as text.
-        pieces: texts of the tokens.
+        texts: of the tokens.
         columns: by the names of `COLUMNS`, numbers of the tokens; None for segments that have none (pruned ones).
-        values: what the credit took segments to be worth, where it says so.
-        pruned: left out of the loss by the credit.
-        steps: tokens with which a step begins, within the segment.
-        wrong: first and last (exclusive) token of what lies of the first wrong line within the segment, where lines
-            can be checked.
+        values: values of the segments, where the credit function has any.
+        pruned: left out of the loss by the credit function.
+        steps: tokens with which a step begins, counted within the segment.
+        wrong: first and last (exclusive) token of the part of the first wrong line that lies within the segment, where
+            lines can be checked.
     """
 
     tree: Tree
     question: str
-    pieces: list[list[str]]
+    texts: list[list[str]]
     columns: dict[str, list[list[float] | None]]
     values: list[float | None]
     pruned: list[bool]
@@ -57,29 +57,29 @@ class Group:
 
     def path(self, segment: int) -> list[int]:
         """Segments from the prompt down to this one."""
-        found = []
+        path = []
         while segment >= 0:
-            found.append(segment)
+            path.append(segment)
             segment = self.tree.segments[segment].parent
-        return found[::-1]
+        return path[::-1]
 
     @property
     def rewards(self) -> list[float]:
         """Of the judged completions."""
-        found = [self.tree.segments[leaf].reward for leaf in self.leaves]
-        return [reward for reward in found if reward is not None]
+        rewards = [self.tree.segments[leaf].reward for leaf in self.leaves]
+        return [reward for reward in rewards if reward is not None]
 
 
-def read_groups(run: Run, iteration: int, pieces: Pieces) -> list[Group]:
+def read_groups(run: Run, iteration: int, token_texts: TokenTexts) -> list[SavedGroup]:
     """The groups that the run saved in an iteration.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    return groups_of(run.files[iteration], pieces, embedded=run.config.get("task.data") == "embedded")
+    return read_groups_of_file(run.files[iteration], token_texts, run.config.get("task.data") == "embedded")
 
 
-def groups_of(path: Path, pieces: Pieces, embedded: bool = False) -> list[Group]:
+def read_groups_of_file(path: Path, token_texts: TokenTexts, embedded: bool = False) -> list[SavedGroup]:
     """The groups of a record file.
 
     Args:
@@ -89,33 +89,40 @@ def groups_of(path: Path, pieces: Pieces, embedded: bool = False) -> list[Group]
         UserError: naming the file and what is wrong with it.
     """
     records = list(read_records(str(path)))
-    pieces.learn(token for _, tree in records for segment in tree.segments for token in segment.token_ids)
-    return [_group(record, tree, pieces, embedded, f"{path}: tree '{tree.problem.id}'") for record, tree in records]
+    token_texts.load(token for _, tree in records for segment in tree.segments for token in segment.token_ids)
+    return [
+        _group(record, tree, token_texts, embedded, f"{path}: tree '{tree.problem.id}'") for record, tree in records
+    ]
 
 
-def _group(record: dict[str, Any], tree: Tree, pieces: Pieces, embedded: bool, where: str) -> Group:
-    texts = [pieces.of(segment.token_ids) for segment in tree.segments]
-    saved = record["segments"]
-    for name in ("advantages", "process", "weights"):
-        for number, (segment, text) in enumerate(zip(saved, texts, strict=True)):
-            values = segment.get(name)
-            if values is not None and not (isinstance(values, list) and len(values) == len(text)):
-                raise UserError(f"{where}, segment {number}: {name} has not one number for each of {len(text)} tokens")
-    columns = {name: [_column(segment, name) for segment in saved] for name in COLUMNS}
-    group = Group(
+def _group(record: dict[str, Any], tree: Tree, token_texts: TokenTexts, embedded: bool, where: str) -> SavedGroup:
+    texts = [token_texts.of(segment.token_ids) for segment in tree.segments]
+    segments = record["segments"]
+    _check_lengths(segments, texts, where)
+    columns = {name: [_column(segment, name) for segment in segments] for name in COLUMNS}
+    group = SavedGroup(
         tree=tree,
-        question=visible(_question(tree.problem.question)),
-        pieces=texts,
+        question=visible(_question_text(tree.problem.question)),
+        texts=texts,
         columns={name: rows for name, rows in columns.items() if any(row is not None for row in rows)},
-        values=[segment.get("value") for segment in saved],
-        pruned=[bool(segment.get("pruned")) for segment in saved],
-        steps=[],
+        values=[segment.get("value") for segment in segments],
+        pruned=[bool(segment.get("pruned")) for segment in segments],
+        steps=list(_step_starts(tree, texts, "." if embedded else "\n")),
         wrong=[None] * len(texts),
     )
-    group.steps.extend(_steps(group, "." if embedded else "\n"))
     if embedded:
-        _mark_wrong(group)
+        _mark_first_wrong_lines(group)
     return group
+
+
+def _check_lengths(segments: Sequence[dict[str, Any]], texts: Sequence[list[str]], where: str) -> None:
+    for name in ("advantages", "process", "weights"):
+        for number, (segment, tokens) in enumerate(zip(segments, texts, strict=True)):
+            values = segment.get(name)
+            if values is not None and not (isinstance(values, list) and len(values) == len(tokens)):
+                raise UserError(
+                    f"{where}, segment {number}: {name} has not one number for each of {len(tokens)} tokens"
+                )
 
 
 def _column(segment: dict[str, Any], name: str) -> list[float] | None:
@@ -124,41 +131,42 @@ def _column(segment: dict[str, Any], name: str) -> list[float] | None:
     if name in ("log_ratio", "prm_log_ratio"):
         first = segment.get("old_logprobs" if name == "log_ratio" else "prm_logprobs")
         reference = segment.get("ref_logprobs")
-        return [one - ref for one, ref in zip(first, reference, strict=True)] if first and reference else None
+        if not first or not reference:
+            return None
+        return [logprob - other for logprob, other in zip(first, reference, strict=True)]
     return segment.get(name)
 
 
-def _question(question: str | list[dict[str, str]]) -> str:
+def _question_text(question: str | list[dict[str, str]]) -> str:
     if isinstance(question, str):
         return question
-    said = (message if isinstance(message, dict) else {"content": message} for message in question)
-    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in said)
+    messages = (message if isinstance(message, dict) else {"content": message} for message in question)
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in messages)
 
 
-def _steps(group: Group, delimiter: str) -> Iterator[list[int]]:
-    """Where steps begin: behind a delimiter; a segment that has a sibling is a step of its own."""
-    parents = [segment.parent for segment in group.tree.segments]
+def _step_starts(tree: Tree, texts: Sequence[list[str]], delimiter: str) -> Iterator[list[int]]:
+    """Where steps begin: after a delimiter; a segment that has a sibling is a step of its own."""
+    parents = [segment.parent for segment in tree.segments]
     children = Counter(parents)
-    ends: dict[int, bool] = {-1: True}  # whether a step ends with the segment
-    for number, texts in enumerate(group.pieces):
-        closed = ends[parents[number]] or children[parents[number]] > 1
+    step_is_over: dict[int, bool] = {-1: True}  # at the end of each segment
+    for number, tokens in enumerate(texts):
+        is_over = step_is_over[parents[number]] or children[parents[number]] > 1
         starts = []
-        for place, text in enumerate(texts):
-            if closed:
+        for place, text in enumerate(tokens):
+            if is_over:
                 starts.append(place)
-            closed = delimiter in text
-        ends[number] = closed
+            is_over = delimiter in text
+        step_is_over[number] = is_over
         yield starts
 
 
-def _mark_wrong(group: Group) -> None:
-    """Find the first wrong line of every completion; completions whose lines do not have their form are left out."""
+def _mark_first_wrong_lines(group: SavedGroup) -> None:
+    """Find the first wrong line of every completion; those whose text has not the form of the task are left out."""
     from stepcredit.demo.chain import check_lines
 
     for leaf in group.leaves:
-        path = group.path(leaf)
-        tokens = [(segment, place) for segment in path for place in range(len(group.pieces[segment]))]
-        texts = [group.pieces[segment][place] for segment, place in tokens]
+        tokens = [(segment, place) for segment in group.path(leaf) for place in range(len(group.texts[segment]))]
+        texts = [group.texts[segment][place] for segment, place in tokens]
         ends = [place + 1 for place, text in enumerate(texts) if text.strip() == "."]
         lines = [(start, end) for start, end in zip([0, *ends], [*ends, len(texts)], strict=True) if end > start]
         try:
@@ -168,16 +176,17 @@ def _mark_wrong(group: Group) -> None:
         wrong = next((number for number, check in enumerate(checks) if not check.ok), None)
         if wrong is None or len(lines) != len(checks):
             continue
-        for segment, place in tokens[slice(*lines[wrong])]:
+        start, end = lines[wrong]
+        for segment, place in tokens[start:end]:
             first, last = group.wrong[segment] or (place, place)
             group.wrong[segment] = min(first, place), max(last, place + 1)
 
 
-def choose(groups: Sequence[Group], problem: str) -> Group:
+def find_group(groups: Sequence[SavedGroup], problem: str) -> SavedGroup:
     """The group of a problem, by its id or its number from 1 on.
 
     Raises:
-        UserError: there is none; the ids that there are.
+        UserError: there is none; the message names some ids.
     """
     for group in groups:
         if group.tree.problem.id == problem:

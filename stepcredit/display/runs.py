@@ -1,6 +1,6 @@
-"""Run folders as they are found: whole, still running, killed, damaged or of an older version.
+"""Run folders in any state: whole, still running, killed, damaged or of an older version.
 
-What can be read is read; what cannot is told in `Run.remarks`.
+What can be read is read; `Run.remarks` says what cannot.
 """
 
 import json
@@ -15,7 +15,8 @@ import yaml
 from stepcredit.errors import UserError
 
 SEED = "train.seed"
-ASIDE = ("run_dir", SEED, "rollouts.", "track.", "checkpoint.", "distributed.")  # do not make another method
+# Runs that differ in nothing but these options are of one method.
+NOT_METHOD = ("run_dir", SEED, "rollouts.", "track.", "checkpoint.", "distributed.")
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,8 @@ class Run:
         Args:
             against: `iteration`, `tokens/total` or `seconds`.
         """
-        found = [
-            (row[against], row[metric])
-            for row in self.rows
-            if _is_number(row.get(metric)) and _is_number(row.get(against))
-        ]
-        return [place for place, _ in found], [value for _, value in found]
+        rows = [row for row in self.rows if _is_number(row.get(metric)) and _is_number(row.get(against))]
+        return [row[against] for row in rows], [row[metric] for row in rows]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -68,14 +65,15 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     for given in paths:
         path = Path(given)
         if not path.exists():
-            raise UserError(f"'{given}': no such run folder{_near(path)}")
+            raise UserError(f"'{given}': no such run folder{_runs_beside(path)}")
         if not path.is_dir():
             raise UserError(f"'{given}' is a file; give the folder of a run, such as runs/grpo-1")
-        inside = [path] if _is_run(path) else sorted(each for each in path.iterdir() if each.is_dir() and _is_run(each))
+        inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
         if not inside:
             what = "is empty" if not any(path.iterdir()) else "holds no run (config.yaml, metrics.jsonl or rollouts/)"
             raise UserError(f"'{given}' {what}; a run that has only just started writes its files within seconds")
-        folders += [folder for folder in inside if folder.resolve() not in {each.resolve() for each in folders}]
+        known = {folder.resolve() for folder in folders}
+        folders += [folder for folder in inside if folder.resolve() not in known]
     return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
@@ -108,14 +106,14 @@ def methods(runs: Sequence[Run]) -> list[Method]:
     """The runs by method, in the order in which they were given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(essence(run), sort_keys=True) if run.config else run.name, []).append(run)
-    found = list(groups.values())
-    return [Method(label, tuple(group)) for label, group in zip(_labels(found), found, strict=True)]
+        groups.setdefault(json.dumps(method_options(run), sort_keys=True) if run.config else run.name, []).append(run)
+    labels = _labels(list(groups.values()))
+    return [Method(label, tuple(group)) for label, group in zip(labels, groups.values(), strict=True)]
 
 
-def essence(run: Run) -> dict[str, Any]:
-    """The options that make the method."""
-    return {name: value for name, value in run.config.items() if not name.startswith(ASIDE)}
+def method_options(run: Run) -> dict[str, Any]:
+    """The options that make the run's method, with their values."""
+    return {name: value for name, value in run.config.items() if not name.startswith(NOT_METHOD)}
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -130,8 +128,8 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     for group in groups:
         first = group[0]
         peers = [other[0] for other in groups if other[0].algorithm == first.algorithm]
-        apart = [name for name in differences(peers) if not name.startswith(ASIDE)] if len(peers) > 1 else []
-        shown = [f"{name} {_short(first.config.get(name))}" for name in apart[:3]]
+        options = [name for name in differences(peers) if not name.startswith(NOT_METHOD)]
+        shown = [f"{name} {_short(first.config.get(name))}" for name in options[:3]]
         labels.append(" · ".join([first.algorithm, *shown]) if first.config else first.name)
     return [
         label if labels.count(label) == 1 else f"{label} ({group[0].name})"
@@ -143,7 +141,7 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "rollouts"))
+    return path.is_dir() and any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "rollouts"))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -155,13 +153,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(part[-length:]) for part in parts]
 
 
-def _near(path: Path) -> str:
-    """What is there instead."""
+def _runs_beside(path: Path) -> str:
+    """The run folders that there are instead, as the end of a message."""
     try:
-        found = sorted(each.name for each in path.parent.iterdir() if each.is_dir() and _is_run(each))
+        names = sorted(child.name for child in path.parent.iterdir() if _is_run(child))
     except OSError:
         return ""
-    return f"; '{path.parent}' has {', '.join(found[:8])}" + (" ..." if len(found) > 8 else "") if found else ""
+    more = " ..." if len(names) > 8 else ""
+    return f"; '{path.parent}' has {', '.join(names[:8])}{more}" if names else ""
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:
@@ -175,12 +174,12 @@ def _config(path: Path, remarks: list[str]) -> dict[str, Any]:
     return dict(_flat(loaded))
 
 
-def _flat(value: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from _flat(inner, f"{before}{name}.")
+def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{before}{name}", inner
+            yield f"{prefix}{name}", value
 
 
 def _rows(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
@@ -209,12 +208,12 @@ def _rows(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _rollouts(folder: Path) -> dict[int, Path]:
-    found = {}
+    files = {}
     for path in sorted(folder.glob("*.jsonl*")):
         number = path.name.split(".")[0]
         if number.isdigit():
-            found[int(number)] = path
-    return found
+            files[int(number)] = path
+    return files
 
 
 def _versions(path: Path) -> dict[str, str]:

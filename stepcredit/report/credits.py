@@ -11,7 +11,7 @@ from stepcredit.config import CreditConfig, resolve
 from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.credit import CREDIT, needs_of
 from stepcredit.credit.choose import build_credit
-from stepcredit.display.rollouts import Group
+from stepcredit.display.rollouts import SavedGroup
 from stepcredit.display.runs import Run
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -19,25 +19,25 @@ from stepcredit.forest.types import Segment, Tree
 
 
 @dataclass(frozen=True)
-class Blame:
-    """Whether a credit function tells where a completion goes wrong, over wrong completions whose lines are checked.
+class FirstErrorDetection:
+    """Whether credit tells where a completion goes wrong, over the wrong completions whose lines can be checked.
 
     Attributes:
         count: such completions.
-        silent: share of them in which all lines get the same: outcome credit says nothing about lines.
-        found: share of the others whose lowest line is the first wrong one, equally low lines sharing the hit; None
-            where there are none.
-        chance: what a line taken at random would give for those.
+        uniform: share of them in which all lines get the same credit, as of outcome credit.
+        accuracy: share of the others whose line with the lowest credit is the first wrong one, equally low lines
+            sharing the hit; None where there are no others.
+        chance: the accuracy of a line taken at random; None where there are no others.
     """
 
     count: int
-    silent: float
-    found: float | None
+    uniform: float
+    accuracy: float | None
     chance: float | None
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CreditComparison:
     """
     Attributes:
         own: the run's credit function.
@@ -45,7 +45,7 @@ class Comparison:
         correlation: Pearson's, over the tokens that are trained on, rows and columns in the order of `scores`; None
             where one of the two is constant.
         spread: standard deviation over those tokens.
-        blame: by credit function, of the embedded task.
+        first_error: by credit function, of the embedded task.
         missing: credit functions that do not fit these rollouts, and why.
     """
 
@@ -53,11 +53,11 @@ class Comparison:
     scores: dict[str, Tensor]
     correlation: list[list[float | None]]
     spread: dict[str, float]
-    blame: dict[str, Blame] = field(default_factory=dict)
+    first_error: dict[str, FirstErrorDetection] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def compare_credits(run: Run, groups: Sequence[Group], names: Sequence[str] = ()) -> Comparison:
+def compare_credits(run: Run, groups: Sequence[SavedGroup], names: Sequence[str] = ()) -> CreditComparison:
     """Give the groups the credit of several functions: the run's with its options, the others with their defaults.
 
     Functions for flat forests see each completion of a tree as one of a group; a token that several completions share
@@ -83,13 +83,16 @@ def compare_credits(run: Run, groups: Sequence[Group], names: Sequence[str] = ()
     active = (
         forest.judged[forest.token["segment"]] & forest.token_sampled & forest.segment["mask"][forest.token["segment"]]
     )
-    kept = [score[active].double() for score in scores.values()]
-    return Comparison(
+    active_scores = [score[active].double() for score in scores.values()]
+    return CreditComparison(
         own,
         scores,
-        [[_correlation(first, second) for second in kept] for first in kept],
-        {name: float(score.std()) if len(score) > 1 else 0.0 for name, score in zip(scores, kept, strict=True)},
-        {name: _blame(groups, score) for name, score in scores.items()},
+        [[_correlation(first, second) for second in active_scores] for first in active_scores],
+        {
+            name: float(score.std()) if len(score) > 1 else 0.0
+            for name, score in zip(scores, active_scores, strict=True)
+        },
+        {name: _first_error_detection(groups, score) for name, score in scores.items()},
         missing,
     )
 
@@ -122,13 +125,13 @@ def unfold(forest: Forest) -> tuple[Forest, Tensor]:
     source: list[int] = []
     starts = iter(forest.segment["start"].tolist())
     for tree in forest.to_trees():
-        first = [next(starts) for _ in tree.segments]
+        first = [next(starts) for _ in tree.segments]  # rows of the first tokens
         parents = {segment.parent for segment in tree.segments}
         copies: list[Segment] = []
         for leaf in (number for number in range(len(tree.segments)) if number not in parents):
             path = [leaf]
-            while (up := tree.segments[path[-1]].parent) >= 0:
-                path.append(up)
+            while (parent := tree.segments[path[-1]].parent) >= 0:
+                path.append(parent)
             for number in reversed(path):
                 segment = tree.segments[number]
                 parent = len(copies) - 1 if number != path[-1] else -1
@@ -144,12 +147,12 @@ def _correlation(first: Tensor, second: Tensor) -> float | None:
     return float(first @ second) / size if size > 1e-12 else None
 
 
-def _blame(groups: Sequence[Group], score: Tensor) -> Blame:
+def _first_error_detection(groups: Sequence[SavedGroup], score: Tensor) -> FirstErrorDetection:
     hits: list[float] = []
     chances: list[float] = []
-    silent = start = 0
+    uniform = start = 0
     for group in groups:
-        sizes = [len(pieces) for pieces in group.pieces]
+        sizes = [len(texts) for texts in group.texts]
         first = [start + sum(sizes[:number]) for number in range(len(sizes))]
         start += sum(sizes)
         for leaf in group.leaves:
@@ -157,30 +160,34 @@ def _blame(groups: Sequence[Group], score: Tensor) -> Blame:
             reward = group.tree.segments[leaf].reward
             if reward is None or reward >= 1 or not any(group.wrong[segment] for segment in path):
                 continue
-            means, wrong = _lines(group, path, first, score)
+            means, wrong = _step_means(group, path, first, score)
             rounding = 1e-5 * max(1.0, max(map(abs, means)))
             lowest = [number for number, mean in enumerate(means) if mean <= min(means) + rounding]
             if len(lowest) == len(means):
-                silent += 1
+                uniform += 1
                 continue
             hits.append((wrong in lowest) / len(lowest))
             chances.append(1 / len(means))
-    count = len(hits) + silent
-    share = silent / count if count else 0.0
-    return Blame(count, share, *((sum(each) / len(each) if each else None) for each in (hits, chances)))
+    count = len(hits) + uniform
+    if not hits:
+        return FirstErrorDetection(count, 1.0 if count else 0.0, None, None)
+    return FirstErrorDetection(count, uniform / count, sum(hits) / len(hits), sum(chances) / len(chances))
 
 
-def _lines(group: Group, path: Sequence[int], first: Sequence[int], score: Tensor) -> tuple[list[float], int]:
-    """The mean credit of each step of a completion, and the number of the one in which the first wrong line begins."""
-    lines: list[list[int]] = []
-    wrong = 0
-    found = False
+def _step_means(group: SavedGroup, path: Sequence[int], first: Sequence[int], score: Tensor) -> tuple[list[float], int]:
+    """The mean credit of each step of a completion, and the number of the one in which the first wrong line begins.
+
+    Args:
+        first: of each segment of the group the row of its first token in `score`.
+    """
+    steps: list[list[int]] = []  # rows of their tokens
+    wrong: int | None = None
     for segment in path:
         span = group.wrong[segment]
-        for place in range(len(group.pieces[segment])):
-            if place in group.steps[segment] or not lines:
-                lines.append([])
-            lines[-1].append(first[segment] + place)
-            if span and not found and place == span[0]:
-                wrong, found = len(lines) - 1, True
-    return [float(score[rows].mean()) for rows in lines], wrong
+        for place in range(len(group.texts[segment])):
+            if place in group.steps[segment] or not steps:
+                steps.append([])
+            steps[-1].append(first[segment] + place)
+            if span and wrong is None and place == span[0]:
+                wrong = len(steps) - 1
+    return [float(score[rows].mean()) for rows in steps], wrong or 0

@@ -17,11 +17,11 @@ from typing import Any
 import numpy
 
 from stepcredit import __version__
-from stepcredit.display.pieces import pieces_of, visible
-from stepcredit.display.rollouts import COLUMNS, Group, read_groups
+from stepcredit.display.rollouts import COLUMNS, SavedGroup, read_groups
 from stepcredit.display.runs import Method, Run, differences, methods
+from stepcredit.display.token_texts import token_texts_of, visible
 from stepcredit.errors import UserError
-from stepcredit.report.credits import Comparison, compare_credits
+from stepcredit.report.credits import CreditComparison, compare_credits
 from stepcredit.run.health import replay
 
 SCRIPTS = ("chunk.js", "dom.js", "curves.js", "rollouts.js", "trees.js", "credits.js", "setup.js", "app.js")
@@ -68,8 +68,8 @@ PHASES = ("time/sample", "time/judge", "time/gather", "time/observe", "time/lear
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of it: size in bytes, and what does not stand in the page."""
+class WrittenPage:
+    """The size of the file in bytes, and what was left out of the page."""
 
     size: int
     remarks: list[str]
@@ -81,7 +81,7 @@ def write_page(
     credits: Sequence[str] = (),
     max_mib: float = 10.0,
     on_progress: Callable[[str], None] = lambda what: None,
-) -> Written:
+) -> WrittenPage:
     """Write the report of these runs.
 
     Args:
@@ -96,22 +96,22 @@ def write_page(
     chunks: list[str] = []
     index = _index(methods(runs), runs)
     entries = dict(zip((run.name for run in runs), index["runs"], strict=True))
-    left = max_mib * MIB
-    texts = {run.name: pieces_of(run) for run in runs if run.files}
+    room = max_mib * MIB
+    token_texts = {run.name: token_texts_of(run) for run in runs if run.files}
     for run, iteration in _order(runs):
         on_progress(f"{run.name}, iteration {iteration}")
         entry = entries[run.name]
         try:
-            groups = read_groups(run, iteration, texts[run.name])
+            groups = read_groups(run, iteration, token_texts[run.name])
         except UserError as error:
             entry["remarks"].append(f"left out: {error}")
             continue
-        saved, chunk = _fit(run, groups, credits, left)
+        count, chunk = _fit(run, groups, credits, room)
         if chunk is None:
             entry["left_out"] += 1
             continue
-        left -= len(chunk)
-        entry["rollouts"].append({"iteration": iteration, "chunk": len(chunks), "groups": saved, "of": len(groups)})
+        room -= len(chunk)
+        entry["rollouts"].append({"iteration": iteration, "chunk": len(chunks), "groups": count, "of": len(groups)})
         chunks.append(chunk)
     for entry in index["runs"]:
         entry["rollouts"].sort(key=lambda saved: saved["iteration"])
@@ -128,10 +128,10 @@ def write_page(
         chunks=chunks,
         plotly=_packed(plotly.encode()),
     )
-    beside = out.with_name(f".part-{out.name}")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(out)
-    return Written(out.stat().st_size, remarks)
+    partial = out.with_name(f".part-{out.name}")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    return WrittenPage(out.stat().st_size, remarks)
 
 
 def _libraries() -> tuple[str, Any]:
@@ -154,8 +154,8 @@ def _packed(data: bytes) -> str:
 # ---------------------------------------------------------------------- the index
 
 
-def _index(found: Sequence[Method], runs: Sequence[Run]) -> dict[str, Any]:
-    number = {run.name: place for place, method in enumerate(found) for run in method.runs}
+def _index(all_methods: Sequence[Method], runs: Sequence[Run]) -> dict[str, Any]:
+    number = {run.name: place for place, method in enumerate(all_methods) for run in method.runs}
     return {
         "version": __version__,
         "columns": COLUMNS,
@@ -165,7 +165,7 @@ def _index(found: Sequence[Method], runs: Sequence[Run]) -> dict[str, Any]:
             for metric, (title, unit) in panels.items()
         ],
         "phases": PHASES,
-        "methods": [visible(method.label) for method in found],
+        "methods": [visible(method.label) for method in all_methods],
         "differences": differences(runs) if len(runs) > 1 else [],
         "runs": [_entry(run, number[run.name]) for run in runs],
     }
@@ -191,10 +191,9 @@ def _entry(run: Run, method: int) -> dict[str, Any]:
 
 def health_of(run: Run) -> list[str]:
     """The warnings that the run gave, with their iterations."""
-    found = replay(run.rows)
-    return [f"iteration {iteration}: {text}" for iteration, _, text in found.warnings] + [found.verdict] * bool(
-        found.verdict
-    )
+    health = replay(run.rows)
+    warnings = [f"iteration {iteration}: {text}" for iteration, _, text in health.warnings]
+    return [*warnings, health.verdict] if health.verdict else warnings
 
 
 def _number(value: Any) -> float | None:
@@ -211,7 +210,7 @@ def _text(value: Any) -> str:
 
 
 def _order(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    """Saved iterations, the most telling first: last, first, then ever finer between them; all runs in turn."""
+    """Saved iterations, last and first, then ever finer between them; one of each run in turn."""
     queues = [(run, _spread(sorted(run.files))) for run in runs]
     for turn in range(max((len(queue) for _, queue in queues), default=0)):
         yield from ((run, queue[turn]) for run, queue in queues if turn < len(queue))
@@ -234,7 +233,7 @@ def _spread(items: Sequence[int]) -> list[int]:
     return order
 
 
-def _fit(run: Run, groups: list[Group], credits: Sequence[str], room: float) -> tuple[int, str | None]:
+def _fit(run: Run, groups: list[SavedGroup], credits: Sequence[str], room: float) -> tuple[int, str | None]:
     """The chunk of as many of these groups as there is room for, half as many at each attempt."""
     count = len(groups)
     while count:
@@ -245,19 +244,20 @@ def _fit(run: Run, groups: list[Group], credits: Sequence[str], room: float) -> 
     return 0, None
 
 
-def chunk_of(groups: Sequence[Group], comparison: Comparison) -> bytes:
+def chunk_of(groups: Sequence[SavedGroup], comparison: CreditComparison) -> bytes:
     """Groups as bytes: the length of a JSON header, the header, then columns of tokens.
 
-    Columns are fp32 (the text of a token: its number in the header's `pieces`, uint32), and of each all lowest bytes
+    Columns are fp32 (the text of a token: its number in the header's `texts`, uint32), and of each all lowest bytes
     come first, then all second ones, and so on, which compresses better. A token that has no number has NaN.
     """
-    pieces: dict[str, int] = {}
-    numbers = [pieces.setdefault(text, len(pieces)) for group in groups for texts in group.pieces for text in texts]
+    vocabulary: dict[str, int] = {}
+    texts = [text for group in groups for segment in group.texts for text in segment]
+    numbers = [vocabulary.setdefault(text, len(vocabulary)) for text in texts]
     names = [name for name in COLUMNS if any(name in group.columns for group in groups)]
     columns = [_column(groups, name) for name in names]
     columns += [score.numpy().astype("<f4") for score in comparison.scores.values()]
     header = {
-        "pieces": list(pieces),
+        "texts": list(vocabulary),
         "tokens": len(numbers),
         "columns": [*names, *(f"credit:{name}" for name in comparison.scores)],
         "groups": [_group(group) for group in groups],
@@ -265,27 +265,28 @@ def chunk_of(groups: Sequence[Group], comparison: Comparison) -> bytes:
         "credits": list(comparison.scores),
         "correlation": [[_number(value) for value in row] for row in comparison.correlation],
         "spread": {name: _number(value) for name, value in comparison.spread.items()},
-        "blame": {
-            name: {key: _number(value) for key, value in vars(each).items()} for name, each in comparison.blame.items()
+        "first_error": {
+            name: {key: _number(value) for key, value in vars(detection).items()}
+            for name, detection in comparison.first_error.items()
         },
         "missing": {name: visible(why) for name, why in comparison.missing.items()},
     }
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
+    encoded = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
     arrays = [numpy.array(numbers, dtype="<u4"), *columns]
     planes = [array.view(numpy.uint8).reshape(-1, 4).T.tobytes() for array in arrays]
-    return b"".join([struct.pack("<I", len(text)), text, *planes])
+    return b"".join([struct.pack("<I", len(encoded)), encoded, *planes])
 
 
-def _column(groups: Sequence[Group], name: str) -> numpy.ndarray:
+def _column(groups: Sequence[SavedGroup], name: str) -> numpy.ndarray:
     values: list[float] = []
     for group in groups:
-        rows = group.columns.get(name, [None] * len(group.pieces))
-        for texts, row in zip(group.pieces, rows, strict=True):
+        rows = group.columns.get(name, [None] * len(group.texts))
+        for texts, row in zip(group.texts, rows, strict=True):
             values += row if row is not None else [numpy.nan] * len(texts)
     return numpy.array(values, dtype="<f4")
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: SavedGroup) -> dict[str, Any]:
     nodes = []
     for number, segment in enumerate(group.tree.segments):
         nodes.append(

@@ -8,7 +8,8 @@ from stepcredit.credit import CREDIT, CreditFunction, needs_of
 from stepcredit.credit.choose import build_credit
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Context, Estimator
-from stepcredit.estimators.table import Observers, observers
+from stepcredit.estimators.reads import run_observers
+from stepcredit.estimators.table import Observers
 from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.growth.table import build_growth
@@ -21,7 +22,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.table import build_sampler, sampler_traits
+from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
@@ -57,26 +58,10 @@ def build_parts(config: Config) -> Parts:
     config.growth.check(flat, config.credit.name, fitting, len(config.objective.depth_weights))
     config.filter.check()
     objective = build_objective(config, flat)
-    seen = observers(config, *columns_read(config, credit, objective))
+    seen = run_observers(config, credit, objective)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)
     return Parts(task, rewards, weights, build_params(config), shapers, credit, assign, objective, seen)
-
-
-def columns_read(config: Config, credit: CreditFunction, objective: Objective) -> tuple[dict[str, str], set[str]]:
-    """The columns that something reads, each with its reader; and those that rollouts bring."""
-    sampler, optim = sampler_traits(config), config.optim
-    read = {column: f"loss '{config.loss.name}'" for column in objective.needs.columns}
-    read |= {column: f"credit '{config.credit.name}'" for column in needs_of(credit).columns}
-    if objective.needs_reference:
-        read["ref_logprobs"] = "objective.kl.coef"
-    brought = {*sampler.columns, "token_rewards"}
-    if objective.kl_in_reward:
-        read["token_rewards"] = "objective.kl.coef"
-        brought.remove("token_rewards")
-    if objective.given.importance != "none" or sampler.elsewhere or optim.num_epochs * optim.num_minibatches > 1:
-        read["old_logprobs"] = "the loss"
-    return read, brought
 
 
 def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Placement = WHOLE) -> Rollouts:

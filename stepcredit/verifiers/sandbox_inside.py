@@ -25,8 +25,6 @@ from typing import Any
 
 MAX_OPEN = 64
 
-# ---------------------------------------------------------------------- limits
-
 
 def drop_rights(limits: dict[str, Any]) -> None:
     """Become an unprivileged user where the sandbox was made by root, and take on the limits; for good."""
@@ -48,9 +46,6 @@ def drop_rights(limits: dict[str, Any]) -> None:
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         with suppress(ValueError):  # macOS knows some limits only by name
             resource.setrlimit(what, (most, most))
-
-
-# ---------------------------------------------------------------------- lines of JSON
 
 
 class Lines:
@@ -109,11 +104,11 @@ def scripts(limits: dict[str, Any]) -> str:
         if limits["alone"]:
             with suppress(ProcessLookupError):  # nothing was left
                 os.kill(-1, signal.SIGKILL)
-        stdout, stderr = (_said(file, limits) for file in files[1:])
+        stdout, stderr = (_output_of(file, limits) for file in files[1:])
         for file in files:
             os.close(file)
-        much = max(len(stdout), len(stderr)) > limits["output_kb"] << 10
-        status = "output" if much else "error" if code else "ok"
+        too_long = max(len(stdout), len(stderr)) > limits["output_kb"] << 10
+        status = "output" if too_long else "error" if code else "ok"
         lines.write({"status": status, "code": code, "stdout": stdout, "stderr": stderr})
 
 
@@ -123,7 +118,7 @@ def _unnamed_file() -> int:
     return file
 
 
-def _said(file: int, limits: dict[str, Any]) -> str:
+def _output_of(file: int, limits: dict[str, Any]) -> str:
     return os.pread(file, (limits["output_kb"] << 10) + 1, 0).decode("utf-8", "replace")
 
 
@@ -136,13 +131,13 @@ def run_as_main(program: str) -> None:
 
 # ---------------------------------------------------------------------- calls between two sandboxes
 
-TEXTUAL = {  # types whose values are made anew from their text
+TEXTUAL = {  # types whose values travel as text, and what reads it
     "decimal.Decimal": "Decimal",
     "fractions.Fraction": "Fraction",
     "datetime.date": "date.fromisoformat",
     "datetime.datetime": "datetime.fromisoformat",
 }
-MANY: dict[str, Callable[[Any], Any]] = {
+COLLECTIONS: dict[str, Callable[[Any], Any]] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -150,7 +145,7 @@ MANY: dict[str, Callable[[Any], Any]] = {
     "deque": collections.deque,
 }
 DICTIONARIES = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
-SMALL = 1 << 63
+MAX_JSON_INT = 1 << 63  # larger numbers travel in hexadecimal
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *arguments, **named: function(*arguments, **named),
     "getattr": getattr,
@@ -162,7 +157,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Gone(BaseException):
+class ProgramEnded(BaseException):
     """The program ended its process."""
 
 
@@ -179,13 +174,13 @@ class Peer:
         self.numbers: dict[int, int] = {}
 
     def ask(self, operation: str, *arguments: Any, **named: Any) -> Any:
-        """Have the other side do something, and return or raise what comes of it."""
+        """Have the other side do something, and return or raise its result."""
         sent = [self.encode(value) for value in arguments]
         self.lines.write({"do": operation, "with": sent, "named": {k: self.encode(v) for k, v in named.items()}})
         while "do" in (answer := self.lines.read()):
             self.answer(answer)
         if "gone" in answer:
-            raise Gone
+            raise ProgramEnded
         if "error" in answer:
             raise _exception(answer["error"], answer["text"])
         for position, changed in answer["changed"]:
@@ -212,11 +207,11 @@ class Peer:
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
-        if value is None or kind in (bool, float, str) or (kind is int and abs(value) < SMALL):
+        if value is None or kind in (bool, float, str) or (kind is int and abs(value) < MAX_JSON_INT):
             return value
         if kind is int:
             return ["int", hex(value)]
-        if kind in MANY.values():
+        if kind in COLLECTIONS.values():
             return [kind.__name__, [self.encode(entry) for entry in value]]
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             return ["tuple", [self.encode(entry) for entry in value]]
@@ -255,7 +250,7 @@ class Peer:
             case ["int", digits]:
                 return int(digits, 16)
             case [("list" | "tuple" | "set" | "frozenset" | "deque") as kind, entries]:
-                return MANY[kind](self.decode(entry) for entry in entries)
+                return COLLECTIONS[kind](self.decode(entry) for entry in entries)
             case ["dict", entries]:
                 return {self.decode(key): self.decode(entry) for key, entry in entries}
             case ["bytes", digits]:
@@ -324,7 +319,10 @@ for _name in OPERATIONS.keys() - {"call", "getattr", "setattr", "isinstance", "i
 def _replace(old: Any, new: Any) -> None:
     """Give a list, dictionary, set or deque the content that a function left in its copy."""
     old.clear()
-    (old.extend if isinstance(old, list | collections.deque) else old.update)(new)
+    if isinstance(old, list | collections.deque):
+        old.extend(new)
+    else:
+        old.update(new)
 
 
 def _exception(names: list[str], text: str) -> Exception:
@@ -383,36 +381,36 @@ def test(read_fd: int, write_fd: int) -> None:
     job = host.read()
     peer = Peer(Lines(read_fd, write_fd), {"call": _call_back})
     names: dict[str, Any] | None = None
-    for one in job["tests"]:
+    for case in job["tests"]:
         passed = False
         try:
             if names is None:
-                names = {"__name__": "tests"} | _tested(peer.ask("load", job["program"]), job["tests"])
+                names = {"__name__": "tests"} | _visible_names(peer.ask("load", job["program"]), job["tests"])
                 exec(compile(job["setup"], "setup.py", "exec"), names)
-            passed = _passes(one, names)
+            passed = _passes(case, names)
         except EOFError:
             return
-        except Gone:
+        except ProgramEnded:
             names = None  # loaded again for the next test
         except BaseException:  # whatever a test raises, it failed
             passed = False
         host.write(passed)
 
 
-def _tested(names: dict[str, Any], tests: list[Any]) -> dict[str, Any]:
+def _visible_names(names: dict[str, Any], tests: list[Any]) -> dict[str, Any]:
     """What tests see of a program: names that hide builtins only where they are all that is tested."""
     own = {name: value for name, value in names.items() if not hasattr(builtins, name)}
-    used = set(re.findall(r"\w+", " ".join(one if isinstance(one, str) else one["function"] for one in tests)))
+    used = set(re.findall(r"\w+", " ".join(case if isinstance(case, str) else case["function"] for case in tests)))
     return names if used.isdisjoint(own) else own
 
 
-def _passes(one: Any, names: dict[str, Any]) -> bool:
-    if isinstance(one, str):
-        exec(compile(one, "test.py", "exec"), names)
+def _passes(case: Any, names: dict[str, Any]) -> bool:
+    if isinstance(case, str):
+        exec(compile(case, "test.py", "exec"), names)
         return True
-    name = one["function"]
+    name = case["function"]
     function = names[name] if name in names else getattr(names["Solution"](), name)
-    return any(_same(function(*json.loads(one["arguments"])), json.loads(right)) for right in one["expected"])
+    return any(_same(function(*json.loads(case["arguments"])), json.loads(right)) for right in case["expected"])
 
 
 def _same(value: Any, right: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Calls of reward functions in worker processes that can be killed, each call with a deadline."""
+"""Reward functions called in worker processes that can be killed, each call with a deadline."""
 
 import asyncio
 import inspect
@@ -37,16 +37,16 @@ Value = float | None | dict[str, Any]
 MAX_REWARD = 1e30  # within fp32, sums of a batch included
 SPARE_WORKERS = 14  # calls that hang wait for their deadlines side by side, not one after the other
 MAX_WORKERS = 32
-ABREAST = (os.cpu_count() or 1) + 1  # calls at once, those that take long not counted
-PATIENCE_S, PATIENCE_WITH_LIMITS_S = 0.1, 1.0  # what is long; the second for calls that limit themselves
-KILLED_AT = 0.9  # of the deadline: the rest is for noticing, killing and starting another
+MAX_SHORT_CALLS = (os.cpu_count() or 1) + 1  # at once; calls that take long are not counted
+LONG_S, LONG_WITH_LIMITS_S = 0.1, 1.0  # from when on a call takes long; the second for calls that limit themselves
+KILL_AFTER = 0.9  # of the deadline: the rest is for noticing, killing and starting another
 GRACE_S = 2.0  # a call that keeps the deadline of each of its completions itself gets this much more
-DENSE = {"reward", "token", "step", "ends"}  # what a dictionary of rewards may hold
+DENSE_KEYS = {"reward", "token", "step", "ends"}  # of a dictionary of rewards inside a completion
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one completion: a value, or why there is none."""
+    """What a function returned for one completion: a value, or why there is none."""
 
     value: Value = None
     failure: Failure | None = None
@@ -60,7 +60,7 @@ class Call:
     Attributes:
         arguments: lists with an entry for each of `size` completions.
         together: the function is async and is called for each completion alone, all of them at the same time.
-        separable: what goes wrong is tried again with each completion alone, so that the others are not lost.
+        separable: after a failure each completion is tried again alone, so that the others keep their values.
     """
 
     reward: Reward
@@ -71,11 +71,11 @@ class Call:
 
     def split(self, sizes: Sequence[int]) -> "list[Call]":
         """Calls of so many completions each."""
-        ends = list(accumulate(sizes))
-        return [
-            replace(self, arguments={name: v[end - size : end] for name, v in self.arguments.items()}, size=size)
-            for size, end in zip(sizes, ends, strict=True)
-        ]
+        calls = []
+        for size, end in zip(sizes, accumulate(sizes), strict=True):
+            arguments = {name: column[end - size : end] for name, column in self.arguments.items()}
+            calls.append(replace(self, arguments=arguments, size=size))
+        return calls
 
     def rows(self) -> "list[Call]":
         """A call for each completion."""
@@ -105,7 +105,7 @@ class Workers:
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
         self._groups = Path()  # has a file for each worker, named by its process group
-        self._end: weakref.finalize | None = None
+        self._finalizer: weakref.finalize | None = None  # ends the pool and what it started
 
     def run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
         """The outcomes of each call, in order.
@@ -116,89 +116,89 @@ class Workers:
         Raises:
             UserError: a function raised it, or workers cannot be kept running on this machine.
         """
-        inside = {number for number, call in enumerate(calls) if call.reward.path is None or not self.count}
-        sent = {number: call for number, call in enumerate(calls) if number not in inside}
-        found = dict(zip(sent, self._send(list(sent.values())), strict=True)) if sent else {}
-        for number in inside:
-            found[number] = outcomes(calls[number])
-        return [found[number] for number in range(len(calls))]
+        for_workers = [call for call in calls if self._needs_worker(call)]
+        from_workers = iter(self._run_in_workers(for_workers) if for_workers else [])
+        return [next(from_workers) if self._needs_worker(call) else run_here(call) for call in calls]
+
+    def _needs_worker(self, call: Call) -> bool:
+        return call.reward.path is not None and self.count > 0
 
     def start(self, rewards: Iterable[Reward]) -> None:
         """Start the processes now if one of the functions needs them: they import while other things go on."""
         paths = sorted({reward.path for reward in rewards if reward.path is not None})
         if self.count and paths:
-            self._running(paths)
+            self._ensure_pool(paths)
 
     def close(self) -> None:
         """End all workers and whatever they started."""
         with self._lock:
-            end, self._pool, self._end = self._end, None, None
-        if end is not None:
-            end()
+            finalizer, self._pool, self._finalizer = self._finalizer, None, None
+        if finalizer is not None:
+            finalizer()
 
-    def _running(self, paths: Sequence[str]) -> ProcessPool:
+    def _ensure_pool(self, paths: Sequence[str]) -> ProcessPool:
         with self._lock:
             if self._pool is None or not self._pool.active:
-                if self._end is not None:
-                    self._end()
+                if self._finalizer is not None:
+                    self._finalizer()
                 context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
                 if sys.platform != "win32":  # imported once, shared by all workers
                     context.set_forkserver_preload(["__main__", __name__, *(module_of(path) for path in paths)])
                 self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
-                given = (list(paths), str(self._groups), self.memory_mb)
-                self._pool = ProcessPool(self.count, initializer=_begin, initargs=given, context=context)
+                setup = (list(paths), str(self._groups), self.memory_mb)
+                self._pool = ProcessPool(self.count, initializer=_set_up_worker, initargs=setup, context=context)
                 reaper = subprocess.Popen(
                     [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), str(self._groups)],
                     stdin=subprocess.PIPE,
                     start_new_session=True,
                 )
-                self._end = weakref.finalize(self, _end, self._pool, reaper)
+                self._finalizer = weakref.finalize(self, _end_workers, self._pool, reaper)
                 _ = self._pool.active  # starts the processes
             return self._pool
 
-    def _send(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+    def _run_in_workers(self, calls: Sequence[Call]) -> list[list[Outcome]]:
         done: dict[int, list[Outcome]] = {}
         paths = sorted({call.reward.path for call in calls if call.reward.path is not None})
         for _ in range(2):  # once more with new workers, should the pool itself break
-            pool = self._running(paths)
+            pool = self._ensure_pool(paths)
             try:
-                self._through(pool, calls, done)
+                self._run_in_pool(pool, calls, done)
                 return [done[number] for number in range(len(calls))]
             except (RuntimeError, OSError) as error:  # of the pool; those of the functions are outcomes
-                log.warning("reward workers are started anew (%s)", describe(error))
+                log.warning("reward workers are started again (%s)", describe(error))
                 pool.stop()
             finally:
-                if any(outcome.failure for found in done.values() for outcome in found):
+                if any(outcome.failure for outcomes in done.values() for outcome in outcomes):
                     sweep(self._groups)
         raise UserError(
             "the worker processes of reward functions keep breaking; set --reward.workers 0 to do without (a script of "
             "your own needs `if __name__ == '__main__':` around what it runs)"
         )
 
-    def _through(self, pool: ProcessPool, calls: Sequence[Call], done: dict[int, list[Outcome]]) -> None:
-        """Put the calls that are not done through the pool.
+    def _run_in_pool(self, pool: ProcessPool, calls: Sequence[Call], done: dict[int, list[Outcome]]) -> None:
+        """Run the calls that are not done in the pool.
 
         About as many run at once as there are cores, so that none loses its deadline to the others; calls that take
         long do not count, so that those that hang wait for their deadlines side by side.
         """
-        left = deque(number for number in range(len(calls)) if number not in done)
-        flying: dict[Future[list[Outcome]], tuple[int, float]] = {}
-        while left or flying:
+        waiting = deque(number for number in range(len(calls)) if number not in done)
+        running: dict[Future[list[Outcome]], tuple[int, float]] = {}  # number, and from when on it takes long
+        while waiting or running:
             now = time.monotonic()
-            fresh = sum(now < patience_ends for _, patience_ends in flying.values())
-            while left and fresh < ABREAST and len(flying) < self.count:
-                call = calls[left[0]]
-                deadline = max(KILLED_AT * self.timeout_s, call.reward.keeps_s) + (GRACE_S if call.together else 0)
-                future = pool.schedule(_work, _sent(call, self.timeout_s), timeout=deadline)
-                patience = PATIENCE_WITH_LIMITS_S if call.reward.keeps_s else PATIENCE_S
-                flying[future] = (left.popleft(), now + patience)
-                fresh += 1
-            for finished in wait(flying, PATIENCE_S, return_when=FIRST_COMPLETED).done:
-                number, _ = flying.pop(finished)
-                done[number] = self._received(calls[number], finished)
+            short = sum(now < long_from for _, long_from in running.values())
+            while waiting and short < MAX_SHORT_CALLS and len(running) < self.count:
+                number = waiting.popleft()
+                call = calls[number]
+                deadline = max(KILL_AFTER * self.timeout_s, call.reward.keeps_s) + (GRACE_S if call.together else 0)
+                future = pool.schedule(_run_packed, _packed(call, self.timeout_s), timeout=deadline)
+                running[future] = number, now + (LONG_WITH_LIMITS_S if call.reward.keeps_s else LONG_S)
+                short += 1
+            for finished in wait(running, LONG_S, return_when=FIRST_COMPLETED).done:
+                number, _ = running.pop(finished)
+                done[number] = self._outcomes(calls[number], finished)
 
-    def _received(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome]:
-        """The outcomes that a future brings.
+    def _outcomes(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome]:
+        """The outcomes of a call that has finished.
 
         Raises:
             RuntimeError, OSError: the pool is broken.
@@ -212,16 +212,16 @@ class Workers:
         except ProcessExpired as error:
             if call.separable and call.size > 1:
                 return self._one_by_one(call)
-            return [Outcome(None, "error", f"its process ended with {_exit(error.exitcode)}")] * call.size
+            return [Outcome(None, "error", f"its process ended with {_describe_exit(error.exitcode)}")] * call.size
 
     def _one_by_one(self, call: Call) -> list[Outcome]:
-        return [outcome for found in self._send(call.rows()) for outcome in found]
+        return [outcome for outcomes in self._run_in_workers(call.rows()) for outcome in outcomes]
 
 
 # ---------------------------------------------------------------------- inside a worker
 
 
-def _begin(paths: list[str], groups: str, memory_mb: int) -> None:
+def _set_up_worker(paths: list[str], groups: str, memory_mb: int) -> None:
     """Set a new worker up: it leads a process group, prints nothing, and has imported what it needs."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler waits for the interpreter, which may be stuck
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -241,18 +241,18 @@ def _begin(paths: list[str], groups: str, memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
 
 
-def _sent(call: Call, timeout_s: float) -> tuple[Any, ...]:
+def _packed(call: Call, timeout_s: float) -> tuple[Any, ...]:
     """A call as it goes to a worker, which finds the function by its path."""
     rest = call.size, call.together, call.separable
     return call.reward.path, dict(call.reward.options), dict(call.arguments), rest, timeout_s
 
 
-def _work(
+def _run_packed(
     path: str, options: dict[str, Any], arguments: dict[str, Any], rest: tuple[int, bool, bool], timeout_s: float
 ) -> list[Outcome]:
     pid = os.getpid()
     try:
-        return outcomes(Call(replace(_reward(path), options=options), arguments, *rest), timeout_s)
+        return run_here(Call(replace(_reward(path), options=options), arguments, *rest), timeout_s)
     finally:
         if os.getpid() != pid:  # a child that the function forked and that found its way back here
             os._exit(0)
@@ -268,8 +268,8 @@ def module_of(path: str) -> str:
 # ---------------------------------------------------------------------- a call, in whichever process
 
 
-def outcomes(call: Call, timeout_s: float | None = None) -> list[Outcome]:
-    """Call the function and check what it returns.
+def run_here(call: Call, timeout_s: float | None = None) -> list[Outcome]:
+    """Run a call in this process, and check what the function returns.
 
     Raises:
         UserError: the function itself raised it.
@@ -284,9 +284,9 @@ def outcomes(call: Call, timeout_s: float | None = None) -> list[Outcome]:
         return checked(result, call.size)
     except (UserError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # SystemExit, too: whatever a function does is an outcome
+    except BaseException as error:  # SystemExit, too: whatever a function raises is an outcome
         if call.separable and call.size > 1:
-            return [outcome for row in call.rows() for outcome in outcomes(row)]
+            return [outcome for row in call.rows() for outcome in run_here(row)]
         return [Outcome(None, "error", describe(error))] * call.size
 
 
@@ -356,17 +356,17 @@ def _number(value: Any) -> float:
 
 def _dense(value: Mapping[str, Any]) -> dict[str, Any]:
     """`{"token": [...]}` or `{"step": [...], "ends": [...]}`, each with an optional "reward" for the outcome."""
-    unknown = set(value) - DENSE
+    unknown = set(value) - DENSE_KEYS
     if unknown or ("token" in value) == ("step" in value) or ("step" in value) != ("ends" in value):
         raise ValueError(
             f'returned a dictionary with {", ".join(map(str, value)) or "nothing"}; expected "token", or "step" and '
             '"ends", and perhaps "reward"'
         )
-    found: dict[str, Any] = {"reward": None if value.get("reward") is None else _number(value["reward"])}
+    rewards: dict[str, Any] = {"reward": None if value.get("reward") is None else _number(value["reward"])}
     for name in ("token", "step", "ends"):
         if name in value:
-            found[name] = [_number(number) for number in value[name]]
-    return found
+            rewards[name] = [_number(number) for number in value[name]]
+    return rewards
 
 
 def describe(error: BaseException) -> str:
@@ -378,14 +378,14 @@ def describe(error: BaseException) -> str:
 # ---------------------------------------------------------------------- the ends of workers
 
 
-def _exit(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
     return f"signal {signal.Signals(-code).name}{hint}"
 
 
-def _end(pool: ProcessPool, reaper: "subprocess.Popen[bytes]") -> None:
+def _end_workers(pool: ProcessPool, reaper: "subprocess.Popen[bytes]") -> None:
     pool.stop()
     pool.join()
     if reaper.stdin is not None:

@@ -21,7 +21,7 @@ class Chunk {
         for (let token = 0; token < this.tokens; token++) whole[4 * token + byte] = planes[byte * this.tokens + token];
       return new kind(whole.buffer);
     };
-    this.piece = next(Uint32Array);
+    this.textNumber = next(Uint32Array);
     this.values = {};
     for (const name of this.columns) this.values[name] = next(Float32Array);
     let start = 0;
@@ -38,7 +38,7 @@ class Chunk {
     }
   }
 
-  text(token) { return this.pieces[this.piece[token]]; }
+  text(token) { return this.texts[this.textNumber[token]]; }
 
   // Nodes from the prompt down to this one.
   path(group, number) {

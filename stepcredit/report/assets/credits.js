@@ -18,7 +18,7 @@ function creditView(target, chunk, group) {
     el("h2", {}, "How alike they are"),
     el("p", {class: "soft small"}, "Pearson's correlation of the advantages of all tokens that were trained on, in all saved groups of this iteration."),
     el("div", {class: "card scroll"}, matrix(names, chunk.correlation)),
-    ...blame(chunk),
+    ...firstErrorDetection(chunk),
     notes("Not among them", Object.entries(chunk.missing).map(([name, why]) => `${name}: ${why}`)),
   ].filter(Boolean));
 }
@@ -32,13 +32,13 @@ function matrix(names, values) {
   return el("table", {class: "matrix"}, el("thead", {}, el("tr", {}, el("th"), names.map((name) => el("th", {scope: "col"}, name)))), el("tbody", {}, values.map((row, number) => el("tr", {}, el("th", {scope: "row"}, names[number]), row.map(cell)))));
 }
 
-function blame(chunk) {
-  const rows = Object.entries(chunk.blame).filter(([, each]) => each.count);
+function firstErrorDetection(chunk) {
+  const rows = Object.entries(chunk.first_error).filter(([, each]) => each.count);
   if (!rows.length) return [];
   return [
     el("h2", {}, "Does the credit find the first wrong line?"),
     el("p", {class: "soft small"}, `Over the ${rows[0][1].count} wrong completions of this iteration whose lines can be checked: how often the line with the lowest mean advantage is the first wrong one. A function that gives all lines the same says nothing.`),
     el("div", {class: "card scroll"}, el("table", {}, el("thead", {}, el("tr", {}, ["credit", "says nothing", "finds it", "a line at random would"].map((text, number) => el("th", {class: number ? "number" : null, scope: "col"}, text)))),
-      el("tbody", {}, rows.map(([name, each]) => el("tr", {}, el("td", {}, name), el("td", {class: "number"}, percent(each.silent)), el("td", {class: "number"}, each.found === null ? "–" : percent(each.found)), el("td", {class: "number"}, each.chance === null ? "–" : percent(each.chance))))))),
+      el("tbody", {}, rows.map(([name, each]) => el("tr", {}, el("td", {}, name), el("td", {class: "number"}, percent(each.uniform)), el("td", {class: "number"}, each.accuracy === null ? "–" : percent(each.accuracy)), el("td", {class: "number"}, each.chance === null ? "–" : percent(each.chance))))))),
   ];
 }
