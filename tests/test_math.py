@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from math_pairs import PAIRS
+from math_pairs import COMPLETIONS, PAIRS
 
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import reward_function
@@ -25,6 +25,11 @@ def judge(right: str, completion: str) -> float:
 @pytest.mark.parametrize(("right", "answer", "expected"), PAIRS)
 def test_pair(right, answer, expected):
     assert judge(right, f"So it is $\\boxed{{{answer}}}$.") == float(expected)
+
+
+@pytest.mark.parametrize(("right", "completion", "expected"), COMPLETIONS)
+def test_completion(right, completion, expected):
+    assert judge(right, completion) == float(expected)
 
 
 def test_pairs_are_many_of_both_kinds():

@@ -8,6 +8,7 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from stepcredit.verifiers.math import units
 from stepcredit.verifiers.math.text import EAST_ASIAN, TEXT
@@ -49,6 +50,8 @@ RANGE = re.compile(
 )
 MATHEMATICAL = {"pi", "sin", "cos", "tan", "log", "ln", "sqrt", "or", "and"}  # no units
 GROUPS = re.compile(r"\+?\d+(?:[-.]\d+){2,}|0\d+-\d+|\d+-0\d+")
+DIGIT = re.compile(r"\d")
+MAX_LENGTH = 60  # characters of a date with its weekday, and more
 SEPARATOR = re.compile(r"\s*;\s*|\s*,\s*(?!\d{4}\b)|,?\s+and\s+|\s*和\s*")
 
 
@@ -118,10 +121,11 @@ def decide(gold: str, answer: str) -> bool | None:
     return False if _surely_no_arithmetic(right) else None
 
 
+@lru_cache(4096)
 def read(text: str) -> Written | None:
     """What a tidy text is, None where it is none of these."""
     text = re.sub(r"\s+", " ", re.sub(r"\\[,!;: ]", " ", TEXT.sub(r" \1 ", text).replace("$", ""))).strip(" ")
-    if len(text) > 60:
+    if len(text) > MAX_LENGTH or not DIGIT.search(text):
         return None
     for pattern in DATES:
         if (match := pattern.fullmatch(text)) and (date := _date(match.groupdict())):

@@ -22,10 +22,10 @@ SAYS = {  # what an answer is called, then what stands between the name and the 
     r"(?:final\s+answer|answer)\b[^\n:=.]{0,40}?": r"(?:\bis\b|\bare\b|:|=)",  # English
     r"(?:correct|right|best)\s+(?:option|choice)\b": r"(?:\s+is\b|\s+are\b|:|=)",
     r"(?:答案|答复|解答)(?:应该?|應該?|就|便|即|选项|選項)?": r"(?:[是为為选選]|等于|等於|:|=)",  # Chinese
+    r"(?:正确|正確|最佳)(?:选项|選項)": r"(?:[是为為]|:|=)",
     r"(?:【答案】|【解答】)": "",
-    r"(?:故|应|應|应该|答案)?[选選](?:择|擇)?(?:项|項)?(?=[:\s*(]*[A-J]\b)": "",
-    r"(?:(?<=\n)|^|(?<=。))答": ":",
-    r"(?:答え|解答|答)": r"(?:は|:|=)",  # Japanese
+    r"(?:故|应|應|应该|答案)?[选選](?:择|擇)?(?:项|項)?(?=[: \t*(]{0,6}(?-i:[A-J])[)* \t]{0,6}(?:[。.,;\n]|\Z))": "",
+    r"(?:答え|解答)": r"(?:は|:|=)",  # Japanese
     r"(?:정답|답)": r"(?:은|는|:|=)",  # Korean
     r"\b(?:respuesta|resposta)\b[^\n:=.]{0,40}?": r"(?:\bes\b|\bson\b|\bé\b|\bsão\b|:|=)",  # Spanish, Portuguese
     r"\bréponse\b[^\n:=.]{0,40}?": r"(?:\best\b|\bsont\b|:|=)",
@@ -61,6 +61,10 @@ LAST_NUMBER = re.compile(
     r"(?:(?:\b(?:is|are|equals|gives|get|be|has|have)|[=:→]|[是为為有得共剩需要用了到于於])\s*|^|.*\s)"
     r"(-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)"
     rf"(?:\s[a-z]{{2,12}}|\s?[{EAST_ASIAN}]{{1,6}})?[.!*。]*$"
+)
+NO_VALUE = re.compile(  # before a number: it bounds or denies the answer, or is one of several
+    r"(?:\b(?:(?:more|less|greater|fewer|larger|smaller) than|at least|at most|not|or)"
+    r"|大于|小于|不是|不等于|超过|至少|至多|不到|或|或者)\s*$"
 )
 BOLD = re.compile(r"(?<![0-9A-Za-z_)\]}])\*\*([^*\n]+?)\*\*")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -135,8 +139,9 @@ def _last(text: str) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or CODE.search(lines[-1]) or len(lines[-1]) > MAX_SENTENCE:
         return None
-    number = LAST_NUMBER.search(BOLD.sub(r"\1", lines[-1]))
-    return number[1] if number else None
+    line = BOLD.sub(r"\1", lines[-1])
+    number = LAST_NUMBER.search(line)
+    return number[1] if number and not NO_VALUE.search(line[: number.start(1)]) else None
 
 
 def _inside(formula: re.Match[str]) -> str:

@@ -55,6 +55,9 @@ REWRITES = [
     (re.compile(r"\\angle(?![a-zA-Z])"), lambda m: ""),
     (re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}"), lambda m: m[1]),  # inside of another
     (re.compile(r"^\s*=(?!=)"), lambda m: ""),
+    (re.compile(r"^\\text\s*\{\s*([-+]?\d[^{}]*)\}$"), lambda m: m[1]),
+    (re.compile(r"(?<=[\d)}])\s?(?:和|与|與|以及)\s?(?=[\d(\\-])"), lambda m: " and "),
+    (re.compile(r"(?<=[\d)}])\s?(?:或者|或)\s?(?=[\d(\\-])"), lambda m: " or "),
     (re.compile(r"^百分之\s?(\d+(?:\.\d+)?)$"), lambda m: m[1] + r"\%"),
     (re.compile(r"^(\d{1,3}(?: \d{3})+)$"), lambda m: m[1].replace(" ", "")),
     (re.compile(r"(?<=[\])])\s*U\s*(?=[\[(])"), lambda m: r"\cup "),
