@@ -104,6 +104,6 @@ def key(text: str) -> str:
 
 def short(text: str) -> str:
     """Cleaned text with few blanks and without `\\text`, which reads as the same answer."""
-    words = TEXT.sub(r" \1 ", text).strip()
+    words = re.sub(r"\s+", " ", TEXT.sub(r" \1 ", text)).strip()
     bare = re.sub(r"(?<!\w)\s+|\s+(?!\w)|\$", "", words)
     return bare.lower() if WORDS.fullmatch(words) else bare
