@@ -346,7 +346,12 @@ COMPLETIONS_BY_FORM: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]
          ("2", "答案是第2个"), ("C", "选项C正确")],
     ),
     "other languages": (
-        [("5", "La respuesta es 5."), ("5", "La réponse est 5."), ("5", "Die Antwort ist 5."), ("5", "Ответ: 5"),
+        [("\\frac{1}{2}", "La respuesta final es \\frac{1}{2}."), ("\\frac{1}{2}", "A resposta é \\frac{1}{2}."), ("\\frac{1}{2}", "La réponse est \\frac{1}{2}."),
+         ("\\frac{1}{2}", "La risposta è \\frac{1}{2}."), ("\\frac{1}{2}", "Ответ: \\frac{1}{2}."), ("\\frac{1}{2}", "Đáp án là \\frac{1}{2}."),
+         ("\\frac{1}{2}", "Jawabannya adalah \\frac{1}{2}."), ("\\frac{1}{2}", "Cevap: \\frac{1}{2}"), ("\\frac{1}{2}", "Odpowiedź to \\frac{1}{2}."),
+         ("\\frac{1}{2}", "Odpověď je \\frac{1}{2}."), ("\\frac{1}{2}", "Het antwoord is \\frac{1}{2}."), ("\\frac{1}{2}", "उत्तर: \\frac{1}{2}"),
+         ("\\frac{1}{2}", "الجواب هو \\frac{1}{2}."), ("\\frac{1}{2}", "答えは\\frac{1}{2}です。"), ("\\frac{1}{2}", "정답은 \\frac{1}{2}입니다."),
+         ("5", "La respuesta es 5."), ("5", "La réponse est 5."), ("5", "Die Antwort ist 5."), ("5", "Ответ: 5"),
          ("5", "答えは5です。"), ("5", "정답은 5입니다."), ("5", "Đáp án: 5"), ("5", "A resposta é 5."),
          ("5", "La risposta è 5."), ("5", "उत्तर: 5"), ("5", "Cevap: 5"), ("5", "Odpowiedź: 5"),
          ("5", "La respuesta correcta es: 5."), ("\\frac12", "Die Antwort lautet \\frac{1}{2}."),

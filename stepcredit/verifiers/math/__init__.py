@@ -21,7 +21,7 @@ __all__ = ["equal", "final_answer", "gold", "same_answer", "verify"]
 
 MARKS = ("\\boxed", "\\fbox", "####")  # what a whole solution has before its answer
 MAX_VOTE_LENGTH = 200  # characters of answers that are compared by value for a vote; longer ones as text
-MAX_VOTE_PARTS = 12  # of a list, likewise
+MAX_VOTE_PARTS = 8  # of a list, likewise; a sign that doubles its values counts as several
 
 
 def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -48,9 +48,14 @@ def same_answer(one: str, other: str) -> bool:
     """
     if one == other:
         return True
-    if any(len(text) > MAX_VOTE_LENGTH or text.count(",") + text.count(";") >= MAX_VOTE_PARTS for text in (one, other)):
+    if _too_large_for_a_vote(one) or _too_large_for_a_vote(other):
         return False
     return equal(one, other, trusted_gold=False) and equal(other, one, trusted_gold=False)
+
+
+def _too_large_for_a_vote(text: str) -> bool:
+    parts = text.count(",") + text.count(";") + 3 * (text.count("\\pm") + text.count("±"))
+    return len(text) > MAX_VOTE_LENGTH or parts >= MAX_VOTE_PARTS
 
 
 def gold(problem: "Problem") -> str | None:
