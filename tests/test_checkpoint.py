@@ -28,6 +28,7 @@ from stepcredit.run import checkpoint
 from stepcredit.run.build import build_parts
 from stepcredit.run.checkpoint import checkpoints, newest_checkpoint, pointed, verify
 from stepcredit.run.interrupt import Interrupted, StopRequest
+from stepcredit.run.resume import run_state
 from stepcredit.run.state import load_state, save_state
 from stepcredit.run.trainer import Trainer
 
@@ -376,7 +377,7 @@ def test_running_out_of_memory_cuts_the_step_smaller(monkeypatch, caplog, error)
     assert other.learner.max_tokens < 700 and "out of memory" in caplog.text
     assert found["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-4)
     assert found["optim/loss"] == pytest.approx(expected["optim/loss"], rel=1e-4, abs=1e-6)
-    assert other.state_dict()["max_tokens"] == other.learner.max_tokens
+    assert run_state(other)["max_tokens"] == other.learner.max_tokens
 
 
 def test_one_completion_that_does_not_fit_is_an_error(run, monkeypatch, capsys) -> None:

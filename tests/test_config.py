@@ -141,7 +141,10 @@ def test_dump_and_read_back(tmp_path, given):
         ({"trian": {"seed": 1}}, ["trian", "unknown option", "did you mean 'train'"]),
         ({"train": {"iteration": 1}}, ["train.iteration", "unknown option", "did you mean 'iterations'"]),
         ({"objective": {"kl": {"coeff": 1}}}, ["objective.kl.coeff", "unknown option", "did you mean 'coef'"]),
-        ({"objective": {"surrogate": "clp"}}, ["objective.surrogate", "'clp'", "did you mean 'clip'", "reinforce"]),
+        (
+            {"objective": {"aggregate": "tokenmean"}},
+            ["objective.aggregate", "'tokenmean'", "did you mean 'token_mean'"],
+        ),
         ({"objective": {"kl": {"estimator": "k4"}}}, ["objective.kl.estimator", "'k4'", "k1, k2, k3"]),
         ({"train": {"iterations": "many"}}, ["train.iterations", "integer", "'many'"]),
         ({"train": {"iterations": 0}}, ["train.iterations", "1", "0"]),

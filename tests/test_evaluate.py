@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from stepcredit.cli.main import main
-from stepcredit.run.evaluate import Sample, bootstrap, majority, pass_at_k, summarise
+from stepcredit.run.evaluate import Sample, bootstrap, group_answers, majority, pass_at_k, summarise
+from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.math import same_answer
 
 
 def sample(id: str, number: int, correct: bool, answer: str | None = None, **rest) -> Sample:
@@ -51,6 +53,39 @@ def test_pass_at_k_of_many_samples_and_of_nonsense() -> None:
 def test_majority(votes, expected: float) -> None:
     samples = [sample("a", number, right, answer) for number, (answer, right) in enumerate(votes)]
     assert majority(samples) == pytest.approx(expected)
+
+
+def test_majority_of_answers_written_differently() -> None:
+    """Two spellings of one right answer beat two votes for a wrong one, where the verifier says that they are one."""
+    votes = [("2\\sqrt{2}", True), ("\\sqrt{8}", True), ("\\sqrt8", True), ("3", False), ("3", False)]
+    samples = [sample("a", number, right, answer) for number, (answer, right) in enumerate(votes)]
+    assert majority(samples) == 0.0
+    assert majority(samples, same_answer) == 1.0
+    assert majority(samples[::-1], same_answer) == 1.0
+    assert summarise(samples, same_answer).metrics["eval/maj@5"] == 1.0
+    assert reward_function("math").same_answer is same_answer
+    assert reward_function("code").same_answer is None
+
+
+@pytest.mark.parametrize("order", [list(range(6)), [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]])
+def test_groups_of_answers_are_not_chained(order) -> None:
+    """50% is 50 and is 0.5, which are not each other; the order of samples does not matter."""
+    answers = ["50", "50", "0.5", "50%", "7", "7"]
+    groups = group_answers([answers[place] for place in order], same_answer)
+    assert groups == {"50": "50", "50%": "50", "0.5": "0.5", "7": "7"}
+
+
+def test_comparisons_of_votes_have_an_end(monkeypatch, caplog) -> None:
+    asked = []
+    monkeypatch.setattr("stepcredit.run.evaluate.MAX_COMPARISONS", 10)
+
+    def never(one: str, other: str) -> bool:
+        asked.append((one, other))
+        return False
+
+    groups = group_answers([str(number) for number in range(50)], never)
+    assert len(asked) == 10 and len(set(groups.values())) == 50
+    assert "50 different final answers" in caplog.text
 
 
 def test_numbers_of_synthetic_counts() -> None:

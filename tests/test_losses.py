@@ -251,6 +251,7 @@ def test_a_loss_by_dotted_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, words",
     [
+        ({"name": "clp"}, ["loss.name", "'clp'", "did you mean 'clip'", "reinforce"]),
         ({"name": "gsp"}, ["loss.name", "did you mean 'gspo'"]),
         ({"name": "cispo", "clip_hihg": 1.0}, ["loss 'cispo'", "clip_hihg", "did you mean 'clip_high'"]),
         ({"name": "cispo", "clip_low": 2.0}, ["loss.clip_low", "less than or equal to 1", "2.0"]),

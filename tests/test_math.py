@@ -1,19 +1,23 @@
 """The mathematics verifier: pairs, extraction, votes, hostile answers, threads, and real benchmark rows."""
 
 import asyncio
+import itertools
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from math_pairs import PAIRS
+from math_pairs import COMPLETIONS, PAIRS
 
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.judging import Judge
-from stepcredit.verifiers.math import final_answer, gold, verify
+from stepcredit.verifiers.math import equal, final_answer, gold, same_answer, verify
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -25,6 +29,11 @@ def judge(right: str, completion: str) -> float:
 @pytest.mark.parametrize(("right", "answer", "expected"), PAIRS)
 def test_pair(right, answer, expected):
     assert judge(right, f"So it is $\\boxed{{{answer}}}$.") == float(expected)
+
+
+@pytest.mark.parametrize(("right", "completion", "expected"), COMPLETIONS)
+def test_completion(right, completion, expected):
+    assert judge(right, completion) == float(expected)
 
 
 def test_pairs_are_many_of_both_kinds():
@@ -108,6 +117,72 @@ def test_votes_for_different_answers_differ():
     assert len({final_answer(f"\\boxed{{{answer}}}") for answer in answers}) == len(answers)
     assert final_answer("no idea") is None
     assert final_answer("\\boxed{}") is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("2\\sqrt{2}", "\\sqrt8", True),
+        ("x=1 \\text{ or } x=2", "1, 2", True),
+        ("(x+1)^2", "x^2 + 2x + 1", True),
+        ("5厘米", "5 \\text{ cm}", True),
+        ("2021年5月1日", "May 1, 2021", True),
+        ("\\text{Tom and Bob}", "tom and bob", True),
+        ("1-\\sqrt2", "\\sqrt2-1", False),
+        ("3:30", "3:30 p.m.", False),  # accepted only where 3:30 is the gold one
+        ("5 cm", "5 m", False),
+        ("\\sum_{k=1}^{10} k", "55", False),  # math-verify is asked for trusted gold answers only
+    ],
+)
+def test_same_answer_of_two_completions(one, other, expected):
+    votes = [final_answer(f"So \\boxed{{{text}}}.") for text in (one, other)]
+    assert same_answer(*votes) == same_answer(*reversed(votes)) == expected
+
+
+def test_sums_in_trusted_gold_answers_are_computed():
+    assert equal("\\sum_{k=1}^{10} k", "55")
+    assert not equal("\\sum_{k=1}^{10} k", "55", trusted_gold=False)
+
+
+def test_hostile_answers_are_compared_quickly_with_each_other():
+    """What a majority vote does in the process of the evaluation, without a deadline."""
+    texts = [text for answer in HOSTILE if (text := final_answer(f"\\boxed{{{answer}}}"))]
+    sets = ",".join(f"\\sin(x^{{{number}}})" for number in range(8))
+    texts += [f"\\{{{sets}\\}}", "((((x+1)^9+1)^9+1)^9+1)^9", "\\pm\\sqrt{1\\pm\\sqrt{2\\pm x}}", "x" * 10**6]
+    assert len(texts) > 60
+    begin = time.perf_counter()
+    for one, other in itertools.combinations(texts, 2):
+        before = time.perf_counter()
+        same_answer(one, other)
+        assert time.perf_counter() - before < 2.0, (one[:50], other[:50])
+    assert time.perf_counter() - begin < 60
+
+
+def test_needs_nothing_heavy():
+    """A fresh interpreter uses the functions; of stepcredit only errors, types and names are loaded with them."""
+    code = """
+import sys
+from stepcredit.verifiers.math import equal, final_answer, same_answer, verify
+assert equal("1/2", "0.5") and verify([""], ["So \\\\boxed{2}"], ["2"]) == [1.0]
+assert same_answer(final_answer("The answer is 5 cm."), "5")
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"torch", "transformers", "pydantic", "numpy", "yaml", "rich", "sympy", "math_verify"}
+    own = {name for name in loaded if name.startswith("stepcredit.") and ".verifiers.math" not in name}
+    light = {"errors", "forest", "forest.types", "imports", "verifiers"}
+    assert own <= {f"stepcredit.{name}" for name in light}
+
+
+def test_nobody_outside_looks_inside():
+    folder = Path(__file__).parents[1] / "stepcredit"
+    inside = {path.stem for path in (folder / "verifiers" / "math").glob("*.py")} - {"__init__"}
+    looks = re.compile(rf"verifiers\.math\.(?:{'|'.join(sorted(inside))})\b")
+    others = [path for path in folder.rglob("*.py") if path.parent != folder / "verifiers" / "math"]
+    assert len(others) > 50 and len(inside) > 8
+    found = [path.name for path in others if looks.search(path.read_text(encoding="utf-8"))]
+    assert found == []
 
 
 def test_gold_completion_is_accepted():

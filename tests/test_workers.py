@@ -14,7 +14,7 @@ import pytest
 
 from stepcredit.errors import UserError
 from stepcredit.verifiers import reward_function
-from stepcredit.verifiers.workers import Outcome, Call, Workers
+from stepcredit.verifiers.workers import Call, Outcome, Workers
 
 TIMEOUT = 1.5
 

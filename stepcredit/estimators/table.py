@@ -77,11 +77,9 @@ def observers(config: Config, wanted: Mapping[str, str], there: Iterable[str] = 
         raise UserError(
             f"estimators: {' needs '.join(error.args[1][::-1])}; one cannot come before the other"
         ) from error
-    found: dict[str, Provider] = {}
-    for column in order:
-        if not any(table[column] is provider for provider in found.values()):
-            found[column] = table[column]
-    return Observers(found, frozenset(readers) | (wanted.keys() & brought))
+    first = {id(provider): column for column, provider in reversed(table.items())}  # one provider may add several
+    chosen = {first[id(table[column])]: table[column] for column in order}
+    return Observers(chosen, frozenset(readers) | (wanted.keys() & brought))
 
 
 def providers(config: Config) -> dict[str, Provider]:

@@ -1,5 +1,6 @@
 """What a model gets right on held-out problems: pass@1, pass@k, majority votes, with intervals."""
 
+import logging
 import math
 import time
 from collections import Counter
@@ -16,6 +17,10 @@ from stepcredit.run.options import EvalOptions
 from stepcredit.seeds import EVALUATION, sampling_seed
 from stepcredit.verifiers.judging import completion_ids
 
+log = logging.getLogger("stepcredit")
+
+SameAnswer = Callable[[str, str], bool]
+MAX_COMPARISONS = 5000  # of different final answers of a problem
 RESAMPLES, RESAMPLES_AT_ONCE = 2000, 50  # of the bootstrap
 ROUNDS = 4  # of the sampler's rows in one batch of problems: what a kill can lose
 
@@ -89,7 +94,7 @@ def evaluate(
         made.sort(key=lambda sample: order[sample.id])
         on_samples(made)
         samples += made
-    return summarise(samples)
+    return summarise(samples, next(iter(rollouts.judge.rewards.values())).same_answer)
 
 
 def held_out_metrics(rollouts: Rollouts, problems: Sequence[Problem], given: EvalOptions) -> dict[str, float]:
@@ -139,7 +144,7 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
 # ---------------------------------------------------------------------- numbers
 
 
-def summarise(samples: Sequence[Sample]) -> Evaluation:
+def summarise(samples: Sequence[Sample], same_answer: SameAnswer | None = None) -> Evaluation:
     """Metrics over problems, each of which counts the same; n is the number of samples of a problem.
 
     - `eval/accuracy`: mean share of right samples (pass@1, avg@n); `eval/accuracy_greedy`: at temperature 0.
@@ -159,7 +164,7 @@ def summarise(samples: Sequence[Sample]) -> Evaluation:
     for k in sorted({2**power for power in range(1, count.bit_length()) if 2**power <= count} | {count} - {1}):
         columns[f"eval/pass@{k}"] = [pass_at_k(count, c, k) for c in correct]
     if count > 1 and any(sample.answer is not None for each in sampled for sample in each):
-        columns[f"eval/maj@{count}"] = [majority(each) for each in sampled]
+        columns[f"eval/maj@{count}"] = [majority(each, same_answer) for each in sampled]
     greedy = [[float(sample.correct) for sample in each if sample.number < 0] for each in by_id.values()]
     if all(greedy):
         columns["eval/accuracy_greedy"] = [row[0] for row in greedy]
@@ -188,17 +193,55 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority(samples: Sequence[Sample]) -> float:
+def majority(samples: Sequence[Sample], same_answer: SameAnswer | None = None) -> float:
     """Whether the most frequent final answer is right; tied answers share the vote. No answer at all is wrong.
 
     Of equal answers, judged differently because the verifier sees more of a completion, the share that is right counts.
+
+    Args:
+        same_answer: whether two final answers are one (`group_answers`); None compares them as text.
     """
-    votes = Counter(sample.answer for sample in samples if sample.answer is not None)
-    if not votes:
+    answered = [sample for sample in samples if sample.answer is not None]
+    if not answered:
         return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, number in votes.items() if number == most]
-    return _mean([_mean([s.correct for s in samples if s.answer == winner]) for winner in winners])
+    groups = group_answers([str(sample.answer) for sample in answered], same_answer)
+    correct: dict[str, list[float]] = {}
+    for sample in answered:
+        correct.setdefault(groups[str(sample.answer)], []).append(float(sample.correct))
+    most = max(map(len, correct.values()))
+    return _mean([_mean(votes) for votes in correct.values() if len(votes) == most])
+
+
+def group_answers(answers: Sequence[str], same_answer: SameAnswer | None = None) -> dict[str, str]:
+    """For each answer the text that stands for its group.
+
+    `same_answer` need not be transitive: 50% may be 50 and 0.5, which differ. So answers are not chained: from the most
+    frequent text on (of equally frequent ones the shorter, then the first of the alphabet), each joins the first group
+    whose own most frequent text it equals, else begins one. After `MAX_COMPARISONS` texts are groups of their own,
+    with a warning.
+    """
+    counts = Counter(answers)
+    if same_answer is None:
+        return {answer: answer for answer in counts}
+    groups: dict[str, str] = {}
+    founders: list[str] = []
+    comparisons = 0
+    for answer in sorted(counts, key=lambda text: (-counts[text], len(text), text)):
+        groups[answer] = answer
+        for founder in founders[: MAX_COMPARISONS - comparisons]:
+            comparisons += 1
+            if same_answer(founder, answer):
+                groups[answer] = founder
+                break
+        else:
+            founders.append(answer)
+    if comparisons == MAX_COMPARISONS:
+        log.warning(
+            "majority votes: a problem has %d different final answers; after %d comparisons they counted as text",
+            len(counts),
+            comparisons,
+        )
+    return groups
 
 
 def bootstrap(columns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:

@@ -41,6 +41,7 @@ class Reward:
         path: dotted path by which another process finds the function; None calls it in this process.
         gold: the completion that must get the full reward for a problem; None where that is not known.
         final_answer: the answer that a completion comes to, for majority votes.
+        same_answer: whether two final answers are one, however they are written; None compares them as text.
         own: the user's, not one of `VERIFIERS`.
         keeps_s: seconds that the function itself makes sure to end within, where that may be more than the deadline.
     """
@@ -51,6 +52,7 @@ class Reward:
     path: str | None = None
     gold: Callable[[Problem], str | None] | None = None
     final_answer: Callable[[str], str | None] | None = None
+    same_answer: Callable[[str, str], bool] | None = None
     own: bool = True
     keeps_s: float = 0.0
 
@@ -110,6 +112,7 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
         None if name in QUICK else VERIFIERS.get(name, name),
         getattr(place, "gold", None),
         getattr(place, "final_answer", None),
+        getattr(place, "same_answer", None),
         name not in VERIFIERS,
         ends_within(options or {}) if ends_within else 0.0,
     )

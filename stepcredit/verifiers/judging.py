@@ -14,7 +14,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import Reward, RewardFunction
-from stepcredit.verifiers.workers import Failure, Outcome, Call, Workers
+from stepcredit.verifiers.workers import Call, Failure, Outcome, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,18 +1,27 @@
 """Mathematical answers: the final answer of a completion against the gold one, LaTeX or plain.
 
+Outside of this folder only the five functions here are used: `verify` scores completions, `equal` compares two answers,
+`final_answer` and `same_answer` serve majority votes, `gold` makes the completion that must be accepted.
+
 Nothing is evaluated as code and nothing is computed that is large, so a hostile answer is wrong, quickly. No signals:
-any thread may call.
+any thread may call. Needs neither torch nor transformers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stepcredit.forest.types import Problem
 from stepcredit.verifiers.math.equal import constant, equal
 from stepcredit.verifiers.math.extract import extract
-from stepcredit.verifiers.math.text import clean, key
+from stepcredit.verifiers.math.text import clean, short
+
+if TYPE_CHECKING:
+    from stepcredit.forest.types import Problem
+
+__all__ = ["equal", "final_answer", "gold", "same_answer", "verify"]
 
 MARKS = ("\\boxed", "\\fbox", "####")  # what a whole solution has before its answer
+MAX_VOTE_LENGTH = 200  # characters of answers that are compared by value for a vote; longer ones as text
+MAX_VOTE_PARTS = 8  # of a list, likewise; a sign that doubles its values counts as several
 
 
 def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -24,15 +33,32 @@ def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[
 
 
 def final_answer(completion: str) -> str | None:
-    """What the completion comes to, for majority votes: `\\frac12` and 0.5 are one; None when there is none."""
+    """What the completion comes to: `\\frac12` and 0.5 are one text, 1/2; None when there is no answer."""
     found = extract(completion)
     if found is None or not (text := clean(found)):
         return None
     value = constant(text)
-    return str(value) if value is not None else key(text)
+    return str(value) if value is not None else short(text)
 
 
-def gold(problem: Problem) -> str | None:
+def same_answer(one: str, other: str) -> bool:
+    """Whether two texts of `final_answer` say the same whichever is taken for the gold one.
+
+    Neither is trusted: what is long, or a long list, is compared as text, and nothing is left to math-verify.
+    """
+    if one == other:
+        return True
+    if _too_large_for_a_vote(one) or _too_large_for_a_vote(other):
+        return False
+    return equal(one, other, trusted_gold=False) and equal(other, one, trusted_gold=False)
+
+
+def _too_large_for_a_vote(text: str) -> bool:
+    parts = text.count(",") + text.count(";") + 3 * (text.count("\\pm") + text.count("±"))
+    return len(text) > MAX_VOTE_LENGTH or parts >= MAX_VOTE_PARTS
+
+
+def gold(problem: "Problem") -> str | None:
     """The completion that must be accepted; None without an answer."""
     answer = problem.answer
     if answer is None or any(mark in answer for mark in MARKS):

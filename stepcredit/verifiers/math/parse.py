@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from stepcredit.verifiers.math import units
 from stepcredit.verifiers.math.tokens import (
     ACCENTS,
     ALIASES,
@@ -17,6 +18,7 @@ from stepcredit.verifiers.math.tokens import (
     tokens,
 )
 
+CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yuan"}
 MAX_DEPTH = 40
 MAX_DIGITS = 1000  # of one number; Python itself refuses beyond 4300
 
@@ -154,7 +156,17 @@ class _Reader:
                 unit.append(self.take().text)
                 if self.peek().kind == "symbol":
                     unit.append(self.take().text)
-        words = " ".join(unit).strip()
+        return self.counted(node, " ".join(unit).strip())
+
+    def counted(self, node: Node, words: str) -> Node:
+        """`5` and "厘米", or `3` and "万元", which is 30000 元."""
+        if not units.is_unit(words):
+            raise Unreadable(f"'{words}' says more than a unit")
+        factor, words = units.number_word(words)
+        if factor > 1:
+            if node.kind not in ("number", "decimal", "mixed"):
+                raise Unreadable("a number word behind an expression")
+            node = Node("mul", (node, Node("number", value=Fraction(factor))))
         return Node("quantity", (node,), words) if words else node
 
     def product(self) -> Node:
@@ -210,8 +222,8 @@ class _Reader:
                 node = Node("quantity", (node,), f"degree{scale}")
             elif self.accept("'"):
                 node = Node("call", (node,), "prime")
-            elif self.accept("$", "€", "£", kinds=("op", "escaped")):
-                node = Node("quantity", (node,), "dollar")
+            elif sign := self.accept(*CURRENCIES, kinds=("op", "escaped")):
+                node = Node("quantity", (node,), CURRENCIES[sign.text])
             else:
                 return node
 
@@ -291,8 +303,8 @@ class _Reader:
             return self.braced_set()
         if (token.kind == "escaped" and token.text == "|") or token.text == "|":
             return self.bar("|")
-        if token.text in ("$", "€", "£"):
-            return Node("quantity", (self.factor(),), {"€": "euro", "£": "pound sterling"}.get(token.text, "dollar"))
+        if token.text in CURRENCIES:
+            return Node("quantity", (self.factor(),), CURRENCIES[token.text])
         if token.text == "{":
             inner = self.items(("}", "over", "choose"), "list")
             if operator := self.accept("over", "choose"):

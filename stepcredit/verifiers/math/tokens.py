@@ -1,9 +1,10 @@
 """Mathematical text to tokens: commands, numbers, symbols, words and signs."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
-from stepcredit.verifiers.math.text import MAX_LENGTH
+from stepcredit.verifiers.math.text import EAST_ASIAN, MAX_LENGTH
 
 MAX_TOKENS = 1200
 
@@ -80,8 +81,9 @@ TOKEN = re.compile(
     r"|(?P<grouped>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?)"
     r"|(?P<repeat>\d*\.\d*(?:\\overline\s*\{\d+\}|\\dot\s*\{?\d\}?|\(\d+\)))"
     r"|(?P<number>\d+(?:\.\d+)?|\.\d+)(?:[eE](?P<exponent>[+-]?\d{1,3})(?![\w.]))?"
-    r"|(?P<word>[^\W\d_](?:[^\W\d_]|(?<=[a-zA-Z])['-](?=[a-zA-Z]{2}))*)"
-    r"|(?P<op><=|>=|!=|==|[-+*/^_!(){}\[\]|<>=,;:&%$'€£?])",
+    rf"|(?P<east>[{EAST_ASIAN}]+)"
+    rf"|(?P<word>[^\W\d_{EAST_ASIAN}](?:[^\W\d_{EAST_ASIAN}]|(?<=[a-zA-Z])['-](?=[a-zA-Z]{{2}}))*)"
+    r"|(?P<op><=|>=|!=|==|[-+*/^_!(){}\[\]|<>=,;:&%$'€£¥?])",
 )
 
 
@@ -131,9 +133,19 @@ def _split(kind: str, piece: str, spaced: bool) -> list[Token]:
             return [Token("command", piece, spaced)]
         if len(piece) == 1:
             return [Token("symbol", piece, spaced)]
-        if len(piece) > 2 or piece in UNIT_LETTERS or piece.lower() in ("or", "no", "is", "to", "if", "by", "of"):
+        if (
+            len(piece) > 2
+            or _foreign(piece)
+            or piece in UNIT_LETTERS
+            or piece.lower() in ("or", "no", "is", "to", "if", "by", "of")
+        ):
             return [Token("text", piece, spaced)]
         return [Token("symbol", letter, spaced and not i) for i, letter in enumerate(piece)]
     if kind in ("op", "escaped"):
         return [Token("escaped" if kind == "escaped" else "op", piece, spaced)]
-    return [Token(kind, piece.strip(), spaced)]
+    return [Token("text" if kind == "east" else kind, piece.strip(), spaced)]
+
+
+def _foreign(word: str) -> bool:
+    """`см` is a word; `xy` and `λμ` are products."""
+    return not all(letter.isascii() or "GREEK" in unicodedata.name(letter, "") for letter in word)
