@@ -389,6 +389,11 @@ def outcome_reward(outcome: Outcome) -> float | None:
     return outcome.value
 
 
+def fitting(outcomes: Mapping[str, Outcome]) -> Mapping[str, Outcome]:
+    """The outcomes of functions that the row is for; all of them where it is for none."""
+    return {name: outcome for name, outcome in outcomes.items() if outcome.failure != "unfit"} or outcomes
+
+
 def is_right(outcome: Outcome) -> bool:
     """Whether a completion counts as solved: it got 1 or more."""
     reward = outcome_reward(outcome)
