@@ -12,9 +12,9 @@ from stepcredit.errors import UserError
 HELP = """\
 usage: stepcredit credit --in ROLLOUTS --out SCORED --credit.name NAME [--credit.option value ...]
 
-Reads rollouts (.jsonl or .jsonl.zst, one tree a line; or what TRL and verl log, docs/data.md), computes advantages over the whole file and writes the same
-records with "advantages", "weights" and, where there are any, "process", "value" and "pruned" in each segment. Needs
-no model.
+Reads rollouts (.jsonl or .jsonl.zst, one tree a line; or what TRL and verl log, docs/data.md), computes advantages over
+the whole file and writes the same records with "advantages", "weights" and, where there are any, "process", "value" and
+"pruned" in each segment. Needs no model.
 
   --credit.name NAME           a name below, or the dotted path of your own function
   --credit.OPTION value        the function's own options (beta, leave_one_out, gamma, ...)

@@ -25,7 +25,7 @@ usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
 
 Grades answers without a model, to see whether a verifier can be trusted before a run depends on it.
 
-  --data FILE           file (.jsonl .json .csv .tsv .parquet), several or a pattern | folder of a saved data set | hub id
+  --data FILE           file (.jsonl .json .csv .tsv .parquet), several or a * | folder of a saved data set | hub id
   --gold                grade each row's own answer, which must be accepted
   --completion-column C grade this column of the data instead
   --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst; TRL's and verl's, too) anew;

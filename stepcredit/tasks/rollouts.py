@@ -74,9 +74,8 @@ def _form(file: str) -> str:
     if "segments" not in names and {"input", "output"} <= names:
         return "verl"
     if not lines:
-        raise UserError(
-            f"{file}: has neither prompt and completion (TRL) nor input and output (verl), but {', '.join(sorted(names))}"
-        )
+        there = ", ".join(sorted(names))
+        raise UserError(f"{file}: has neither prompt and completion (TRL) nor input and output (verl), but {there}")
     return "stepcredit"
 
 
