@@ -159,6 +159,15 @@ def test_several_files(caplog):
         ("d.csv", b'question,answer\n"a,1\nb,2\n', ["d.csv, line", "quotes"]),
         ("d.csv", b"question,answer\na,1\nb\n", ["d.csv, line 3", "1 values for 2 columns"]),
         ("d.json", b'{"a": {"b": 1}}', ["d.json", "list of objects"]),
+        (
+            "d.json",
+            b'{"train": [{"question": "a"}], "test": [{"question": "a"}]}',
+            ["d.json", "several", "train, test"],
+        ),
+        ("d.jsonl", b'{"question": "a", "answer": "1", "answer": "2"}', ["d.jsonl, line 1", "'answer' stands twice"]),
+        ("d.jsonl", gzip.compress(LINES.encode()), ["d.jsonl", "gzip", ".gz"]),
+        ("d.csv", "question,answer\né,1\n".encode("cp1252"), ["d.csv", "not UTF-8", "save it as UTF-8"]),
+        ("d.csv", b"prompt,answer\n\"[{'role': 'user', 'content': 'a'}]\",7\n", ["d.csv, line 2", "Python", "JSON"]),
         ("d.json", b'[{"question": "a"}, 5]', ["d.json, row 2", "object", "int"]),
         ("d.parquet.gz", b"", ["d.parquet.gz", "unknown kind"]),
         ("d.xlsx", b"", ["'.xlsx'", ".tsv"]),
@@ -431,7 +440,7 @@ def test_each_row_is_judged_by_its_kind(caplog):
         ["code"],
         ["code"],
     ]
-    assert "2 of 3 rows have tests" in caplog.text
+    assert "rows with tests are judged by 'code', the others by 'math'" in caplog.text
     assert [has_tests(p.columns | {"answer": p.answer}) for p in problems] == [False, True, True]
 
 
@@ -591,6 +600,18 @@ def test_rollouts_that_are_refused(capsys):
 
 
 # ---------------------------------------------------------------------- recipes and fingerprints
+
+
+def test_structures_as_json_text_and_unseen_images(caplog):
+    """verl's columns in a table of text; pictures beside a question are not shown, which is said."""
+    row = {
+        "question": "a",
+        "answer": "no",
+        "reward_model": '{"style": "rule", "ground_truth": "7"}',
+        "images": ["x.png"],
+    }
+    assert answers(write("d.jsonl", row)) == ["7"]
+    assert "1 rows have something in column 'images', which no prompt shows" in caplog.text
 
 
 def test_the_recipe_of_mathematics_takes_verls_messages():

@@ -10,6 +10,7 @@ Example: two completions of the prompt `[1, 5]`, the first one right.
 >>> tree.validate()
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +29,16 @@ def look(row: Mapping[str, Any], column: str | None) -> Any:
         return row.get(column or "")
     name, dot, inner = column.partition(".")
     value = row.get(name)
+    if dot and isinstance(value, str) and value.lstrip()[:1] == "{":  # tables of text have structures as JSON
+        value = _from_json(value)
     return look(value, inner) if dot and isinstance(value, Mapping) else None
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 @dataclass

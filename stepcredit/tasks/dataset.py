@@ -31,6 +31,7 @@ USUAL_COLUMNS = {  # the first of them that the data have; a dot looks inside a 
     ),
     "id": ("id", "task_id", "problem_id", "unique_id"),
 }
+UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class DatasetTask(Task):
@@ -78,15 +79,8 @@ class DatasetTask(Task):
 
 def _functions(problems: Sequence[Problem]) -> tuple[str, ...]:
     """What judges the rows: programs by their tests, other rows as mathematics, each row of a mixture by its kind."""
-    with_tests = sum(has_tests(problem.columns | {"answer": problem.answer}) for problem in problems)
-    if 0 < with_tests < len(problems):
-        log.warning(
-            "%d of %d rows have tests for programs; they are judged by 'code', the others by 'math'",
-            with_tests,
-            len(problems),
-        )
-        return ("math", "code")
-    return ("code",) if with_tests else ("math",)
+    with_tests = {has_tests(problem.columns | {"answer": problem.answer}) for problem in problems}
+    return tuple(name for name, tested in (("math", False), ("code", True)) if tested in with_tests)
 
 
 def _fitting(
@@ -148,6 +142,10 @@ def load_problems(
     if without_answer:
         log.warning("%d rows without an answer were left out (first: %s)", len(without_answer), without_answer[0])
     _check_ids(source, problems, places, named="id" in named)
+    for column in UNSEEN:
+        if unseen := [problem.id for problem in problems if problem.columns.get(column)]:
+            text = "%s: %d rows have something in column '%s', which no prompt shows (first: '%s')"
+            log.warning(text, source, len(unseen), column, unseen[0])
     return problems
 
 

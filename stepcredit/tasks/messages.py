@@ -1,12 +1,14 @@
 """The question of a row: text, or chat messages in the forms that data sets have them."""
 
 import json
+import re
 from typing import Any
 
 from stepcredit.errors import UserError
 from stepcredit.forest.types import Message
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PYTHON = re.compile(r"\s*\[\{'(role|content|from)': ")
 TEXT_PARTS = {"text", "input_text"}
 
 
@@ -22,6 +24,8 @@ def question_of(where: str, column: str | None, question: Any) -> str | list[Mes
     at = f"{where}: column '{column}'"
     if isinstance(question, str) and question.lstrip().startswith("[{"):
         question = _from_json(question)
+        if isinstance(question, str) and PYTHON.match(question):
+            raise UserError(f"{at} has chat messages as Python prints them; write them as JSON; found {question!r:.60}")
     if isinstance(question, str) and question.strip():
         _check_text(at, question)
         return question

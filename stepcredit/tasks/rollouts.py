@@ -60,6 +60,8 @@ def read_rollouts(
 def _form(file: str) -> str:
     """Whose rollouts a file has, by its first row; what is wrong with it is said when it is read."""
     lines = form_of(Path(file))[0] in (None, ".jsonl")
+    if Path(file).is_dir():
+        raise UserError(f"{file} is a folder; name its files, such as '{file}/*.jsonl'")
     if not Path(file).is_file():
         return "stepcredit"
     try:

@@ -34,6 +34,7 @@ OPENERS: dict[str, Callable[..., Any]] = {
     ".zst": zstandard.open,
 }
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+UTF_16 = "; it is UTF-16, save it as UTF-8"
 MAX_CSV_FIELD = 1 << 30
 BATCH = 1000  # rows of a table that are converted at once
 
@@ -136,7 +137,8 @@ def _opened(path: Path, packing: str) -> Iterator[IO[str]]:
             yield text
     except UnicodeDecodeError as error:
         start = path.read_bytes()[:2]
-        hint = "; it is UTF-16, save it as UTF-8" if start in (b"\xff\xfe", b"\xfe\xff") else ""
+        hints = {b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16, b"\x1f\x8b": "; it is packed by gzip, name it .gz"}
+        hint = hints.get(start, "; save it as UTF-8")
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}){hint}") from error
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error})") from error
@@ -154,7 +156,7 @@ def _json_lines(path: Path, lines: IO[str]) -> Iterator[tuple[str, dict[str, Any
 def _json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """A list of objects; an object with one such list, or with columns of one length; or JSON lines after all."""
     try:
-        loaded = json.loads(text) if text.strip() else []
+        loaded = json.loads(text, object_pairs_hook=_unique) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _json_lines(path, io.StringIO(text))
@@ -169,12 +171,14 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _listed(path: Path, loaded: Any) -> list[Any]:
     if isinstance(loaded, list):
         return loaded
-    values = list(loaded.values()) if isinstance(loaded, dict) else []
-    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(tables) == 1 and not all(isinstance(value, list) for value in values[1:]):
-        return tables[0]
-    if len(values) == 1 and len(tables) == 1:
-        return tables[0]
+    items = list(loaded.items()) if isinstance(loaded, dict) else []
+    values = [value for _, value in items]
+    tables = [name for name, value in items if isinstance(value, list) and value and isinstance(value[0], dict)]
+    lists = [name for name, value in items if isinstance(value, list)]
+    if len(tables) == 1 and len(lists) == 1:
+        return list(loaded[tables[0]])
+    if len(tables) > 1 and len(tables) == len(values):
+        raise UserError(f"{path}: has several lists of objects ({', '.join(tables)}); make a file of each")
     if values and all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
         return [dict(zip(loaded, row, strict=True)) for row in zip(*values, strict=True)]
     raise UserError(
@@ -185,11 +189,20 @@ def _listed(path: Path, loaded: Any) -> list[Any]:
 
 def _loaded(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
         raise UserError(f"{where}: cannot be read ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice}' stands twice in one object")
+    return found
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def build_rewards(config: Config, task: Task) -> tuple[dict[str, Reward], list[f
     if len(weights) != len(names):
         raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
     if isinstance(task, DatasetTask):
+        if names == ["math", "code"] and not function_names(config):
+            log.warning("%s: rows with tests are judged by 'code', the others by 'math'", task.name)
         check_rows(rewards, task.train, task.name)
     return rewards, weights
 
