@@ -52,7 +52,7 @@ def gold(problem: Problem) -> str | None:
         answer = extract(answer)
     if not answer or (why := unlikely(answer)):
         raise UserError(why if answer else "no final answer can be found in its solution")
-    return f"So the answer is $\\boxed{{{answer}}}$."
+    return f"\\boxed{{{answer}}}"
 
 
 def _score(completion: str, answer: str) -> float:
