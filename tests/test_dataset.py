@@ -83,7 +83,7 @@ def test_columns_can_be_named(tmp_path):
     row = {"question": "no", "answer": "no", "text": "1 + 1 ?", "gold": 2, "key": "k7"}
     path = write(tmp_path / "d.jsonl", [row])
     (problem,) = load_problems(path, columns={"question": "text", "answer": "gold", "id": "key"})
-    assert (problem.question, problem.answer, problem.id) == ("1 + 1 ?", "2", "k7")
+    assert (problem.question, problem.answer, problem.id) == ("1 + 1 ?", 2, "k7")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -114,9 +114,9 @@ def test_chat_messages(tmp_path):
         assert problem.question == chat
 
 
-def test_number_answer_is_text(tmp_path):
+def test_number_answer_is_a_number(tmp_path):
     (problem,) = load_problems(write(tmp_path / "d.jsonl", [{"question": "q", "answer": 0}]))
-    assert problem.answer == "0"
+    assert problem.answer == 0 and type(problem.answer) is int
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -335,12 +335,12 @@ def test_rows_with_tests_need_no_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"),
-    [({"inputs": [1], "outputs": [2]}, '{"inputs": [1], "outputs": [2]}'), (["a"], '["a"]'), (2.5, "2.5")],
+    "answer", [{"inputs": [1], "outputs": [2]}, ["a"], 2.5, 2**70, True, "2021-05-01", [["a"], {"b": None}]], ids=str
 )
-def test_answers_of_other_types(tmp_path, answer, text):
-    (problem,) = load_problems(write(tmp_path / "d.jsonl", [{"question": "q", "answer": answer}]))
-    assert problem.answer == text
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_answers_keep_their_types(tmp_path, kind, answer):
+    (problem,) = load_problems(write(tmp_path / f"d.{kind}", [{"question": "q", "answer": answer}]))
+    assert problem.answer == answer and type(problem.answer) is type(answer)
 
 
 def test_ids_that_stand_twice(tmp_path, caplog):
@@ -426,6 +426,9 @@ def test_bad_prompt_template(template, words):
     refused(lambda: PromptFormat(tokenizer(None), template=template)(Problem("one", "1", "p")), *words)
 
 
-def test_prompt_template_is_for_plain_questions():
-    encode = PromptFormat(tokenizer(TEMPLATE), template="be {question}")
-    refused(lambda: encode(Problem(CHAT, id="p3")), "'p3'", "task.prompt_template")
+def test_prompt_template_of_chat_messages_is_around_the_last_question():
+    made = tokenizer(TEMPLATE)
+    encode = PromptFormat(made, template="be {question} kind")
+    tokens = made.convert_ids_to_tokens(encode(Problem(CHAT, id="p3")))
+    assert tokens == ["user", "one", "assistant", "two", "user", "be", "one", "kind", "assistant"]
+    refused(lambda: encode(Problem(CHAT[1:2], id="p3")), "'p3'", "task.prompt_template", "no user message")

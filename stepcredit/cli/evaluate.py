@@ -46,6 +46,7 @@ Examples
   stepcredit eval --model runs/grpo-1/checkpoints/000120 --json result.json
   stepcredit eval --model my-model --data math500.jsonl,aime.jsonl --num-samples 16 --json result.json"""
 
+JUDGING = ("functions", "options", "kinds", "kind_column", "skip_special_tokens")  # what rewards depend on
 ALL = 1_000_000_000  # more problems than a file has
 
 
@@ -172,9 +173,10 @@ def _settings(config: Config, problems: "list[Problem]", weights: int) -> dict[s
         "seed": config.train.seed,
         "sampler": config.sampler.model_dump(mode="json"),
         "prompt": {
-            name: getattr(config.task, name) for name in ("system_prompt", "prompt_template", "chat_template_kwargs")
+            name: getattr(config.task, name)
+            for name in ("system_prompt", "prompt_template", "chat_template", "chat_template_kwargs")
         },
-        "reward": {name: getattr(config.reward, name) for name in ("functions", "options")},
+        "reward": {name: getattr(config.reward, name) for name in JUDGING},
     }
 
 

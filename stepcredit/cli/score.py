@@ -25,11 +25,11 @@ usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
 
 Grades answers without a model, to see whether a verifier can be trusted before a run depends on it.
 
-  --data FILE           file (.jsonl .json .csv .parquet) | folder of a saved data set | hub id
+  --data FILE           file (.jsonl .json .csv .tsv .parquet), several or a * | folder of a saved data set | hub id
   --gold                grade each row's own answer, which must be accepted
   --completion-column C grade this column of the data instead
-  --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst) anew; --data gives the
-                        verifier the columns of their problems, found by id
+  --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst; TRL's and verl's, too) anew;
+                        --data gives the verifier the columns of their problems, found by id (or question)
   --out ROLLOUTS        with --in: write them with the new rewards
   --prm MODEL, --ref MODEL   a process reward model, such as checkpoints/N/prm of a run with --algorithm prime, and the
                         model that it began as; --out gets token_rewards, X x (log pi_prm - log pi_ref), X 0.05 if not
@@ -46,6 +46,8 @@ Examples
   stepcredit score --data answers.csv --completion-column output --verifier math
   stepcredit score --in runs/grpo-1/rollouts/000010.jsonl.zst --verifier chain
   stepcredit score --in rollouts.jsonl --prm runs/prime-1/checkpoints/000120/prm --ref embedded --out rewarded.jsonl"""
+
+log = logging.getLogger("stepcredit")
 
 SHOWN = 10  # failures on the screen
 OWN = {"gold": "false", "completion-column": None, "in": None, "out": None, "verifier": None, "json": None}
@@ -116,16 +118,19 @@ def _gold(judge: "Judge", problems: "list[Problem]") -> list[dict[str, Any]]:
             "attribute `gold`, a function from a Problem to the completion that is right, or grade a column with "
             "--completion-column"
         )
+    failed = {"": judge.unfit(problems)}
+    for name, check in checked.items():
+        failed[name] = [*((problem, "there is no gold answer") for problem in check.missing), *check.failed]
     return [
         {"id": problem.id, "verifier": name, "answer": problem.answer, "reason": why}
-        for name, check in checked.items()
-        for problem, why in [*((problem, "there is no gold answer") for problem in check.missing), *check.failed]
+        for name, found in failed.items()
+        for problem, why in found
     ]
 
 
 def _column(judge: "Judge", problems: "list[Problem]", column: str) -> list[dict[str, Any]]:
     from stepcredit.errors import did_you_mean
-    from stepcredit.verifiers.judging import is_right, outcome_reward
+    from stepcredit.verifiers.judging import fitting, is_right, outcome_reward
 
     names = {name for problem in problems for name in problem.columns}
     if column not in names:
@@ -135,8 +140,9 @@ def _column(judge: "Judge", problems: "list[Problem]", column: str) -> list[dict
         if not isinstance(text, str):
             raise UserError(f"problem '{problem.id}': column '{column}' must be text, found {text!r:.40}")
     failed = {}
-    for name, outcomes in judge.judge(problems, [str(text) for text in texts]).items():
-        for problem, outcome in zip(problems, outcomes, strict=True):
+    found = judge.judge(problems, [str(text) for text in texts])
+    for row, problem in enumerate(problems):
+        for name, outcome in fitting({name: column[row] for name, column in found.items()}).items():
             if not is_right(outcome) and problem.id not in failed:
                 reward = outcome_reward(outcome)
                 reason = outcome.message or f"it gets {'no reward' if reward is None else f'{reward:g}'}"
@@ -170,29 +176,29 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
 
 def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
     from stepcredit.forest import Forest
-    from stepcredit.forest.records import read_trees, write_trees
-    from stepcredit.verifiers import reward_function
-    from stepcredit.verifiers.judging import is_right, outcome_reward
-    from stepcredit.verifiers.rewards import build_judge, load_rows
+    from stepcredit.forest.records import write_trees
+    from stepcredit.tasks.rollouts import read_rollouts
+    from stepcredit.verifiers.judging import Asked, fitting, is_right, outcome_reward
+    from stepcredit.verifiers.rewards import build_judge, check_rows, function_names, load_rows, named_rewards
 
-    trees = list(read_trees(source))
-    if not trees:
-        raise UserError(f"{source}: there are no rollouts")
+    trees, form = read_rollouts(source, None, config.task.columns)
     if has_data:
-        known = {problem.id: problem for problem in load_rows(config)}
-        for tree in trees:
-            if tree.problem.id not in known:
-                raise UserError(f"{source}: problem '{tree.problem.id}' is not in {config.task.data}")
-            tree.problem = replace(known[tree.problem.id], question=tree.problem.question)
-    names = config.reward.functions or sorted({n for tree in trees for s in tree.segments for n in s.rewards})
+        _with_data(trees, load_rows(config), source, config.task.data)
+    saved = sorted({n for tree in trees for s in tree.segments for n in s.rewards}) if form == "stepcredit" else []
+    names = function_names(config) or saved
     if not names:
         raise UserError(f"{source}: the rollouts do not name a reward function; give one with --verifier")
-    rewards = {name: reward_function(name, config.reward.options.get(name)) for name in names}
+    rewards = named_rewards(config, names)
+    for name, reward in rewards.items():
+        if form == "stepcredit" and not (reward.skip_special_tokens and config.reward.skip_special_tokens):
+            log.warning("'%s' is to see special tokens, and saved texts are without them", name)
+    check_rows(rewards, [tree.problem for tree in trees], source)
     judge = build_judge(config, rewards, config.reward.weights or [1.0] * len(names), None)
     leaves = [(tree, leaf) for tree in trees for leaf in _leaves(tree)]
     texts = [_text(tree, leaf, source) for tree, leaf in leaves]
+    ends = [str(tree.extra.get("prompt_end", "")) for tree, _ in leaves]
     try:
-        found = judge.judge([tree.problem for tree, _ in leaves], texts)
+        found = judge.judge_asked(Asked([tree.problem for tree, _ in leaves], texts, prompt_ends=ends))
     finally:
         judge.close()
     changed, failed, right = [], [], 0
@@ -201,12 +207,13 @@ def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | N
         before = segment.reward
         verdict = judge.combine(outcomes)
         segment.reward, segment.rewards = verdict.reward, verdict.parts
-        right += all(map(is_right, outcomes.values()))
+        judged = fitting(outcomes)
+        right += all(map(is_right, judged.values()))
         if before != segment.reward:
             changed.append({"id": tree.problem.id, "segment": leaf, "before": before, "after": segment.reward})
-        if not all(map(is_right, outcomes.values())):
-            parts = {name: outcome_reward(outcome) for name, outcome in outcomes.items()}
-            reason = next((o.message for o in outcomes.values() if o.message), "")
+        if not all(map(is_right, judged.values())):
+            parts = {name: outcome_reward(outcome) for name, outcome in judged.items()}
+            reason = next((o.message for o in judged.values() if o.message), "")
             failed.append({"id": tree.problem.id, "segment": leaf, "rewards": parts, "reason": reason})
     Console().print(
         f"{source}: {right} of {len(leaves)} completions accepted; {len(changed)} rewards differ from the saved ones",
@@ -220,6 +227,26 @@ def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | N
         numbers = {"accepted": right, "total": len(leaves), "failed": failed, "changed": changed}
         out.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _with_data(trees: "list[Tree]", problems: "list[Problem]", source: str, data: str) -> None:
+    """Give each tree the answer and columns of its problem, found by its id or by a question that its prompt has."""
+    known = {problem.id: problem for problem in problems}
+    for tree in trees:
+        asked = [problem for problem in problems if _asks(tree, problem)] if tree.problem.id not in known else []
+        found = known.get(tree.problem.id) or max(asked, key=lambda each: len(str(each.question)), default=None)
+        if found is None:
+            raise UserError(f"{source}: problem '{tree.problem.id}' is not in {data}, by its id or its question")
+        tree.problem = replace(found, question=tree.problem.question)
+
+
+def _asks(tree: "Tree", problem: "Problem") -> bool:
+    question, prompt = problem.question, tree.problem.question
+    if question == prompt:
+        return True
+    if "id" in tree.extra.get("without", ()) and isinstance(prompt, str):
+        return (question if isinstance(question, str) else str(question[-1].get("content"))) in prompt
+    return False
 
 
 def _leaves(tree: "Tree") -> Iterable[int]:

@@ -162,7 +162,7 @@ def final_answer(completion: str) -> str | None:
 
 def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
     """1 where the completion ends in `#### ANSWER` with the right answer, else 0."""
-    return [float(final_answer(text) == right) for text, right in zip(completions, answer, strict=True)]
+    return [float(final_answer(text) == str(right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def gold(problem: Problem) -> str | None:

@@ -10,7 +10,8 @@ Example: two completions of the prompt `[1, 5]`, the first one right.
 >>> tree.validate()
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +20,25 @@ from stepcredit.errors import UserError
 Finish = Literal["stop", "length", "cut"]
 FINISHES: tuple[Finish, ...] = ("stop", "length", "cut")
 
-Message = dict[str, str]
+Message = dict[str, Any]
+
+
+def look(row: Mapping[str, Any], column: str | None) -> Any:
+    """The value of a column; `a.b` is entry b of column a, where no column has that very name. None: there is none."""
+    if column is None or column in row:
+        return row.get(column or "")
+    name, dot, inner = column.partition(".")
+    value = row.get(name)
+    if dot and isinstance(value, str) and value.lstrip()[:1] == "{":  # tables of text have structures as JSON
+        value = _from_json(value)
+    return look(value, inner) if dot and isinstance(value, Mapping) else None
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 @dataclass
@@ -28,13 +47,13 @@ class Problem:
 
     Attributes:
         question: plain text, or chat messages `[{"role": ..., "content": ...}]`.
-        answer: what the verifier compares with; None where the task needs none.
+        answer: what the verifier compares with, of the type that the data give it; None where the task needs none.
         id: names the problem in records and errors.
         columns: every further column of the data row, handed to verifiers by name.
     """
 
     question: str | list[Message] = ""
-    answer: str | None = None
+    answer: Any = None
     id: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
 

@@ -27,7 +27,7 @@ from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
 from stepcredit.verifiers import Reward
-from stepcredit.verifiers.rewards import build_judge, build_rewards, load_rows, needs_answer
+from stepcredit.verifiers.rewards import build_judge, build_rewards, load_rows
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
         given.max_prompt_tokens,
         given.chat_template_kwargs,
         given.prompt_template,
+        given.chat_template,
     )
     ranks = placement.ranks
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, ranks.local_size)
@@ -102,11 +103,11 @@ def build_task(config: Config) -> Task:
         from stepcredit.demo.task import EmbeddedTask
 
         return EmbeddedTask(seed)
-    from stepcredit.tasks.dataset import DatasetTask, load_problems, split_held_out
+    from stepcredit.tasks.dataset import DatasetTask, split_held_out
 
     train = load_rows(config)
     if given.eval_data:
-        held_out = load_problems(given.eval_data, given.eval_split, given.columns, needs_answer(config))
+        held_out = load_rows(config, given.eval_data, given.eval_split)
     else:
         train, held_out = split_held_out(train, given.held_out, seed=0)
     return DatasetTask(given.data, train, held_out, seed)

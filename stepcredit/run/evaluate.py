@@ -120,11 +120,11 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
     ids = [completion_ids(forest, leaf) for leaf in leaves]
     tokenizer = rollouts.encode.tokenizer
     texts = [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    first = next(iter(rollouts.judge.rewards.values()))
     found = []
     for row, (leaf, text) in enumerate(zip(leaves, texts, strict=True)):
         details = forest.details[leaf]
-        value = next(iter(details["rewards"].values()))
+        name, value = next(iter(details["rewards"].items()))  # functions that the row is not for have no part
+        final_answer = rollouts.judge.rewards[name].final_answer
         found.append(
             Sample(
                 id=forest.problems[int(forest.segment["tree"][leaf])].id,
@@ -134,7 +134,7 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
                 truncated=FINISHES[int(forest.segment["finish"][leaf])] == "length",
                 reward=float(forest.segment["reward"][leaf]) if forest.segment["has_reward"][leaf] else None,
                 correct=value is not None and value >= 1,
-                answer=first.final_answer(text) if first.final_answer else None,
+                answer=final_answer(text) if final_answer else None,
                 failure=next(iter(details["extra"].get("failures", {}).values()), ""),
             )
         )

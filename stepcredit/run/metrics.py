@@ -118,7 +118,8 @@ def _reward_parts(forest: Forest) -> dict[str, float]:
 
 
 def judging_counts(forest: Forest) -> dict[str, float]:
-    """Completions, those with a reward and its sum, and those on which a function ran out of time or went wrong."""
+    """Completions, those with a reward and its sum, and those on which a function ran out of time,
+    went wrong, or that no function is for."""
     leaf = forest.segment["is_leaf"]
     judged = leaf & forest.segment["has_reward"]
     failed = [set(detail["extra"].get("failures", {}).values()) for detail in forest.details]
@@ -126,14 +127,14 @@ def judging_counts(forest: Forest) -> dict[str, float]:
         "completions": float(leaf.sum()),
         "judged": float(judged.sum()),
         "reward": float(forest.segment["reward"][judged].sum()),
-        **{kind: float(sum(kind in kinds for kinds in failed)) for kind in ("timeout", "error")},
+        **{kind: float(sum(kind in kinds for kinds in failed)) for kind in ("timeout", "error", "unfit")},
     }
 
 
 def judging_shares(counts: dict[str, float]) -> dict[str, float]:
     """The metrics that `judging_counts` come to."""
     total = max(1.0, counts["completions"])
-    return {f"reward/{name}": counts[name] / total for name in ("judged", "timeout", "error")}
+    return {f"reward/{name}": counts[name] / total for name in ("judged", "timeout", "error", "unfit")}
 
 
 def _has_kl_ref(forest: Forest, config: Config | None) -> bool:

@@ -1,8 +1,13 @@
 """The Task seam: problems to train on, held-out ones, and the reward that fits them."""
 
+import hashlib
+import json
 from collections.abc import Callable
+from typing import Any
 
 from stepcredit.forest.types import Problem
+
+DRAWN = 64  # problems that stand for a task that makes them without end
 
 
 class Task:
@@ -28,3 +33,23 @@ class Task:
     def held_out(self, count: int) -> list[Problem]:
         """At most `count` problems that `draw` never gives."""
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A hash of the training problems' contents; equal for equal problems in the same order, wherever they lie.
+
+        A task that knows no end of problems is taken by the first it draws.
+        """
+        digest = hashlib.sha256()
+        for problem in self.draw(0, DRAWN):
+            digest.update(canonical(problem))
+        return digest.hexdigest()
+
+
+def canonical(problem: Problem) -> bytes:
+    """The contents of a problem as canonical JSON, a line; what is no JSON as the text that it prints."""
+    contents = [problem.question, problem.answer, problem.columns]
+    return json.dumps(contents, sort_keys=True, default=_as_text, separators=(",", ":")).encode() + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else f"{type(value).__name__} {value}"

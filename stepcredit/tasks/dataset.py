@@ -1,38 +1,37 @@
-"""Problems from a file (JSONL, JSON, CSV, parquet), a saved data set or a hub data set."""
+"""Problems from files (JSONL, JSON, CSV, TSV, parquet), a saved data set or a hub data set."""
 
-import csv
-import json
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from stepcredit.errors import UserError, did_you_mean
-from stepcredit.forest.types import Message, Problem
-from stepcredit.tasks.base import Task
+from stepcredit.forest.types import Problem, look
+from stepcredit.tasks.base import Task, canonical
+from stepcredit.tasks.messages import question_of
 from stepcredit.tasks.prompts import PromptTooLong
+from stepcredit.tasks.sources import Row, find_sources, read_rows
+from stepcredit.verifiers.code import has_tests
 
 log = logging.getLogger("stepcredit")
 
 USUAL_COLUMNS = {  # the first of them that the data have; a dot looks inside a column, as in verl's reward_model
-    "question": ("question", "problem", "prompt", "messages", "query", "instruction"),
+    "question": ("question", "problem", "prompt", "messages", "conversations", "query", "instruction"),
     "answer": (
+        "reward_model.ground_truth",
         "answer",
         "final_answer",
         "ground_truth",
-        "reward_model.ground_truth",
         "solution",
         "target",
         "response",
     ),
     "id": ("id", "task_id", "problem_id", "unique_id"),
 }
-TEST_COLUMNS = {"test_list", "tests", "input_output", "entry_point"}  # of programs: the rows are judged by "code"
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-MAX_CSV_FIELD = 1 << 30
+UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class DatasetTask(Task):
@@ -41,7 +40,7 @@ class DatasetTask(Task):
     def __init__(self, name: str, train: list[Problem], held_out: list[Problem], seed: int) -> None:
         self.name = name
         self.train, self._held_out, self.seed = train, held_out, seed
-        self.reward_functions = ("code",) if has_tests(train[0].columns) else ("math",)
+        self.reward_functions = _functions(train)
         self._orders: dict[int, list[int]] = {}  # of the last epoch drawn from
 
     def draw(self, start: int, count: int) -> list[Problem]:
@@ -57,6 +56,13 @@ class DatasetTask(Task):
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]
 
+    def fingerprint(self) -> str:
+        """Of all training rows, in their order, whatever they are named."""
+        digest = hashlib.sha256()
+        for problem in self.train:
+            digest.update(canonical(problem))
+        return digest.hexdigest()
+
     def fit(self, encode: Callable[[Problem], list[int]], long_prompts: str = "drop") -> None:
         """Check that every row makes a prompt; leave out those that are too long, and say how many.
 
@@ -69,6 +75,12 @@ class DatasetTask(Task):
             self.train if same else _fitting(self._held_out, f"{self.name}, held out", encode, long_prompts)
         )
         self._orders = {}
+
+
+def _functions(problems: Sequence[Problem]) -> tuple[str, ...]:
+    """What judges the rows: programs by their tests, other rows as mathematics, each row of a mixture by its kind."""
+    with_tests = {has_tests(problem.columns | {"answer": problem.answer}) for problem in problems}
+    return tuple(name for name, tested in (("math", False), ("code", True)) if tested in with_tests)
 
 
 def _fitting(
@@ -91,20 +103,16 @@ def _fitting(
     return kept
 
 
-def has_tests(columns: Mapping[str, Any]) -> bool:
-    """Whether rows with these columns ask for programs."""
-    return not TEST_COLUMNS.isdisjoint(columns)
-
-
 def load_problems(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, needs_answer: bool | None = None
 ) -> list[Problem]:
     """Read problems and check every row.
 
     Args:
-        source: a file, a folder that `datasets` saved, or a hub id such as `owner/name`.
+        source: a file, a folder that `datasets` saved, or a hub id such as `owner/name`; several with commas between,
+            or a pattern such as `data/*.jsonl`.
         columns: which column holds "question" and "answer" (and "id"), where the names differ from the usual ones.
-        needs_answer: rows without an answer are left out, and counted. None: unless there are tests for programs.
+        needs_answer: rows without an answer are left out, and counted. None: those that have no tests for programs.
 
     Raises:
         UserError: naming the file and line or column at fault.
@@ -112,32 +120,43 @@ def load_problems(
     problems: list[Problem] = []
     places: list[str] = []
     without_answer: list[str] = []
-    rows = list(_rows(source, split))
-    if not rows:
-        raise UserError(f"{source}: the data set is empty")
-    found = list(dict.fromkeys(name for _, row in rows for name in row))
-    needed = not has_tests(dict.fromkeys(found)) if needs_answer is None else needs_answer
-    chosen = _choose_columns(source, found, rows[0][1], columns or {}, needed)
-    for where, row in rows:
-        question, answer = _question(where, row, chosen["question"]), _answer(_look(row, chosen["answer"]))
-        if answer is None and needed:
-            without_answer.append(where)
-            continue
-        id_ = _look(row, chosen["id"])
-        place = where.rpartition(", ")[2]
-        problems.append(Problem(question, answer, place if id_ is None else str(id_), dict(row)))
-        places.append(place)
+    named = columns or {}
+    sources = find_sources(source)
+    for each in sources:
+        rows = list(read_rows(each, split, several=len(sources) > 1))
+        if not rows:
+            raise UserError(f"{each}: the data set is empty")
+        needed = [needs_answer if needs_answer is not None else not has_tests(row.values) for row in rows]
+        chosen = _choose_columns(each, rows, named, any(needed))
+        for row, needs in zip(rows, needed, strict=True):
+            problem = _problem(row, chosen)
+            if problem.answer is None and needs:
+                without_answer.append(row.where)
+                continue
+            problems.append(problem)
+            places.append(row.place)
     if not problems:
         raise UserError(
             f"{source}: no row has an answer in column '{chosen['answer']}'; name another with --task.columns.answer"
         )
     if without_answer:
         log.warning("%d rows without an answer were left out (first: %s)", len(without_answer), without_answer[0])
-    _check_ids(source, problems, places, chosen["id"], named="id" in (columns or {}))
+    _check_ids(source, problems, places, named="id" in named)
+    for column in UNSEEN:
+        if unseen := [problem.id for problem in problems if problem.columns.get(column)]:
+            text = "%s: %d rows have something in column '%s', which no prompt shows (first: '%s')"
+            log.warning(text, source, len(unseen), column, unseen[0])
     return problems
 
 
-def _check_ids(source: str, problems: list[Problem], places: Sequence[str], column: str | None, named: bool) -> None:
+def _problem(row: Row, chosen: Mapping[str, str | None]) -> Problem:
+    question = question_of(row.where, chosen["question"], look(row.values, chosen["question"]))
+    answer = _answer(row.where, chosen["answer"], look(row.values, chosen["answer"]))
+    id_ = look(row.values, chosen["id"])
+    return Problem(question, answer, row.place if id_ is None else str(id_), dict(row.values))
+
+
+def _check_ids(source: str, problems: list[Problem], places: Sequence[str], named: bool) -> None:
     """No two rows may have one id: an error where the column was chosen, otherwise rows are named by their places."""
     seen: dict[str, str] = {}
     for problem, place in zip(problems, places, strict=True):
@@ -162,82 +181,11 @@ def split_held_out(problems: list[Problem], share: float, seed: int) -> tuple[li
     return [problems[i] for i in sorted(order[count:])], [problems[i] for i in order[:count]]
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source)
-    if path.suffix in READERS and path.is_file():
-        try:
-            yield from READERS[path.suffix](path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        return
-    saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    if path.is_dir() and not saved:
-        raise UserError(
-            f"{source} is a folder, and none that `datasets` saved; name a file ({', '.join(FILE_KINDS)}) or a hub id"
-        )
-    if not saved and not path.is_file() and (path.suffix in FILE_KINDS or source.startswith((".", "/", "~"))):
-        raise UserError(f"{source}: no such file")
-    if path.is_file() and path.suffix not in FILE_KINDS:
-        raise UserError(f"{source}: unknown kind of file '{path.suffix}'; use {', '.join(FILE_KINDS)}")
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if saved:
-            table = datasets.load_from_disk(source)
-            table = table[split] if isinstance(table, datasets.DatasetDict) else table
-        elif path.is_file():
-            table = datasets.load_dataset(FILE_KINDS[path.suffix], data_files=source, split="train")
-        else:
-            table = datasets.load_dataset(source, split=split)
-    except Exception as error:  # every loader has its own kinds; all of them mean that the source cannot be read
-        reason = str(error.__cause__ or error).strip().splitlines()[0] if str(error.__cause__ or error).strip() else ""
-        raise UserError(f"{source}: cannot be read as a data set ({type(error).__name__}: {reason})") from error
-    for number, row in enumerate(table, 1):
-        yield f"{source}, row {number}", row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-            except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
-                raise UserError(f"{where}: cannot be read ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            yield where, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every value as the text that it is: an answer 007 or 1.50 must not become a number."""
-    csv.field_size_limit(MAX_CSV_FIELD)
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row:
-                    raise UserError(
-                        f"{where}: more values than the header has columns; is a comma without quotes around it?"
-                    )
-                yield where, row
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-
-
-READERS = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-
-
 def _choose_columns(
-    source: str, found: list[str], row: Mapping[str, Any], named: Mapping[str, str], needs_answer: bool
+    source: str, rows: Sequence[Row], named: Mapping[str, str], needs_answer: bool
 ) -> dict[str, str | None]:
     """The column of each role; None for an answer or id that there is not."""
+    found = list(dict.fromkeys(name for row in rows for name in row.values))
     for role, column in named.items():
         if role not in USUAL_COLUMNS:
             raise UserError(f"task.columns.{role}: {did_you_mean(role, USUAL_COLUMNS)}")
@@ -245,7 +193,7 @@ def _choose_columns(
             raise UserError(f"{source}: no column '{column}' (task.columns.{role}); {did_you_mean(column, found)}")
     chosen: dict[str, str | None] = {}
     for role, usual in USUAL_COLUMNS.items():
-        present = [name for name in usual if name in found or _look(row, name) is not None]
+        present = [name for name in usual if name in found or ("." in name and _somewhere(rows, name))]
         chosen[role] = named.get(role) or (present[0] if present else None)
         if chosen[role] is None and (role == "question" or (role == "answer" and needs_answer)):
             raise UserError(
@@ -254,44 +202,16 @@ def _choose_columns(
     return chosen
 
 
-def _look(row: Mapping[str, Any], column: str | None) -> Any:
-    """The value of a column; `a.b` is entry b of column a, where no column has that very name."""
-    if column is None or column in row:
-        return row.get(column or "")
-    name, dot, inner = column.partition(".")
-    value = row.get(name)
-    return _look(value, inner) if dot and isinstance(value, Mapping) else None
+def _somewhere(rows: Sequence[Row], column: str) -> bool:
+    return any(look(row.values, column) is not None for row in rows)
 
 
-def _answer(value: Any) -> str | None:
-    """An answer as text; structures, such as the tests of a program, as JSON."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+def _answer(where: str, column: str | None, value: Any) -> Any:
+    """An answer as the data have it; None for none."""
+    if isinstance(value, bytes):
+        raise UserError(
+            f"{where}: column '{column}' has bytes that are no text; name another with --task.columns.answer"
+        )
+    if isinstance(value, str) and not value.strip():
         return None
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-
-
-def _question(where: str, row: Mapping[str, Any], column: str | None) -> str | list[Message]:
-    question = _look(row, column)
-    if isinstance(question, str) and question.strip():
-        _check_text(where, column, question)
-        return question
-    if isinstance(question, list) and question and all(_is_message(message) for message in question):
-        asked = question[:-1] if question[-1]["role"] == "assistant" else question  # the last is a solution
-        if asked:
-            for message in asked:
-                _check_text(where, column, str(message["content"]))
-            return asked
-    raise UserError(
-        f"{where}: column '{column}' must be text, or chat messages with role and content; found {question!r:.60}"
-    )
-
-
-def _check_text(where: str, column: str | None, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: column '{column}' has half a surrogate pair at character {error.start}") from error
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and bool(message.get("content"))
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,18 +1,19 @@
 """Reward functions: `f(prompts, completions, **columns) -> list`, sync or async, one entry for each completion.
 
-`columns` holds `answer`, `id`, `completion_ids` and every column of the data. A value is a number, None for unjudged,
-or a dictionary with rewards inside the completion (docs/judging.md). Name your own by dotted path, verl's
+`columns` holds `answer`, `id`, `completion_ids`, `prompt_end` and every column of the data. A value is a number, None
+for unjudged, or a dictionary with rewards inside the completion (docs/judging.md). Name your own by dotted path, verl's
 `compute_score` with `verl:` before it: `--reward.functions my_package.my_reward,verl:my_package.compute_score`.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from stepcredit.errors import UserError, did_you_mean
-from stepcredit.forest.types import Problem
+from stepcredit.forest.types import Problem, look
 from stepcredit.imports import by_name
 
 RewardFunction = Callable[..., Any]
@@ -31,6 +32,28 @@ VERL = "verl:"
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """Which functions judge which rows: by values of a column, or patterns such as `numina*`; the first that fits."""
+
+    column: str
+    functions: Mapping[str, Sequence[str]]
+
+    def kind(self, problem: Problem) -> str | None:
+        """The kind that a row is of, as the config names it; None for none of them."""
+        value = str(look(problem.columns, self.column))
+        if value in self.functions:
+            return value
+        return next((pattern for pattern in self.functions if fnmatchcase(value, pattern)), None)
+
+    def lacks(self, problem: Problem, function: str) -> str | None:
+        """Why a function does not judge a row; None where it does."""
+        kind = self.kind(problem)
+        if kind is not None and function in self.functions[kind]:
+            return None
+        return f"its {self.column} is {str(look(problem.columns, self.column))!r:.60}"
+
+
+@dataclass(frozen=True)
 class Reward:
     """A reward function and what is known about it.
 
@@ -40,10 +63,13 @@ class Reward:
         options: further arguments, from `reward.options.NAME`.
         path: dotted path by which another process finds the function; None calls it in this process.
         gold: the completion that must get the full reward for a problem; None where that is not known.
+        lacks: why the function cannot judge a problem; None where it can.
         final_answer: the answer that a completion comes to, for majority votes.
         same_answer: whether two final answers are one, however they are written; None compares them as text.
         own: the user's, not one of `VERIFIERS`.
         keeps_s: seconds that the function itself makes sure to end within, where that may be more than the deadline.
+        kinds: the kinds of rows that the functions of a mixed data set are for; None: this one judges all rows.
+        skip_special_tokens: whether special tokens are left out of the completions that it sees.
     """
 
     name: str
@@ -55,11 +81,14 @@ class Reward:
     same_answer: Callable[[str, str], bool] | None = None
     own: bool = True
     keeps_s: float = 0.0
+    lacks: Callable[[Problem], str | None] | None = None
+    kinds: Kinds | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.function).parameters
         for option in self.options:
-            if option not in parameters:
+            if option not in parameters and not getattr(self.function, "takes_any", False):
                 known = [name for name in parameters if parameters[name].default is not inspect.Parameter.empty]
                 raise UserError(f"reward.options.{self.name}.{option}: unknown option; {did_you_mean(option, known)}")
 
@@ -69,6 +98,14 @@ class Reward:
         answer = inspect.signature(self.function).parameters.get("answer")
         return answer is not None and answer.default is answer.empty
 
+    def unfit(self, problem: Problem) -> str | None:
+        """Why the function does not judge a problem, as part of a sentence; None where it does."""
+        if self.kinds is not None and (why := self.kinds.lacks(problem, self.name)):
+            return why
+        if self.needs_answer and problem.answer is None:
+            return "it has no answer"
+        return self.lacks(problem) if self.lacks is not None else None
+
     def select(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """The columns that the function takes: all of them when it has `**columns`, but for those named as its options.
 
@@ -77,6 +114,8 @@ class Reward:
         """
         parameters = inspect.signature(self.function).parameters.values()
         options = set(self.options)
+        if only := getattr(self.function, "columns", None):
+            return {name: columns[name] for name in only if name in columns}
         if not self.own:  # an argument with a default is an option of ours, unless the default stands for "no column"
             options |= {each.name for each in parameters if each.default not in (each.empty, None)}
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -115,4 +154,6 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
         getattr(place, "same_answer", None),
         name not in VERIFIERS,
         ends_within(options or {}) if ends_within else 0.0,
+        getattr(place, "unfit", None),
+        skip_special_tokens=getattr(function, "skip_special_tokens", True),
     )

@@ -29,8 +29,10 @@ from stepcredit.verifiers.sandbox import STARVED, Limits, run_each, run_tests
 
 FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 FENCED = {"", "python", "python3", "py"}
-PAIRS = ("tests", "input_output", "answer", "ground_truth")
+ANSWERS = ("answer", "ground_truth")
+PAIRS = ("tests", "input_output", *ANSWERS)
 PROGRAMS = ("code", "canonical_solution", "solution", "solutions", "reference", "reference_solution")
+TEST_COLUMNS = ("test_list", "tests", "input_output", "entry_point")
 TOLERANCE = 1e-6
 
 
@@ -53,7 +55,7 @@ class Pairs:
 def verify(
     prompts: Sequence[Any],
     completions: Sequence[str],
-    answer: Sequence[str | None] | None = None,
+    answer: Sequence[Any] | None = None,
     *,
     score: Literal["all", "fraction"] = "all",
     seconds: float = 6.0,
@@ -132,6 +134,29 @@ def _names(program: str) -> set[str] | None:
 # ---------------------------------------------------------------------- the tests
 
 
+def has_tests(row: Mapping[str, Any]) -> bool:
+    """Whether a row asks for a program, by a quick look: a column of tests, or inputs and outputs as its answer."""
+    if any(row.get(name) not in (None, "", [], {}) for name in TEST_COLUMNS):
+        return True
+    return any(_looks_like_pairs(row.get(name)) for name in ANSWERS)
+
+
+def _looks_like_pairs(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return ("inputs" in value and "outputs" in value) or ("input" in value and "output" in value)
+    quoted = isinstance(value, str) and value.lstrip()[:1] in ("{", "[")
+    return quoted and '"input' in value and '"output' in value
+
+
+def unfit(problem: Problem) -> str | None:
+    """Why a problem cannot be judged by tests; None where it can."""
+    try:
+        tests_of(problem.columns | {"answer": problem.answer})
+    except UserError:
+        return "it has no tests for a program"
+    return None
+
+
 def tests_of(row: Mapping[str, Any]) -> Calls | Pairs:
     """The tests of a row.
 
@@ -146,7 +171,7 @@ def tests_of(row: Mapping[str, Any]) -> Calls | Pairs:
         return Calls([f"{row['test']}\n\ncheck({row['entry_point']})\n"])
     for name in PAIRS:
         found = _from_json(row.get(name))
-        if _texts(found):
+        if _texts(found) and (name not in ANSWERS or any("assert" in text for text in found)):
             return Calls(found)
         if (tests := _pairs(found, row)) is not None:
             return tests

@@ -6,6 +6,7 @@ from typing import Any
 
 from stepcredit.errors import UserError
 
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")
 THINK = re.compile(r"\s*<think>(?!.*<think>)(.*?)</think>(?!.*</think>)\s*\S", re.DOTALL)
 
 
@@ -14,12 +15,21 @@ def boxed(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) ->
     return [float(text.count("\\boxed{") == 1 and "\\boxed{}" not in text) for text in completions]
 
 
-def think(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-    """1 where the completion is `<think>...</think>`, once, and then an answer."""
+def think(
+    prompts: Sequence[Any], completions: Sequence[str], prompt_end: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
+    """1 where the completion is `<think>...</think>`, once, and then an answer.
+
+    What the chat template has opened, or opened and closed, at the end of the prompt counts as the completion's.
+    """
+    opened = [OPENED.search(end) for end in prompt_end or [""] * len(completions)]
+    texts = [match[0] + text if match else text for match, text in zip(opened, completions, strict=True)]
     return [
-        float(text.count("<think>") == text.count("</think>") == 1 and THINK.match(text) is not None)
-        for text in completions
+        float(text.count("<think>") == text.count("</think>") == 1 and THINK.match(text) is not None) for text in texts
     ]
+
+
+think.skip_special_tokens = False  # type: ignore[attr-defined]  # some tokenizers have the tags as special tokens
 
 
 def overlong(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.errors import UserError
-from stepcredit.forest import Forest
+from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import Reward, RewardFunction
 from stepcredit.verifiers.workers import Call, Failure, Outcome, Workers
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stepcredit")
 
 CHUNK = 16  # completions in a call of a function of ours, which hardly ever fails
+PROMPT_END = 32  # tokens of the prompt that a function sees as the completion saw them
 
 OnFailure = Literal["drop", "zero", "raise"]
 CallWith = Literal["row", "group", "batch"]
@@ -29,7 +30,10 @@ CallWith = Literal["row", "group", "batch"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reward of one completion (None: unjudged), its parts by function, and the functions that failed."""
+    """The reward of one completion (None: unjudged), its parts by function, and the functions that failed.
+
+    A function that the row is not for has no part; where it is for none, all of them stand in `failures` as "unfit".
+    """
 
     reward: float | None
     parts: dict[str, float | None]
@@ -45,6 +49,42 @@ class GoldCheck:
     missing: list[Problem]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Completions of problems, as functions see them.
+
+    Attributes:
+        texts: without special tokens.
+        raw: with them, but for the stop token; None: the same.
+        ids: token ids; None where there are only texts.
+        prompt_ends: the last tokens of each prompt as text; None where they are not known.
+    """
+
+    problems: Sequence[Problem]
+    texts: Sequence[str]
+    raw: Sequence[str] | None = None
+    ids: Sequence[Sequence[int]] | None = None
+    prompt_ends: Sequence[str] | None = None
+
+    def columns(self, rows: Sequence[int], skip_special_tokens: bool) -> dict[str, list[Any]]:
+        """What a function gets of some of the completions."""
+        problems = [self.problems[row] for row in rows]
+        texts = self.texts if skip_special_tokens or self.raw is None else self.raw
+        names = {name for problem in problems for name in problem.columns}
+        columns: dict[str, list[Any]] = {name: [problem.columns.get(name) for problem in problems] for name in names}
+        columns |= {
+            "prompts": [problem.question for problem in problems],
+            "completions": [texts[row] for row in rows],
+            "answer": [problem.answer for problem in problems],
+            "id": [problem.id for problem in problems],
+        }
+        if self.ids is not None:
+            columns["completion_ids"] = [self.ids[row] for row in rows]
+        if self.prompt_ends is not None:
+            columns["prompt_end"] = [self.prompt_ends[row] for row in rows]
+        return columns
+
+
 class Judge:
     """Calls reward functions on completions and adds their weighted values.
 
@@ -56,6 +96,7 @@ class Judge:
         on_failure: what a time-out or an error of a function does: "drop" leaves the completion unjudged, "zero" gives
             it 0 from that function, "raise" ends the run.
         call_with: what a call of a user's function gets: one completion ("row"), those of one problem, or all.
+        skip_special_tokens: False shows them to every function, not only to those that ask for it.
     """
 
     def __init__(
@@ -66,6 +107,7 @@ class Judge:
         workers: Workers | None = None,
         on_failure: OnFailure = "drop",
         call_with: CallWith = "row",
+        skip_special_tokens: bool = True,
     ) -> None:
         self.rewards = {
             name: reward if isinstance(reward, Reward) else Reward(name, reward) for name, reward in rewards.items()
@@ -73,6 +115,7 @@ class Judge:
         self.weights, self.tokenizer, self.workers = list(weights), tokenizer, workers or Workers()
         self.on_failure: OnFailure = on_failure
         self.call_with: CallWith = call_with
+        self.skip_special_tokens = skip_special_tokens
         self._said: set[tuple[str, str]] = set()
         self._worked: set[str] = set()  # functions that have judged a completion
 
@@ -89,10 +132,12 @@ class Judge:
         leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
         problems = [forest.problems[int(forest.segment["tree"][leaf])] for leaf in leaves]
         ids = [completion_ids(forest, leaf) for leaf in leaves]
-        if self.tokenizer is None:
-            raise ValueError("a Judge of forests needs a tokenizer")
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        found = self.judge(problems, texts, ids)
+        ends = prompt_ends(forest, self._tokenizer)
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        raw = self._raw(forest, leaves, ids)
+        trees = forest.segment["tree"][leaves].tolist()
+        found = self._judged(self.rewards, Asked(problems, texts, raw, ids, [ends[tree] for tree in trees]))
+        self._say_unfit(found, problems)
         reward, has_reward = torch.zeros(forest.num_segments), torch.zeros(forest.num_segments, dtype=torch.bool)
         details = list(forest.details)
         dense = TokenRewards(forest)
@@ -108,16 +153,39 @@ class Judge:
             extra = {name: value for name, value in details[leaf]["extra"].items() if name != "failures"}
             extra |= {"failures": verdict.failures} if verdict.failures else {}
             details[leaf] = {"rewards": verdict.parts, "extra": extra}
-        forest = replace(forest.with_segment(reward=reward, has_reward=has_reward), details=tuple(details))
-        return dense.onto(forest)
+        extras = tuple(each | {"prompt_end": end} for each, end in zip(forest.tree_extra, ends, strict=True))
+        forest = forest.with_segment(reward=reward, has_reward=has_reward)
+        return dense.onto(replace(forest, details=tuple(details), tree_extra=extras))
+
+    @property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        if self.tokenizer is None:
+            raise ValueError("a Judge of forests needs a tokenizer")
+        return self.tokenizer
+
+    def _raw(self, forest: Forest, leaves: Sequence[int], ids: Sequence[Sequence[int]]) -> list[str] | None:
+        """The completions with special tokens, but for the one that ended them; None where no function asks for it."""
+        if self.skip_special_tokens and all(reward.skip_special_tokens for reward in self.rewards.values()):
+            return None
+        special, stop = set(self._tokenizer.all_special_ids), FINISH_CODE["stop"]
+        finish = forest.segment["finish"][leaves].tolist()
+        shown = [
+            list(row[:-1]) if code == stop and row[-1] in special else list(row)
+            for row, code in zip(ids, finish, strict=True)
+        ]
+        return [str(text) for text in self._tokenizer.batch_decode(shown, skip_special_tokens=False)]
 
     def combine(self, outcomes: Mapping[str, Outcome]) -> "Verdict":
         """What the outcomes of all functions on one completion come to."""
-        failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.failure}
-        parts = {name: outcome_reward(outcome) for name, outcome in outcomes.items()}
+        fitting = {name: outcome for name, outcome in outcomes.items() if outcome.failure != "unfit"}
+        if not fitting:
+            return Verdict(None, dict.fromkeys(outcomes), dict.fromkeys(outcomes, "unfit"))
+        failures = {name: outcome.failure for name, outcome in fitting.items() if outcome.failure}
+        parts = {name: outcome_reward(outcome) for name, outcome in fitting.items()}
         if self.on_failure == "zero":
             parts |= dict.fromkeys(failures, 0.0)
-        judged = [weight * part for weight, part in zip(self.weights, parts.values(), strict=True) if part is not None]
+        weights = dict(zip(self.rewards, self.weights, strict=True))
+        judged = [weights[name] * part for name, part in parts.items() if part is not None]
         unjudged = not judged or (failures and self.on_failure == "drop")
         return Verdict(None if unjudged else sum(judged), parts, failures)
 
@@ -129,10 +197,16 @@ class Judge:
         Raises:
             UserError: as `__call__`.
         """
-        return self._judged(self.rewards, problems, completions, ids)
+        return self.judge_asked(Asked(problems, completions, None, ids))
+
+    def judge_asked(self, asked: Asked) -> dict[str, list[Outcome]]:
+        """As `judge`, with all that is known of the completions."""
+        found = self._judged(self.rewards, asked)
+        self._say_unfit(found, asked.problems)
+        return found
 
     def check_gold(self, problems: Sequence[Problem]) -> "dict[str, GoldCheck]":
-        """Per function that knows gold completions: the problems whose gold does not get 1 or more.
+        """Per function that knows gold completions, of the problems that it judges: those whose gold gets less than 1.
 
         Raises:
             UserError: a function went wrong on all.
@@ -141,31 +215,74 @@ class Judge:
         for name, reward in self.rewards.items():
             if reward.gold is None:
                 continue
-            gold = [(problem, reward.gold(problem)) for problem in problems]
-            known = [(problem, text) for problem, text in gold if text is not None]
-            found = self._judged({name: reward}, [problem for problem, _ in known], [text for _, text in known])
-            failed = [
+            known: list[tuple[Problem, str]] = []
+            failed: list[tuple[Problem, str]] = []
+            missing: list[Problem] = []
+            for problem in problems:
+                if reward.unfit(problem) is not None:
+                    continue
+                try:
+                    text = reward.gold(problem)
+                except UserError as error:
+                    failed.append((problem, str(error)))
+                    continue
+                if text is None:
+                    missing.append(problem)
+                else:
+                    known.append((problem, text))
+            total = len(known) + len(failed)
+            asked = Asked([problem for problem, _ in known], [text for _, text in known])
+            found = self._judged({name: reward}, asked)
+            failed += [
                 (problem, outcome.message or f"the gold answer gets {outcome_reward(outcome)}: {text!r:.80}")
                 for (problem, text), outcome in zip(known, found[name], strict=True)
                 if not is_right(outcome)
             ]
-            checks[name] = GoldCheck(len(known), failed, [problem for problem, text in gold if text is None])
+            checks[name] = GoldCheck(total, failed, missing)
         return checks
 
-    def _judged(
-        self,
-        rewards: Mapping[str, Reward],
-        problems: Sequence[Problem],
-        completions: Sequence[str],
-        ids: Sequence[Sequence[int]] | None = None,
-    ) -> dict[str, list[Outcome]]:
-        columns = _columns(problems, completions, ids)
-        calls = {name: self._calls(reward, columns, problems) for name, reward in rewards.items()}
-        made = iter(self.workers.run([call for part in calls.values() for call in part]))
-        found = {name: [outcome for _ in part for outcome in next(made)] for name, part in calls.items()}
-        for name, outcomes in found.items():
-            self._say(name, outcomes, problems)
+    def unfit(self, problems: Sequence[Problem]) -> list[tuple[Problem, str]]:
+        """The problems that no function judges, each with the reasons."""
+        found = []
+        for problem in problems:
+            reasons = {name: reward.unfit(problem) for name, reward in self.rewards.items()}
+            if all(reasons.values()):
+                found.append((problem, "; ".join(f"{name}: {why}" for name, why in reasons.items())))
         return found
+
+    def _judged(self, rewards: Mapping[str, Reward], asked: Asked) -> dict[str, list[Outcome]]:
+        problems = asked.problems
+        found: dict[str, list[Outcome]] = {}
+        calls: dict[str, list[Call]] = {}
+        for name, reward in rewards.items():
+            reasons = {id(problem): reward.unfit(problem) for problem in problems}
+            found[name] = [
+                Outcome() if (why := reasons[id(problem)]) is None else Outcome(None, "unfit", why)
+                for problem in problems
+            ]
+            rows = [row for row, outcome in enumerate(found[name]) if outcome.failure is None]
+            columns = asked.columns(rows, reward.skip_special_tokens and self.skip_special_tokens)
+            calls[name] = self._calls(reward, columns, [problems[row] for row in rows]) if rows else []
+        made = iter(self.workers.run([call for part in calls.values() for call in part]))
+        for name, part in calls.items():
+            rows = [row for row, outcome in enumerate(found[name]) if outcome.failure is None]
+            outcomes = [outcome for _ in part for outcome in next(made)]
+            for row, outcome in zip(rows, outcomes, strict=True):
+                found[name][row] = outcome
+            self._say(name, outcomes, [problems[row] for row in rows])
+        return found
+
+    def _say_unfit(self, found: Mapping[str, Sequence[Outcome]], problems: Sequence[Problem]) -> None:
+        """Log the first completion that no function is for."""
+        for problem, outcomes in zip(problems, zip(*found.values(), strict=True), strict=True):
+            if ("", "unfit") not in self._said and all(outcome.failure == "unfit" for outcome in outcomes):
+                self._said.add(("", "unfit"))
+                why = "; ".join(f"{name}: {each.message}" for name, each in zip(found, outcomes, strict=True))
+                log.warning(
+                    "problem '%s' is for no reward function (%s); left unjudged, counted as reward/unfit",
+                    problem.id,
+                    why,
+                )
 
     def start(self) -> None:
         """Start worker processes early."""
@@ -272,21 +389,22 @@ def outcome_reward(outcome: Outcome) -> float | None:
     return outcome.value
 
 
+def fitting(outcomes: Mapping[str, Outcome]) -> Mapping[str, Outcome]:
+    """The outcomes of functions that the row is for; all of them where it is for none."""
+    return {name: outcome for name, outcome in outcomes.items() if outcome.failure != "unfit"} or outcomes
+
+
 def is_right(outcome: Outcome) -> bool:
     """Whether a completion counts as solved: it got 1 or more."""
     reward = outcome_reward(outcome)
     return reward is not None and reward >= 1
 
 
-def _columns(
-    problems: Sequence[Problem], completions: Sequence[str], ids: Sequence[Sequence[int]] | None
-) -> dict[str, list[Any]]:
-    names = {name for problem in problems for name in problem.columns}
-    columns: dict[str, list[Any]] = {name: [problem.columns.get(name) for problem in problems] for name in names}
-    columns |= {
-        "prompts": [problem.question for problem in problems],
-        "completions": list(completions),
-        "answer": [problem.answer for problem in problems],
-        "id": [problem.id for problem in problems],
-    }
-    return columns if ids is None else columns | {"completion_ids": list(ids)}
+def prompt_ends(forest: Forest, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """[num_trees] The last tokens of each prompt as text, special tokens included: what a completion goes on from."""
+    starts, lengths = forest.tree["prompt_start"].tolist(), forest.tree["prompt_length"].tolist()
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    tails = [
+        forest.prompt_ids[max(start, end - PROMPT_END) : end].tolist() for start, end in zip(starts, ends, strict=True)
+    ]
+    return [str(text) for text in tokenizer.batch_decode(tails, skip_special_tokens=False)]

@@ -31,7 +31,7 @@ from stepcredit.verifiers.reaper import sweep
 
 log = logging.getLogger("stepcredit")
 
-Failure = Literal["timeout", "error"]
+Failure = Literal["timeout", "error", "unfit"]  # unfit: the row lacks what the function needs
 Value = float | None | dict[str, Any]
 
 MAX_REWARD = 1e30  # within fp32, sums of a batch included

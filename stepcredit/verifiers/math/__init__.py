@@ -10,6 +10,8 @@ any thread may call. Needs neither torch nor transformers.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stepcredit.errors import UserError
+from stepcredit.verifiers.answers import texts_of, unfit, unlikely
 from stepcredit.verifiers.math.equal import constant, equal
 from stepcredit.verifiers.math.extract import extract
 from stepcredit.verifiers.math.text import clean, short
@@ -17,19 +19,22 @@ from stepcredit.verifiers.math.text import clean, short
 if TYPE_CHECKING:
     from stepcredit.forest.types import Problem
 
-__all__ = ["equal", "final_answer", "gold", "same_answer", "verify"]
+__all__ = ["equal", "final_answer", "gold", "same_answer", "unfit", "verify"]
 
 MARKS = ("\\boxed", "\\fbox", "####")  # what a whole solution has before its answer
 MAX_VOTE_LENGTH = 200  # characters of answers that are compared by value for a vote; longer ones as text
 MAX_VOTE_PARTS = 8  # of a list, likewise; a sign that doubles its values counts as several
 
 
-def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
+def verify(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> list[float]:
     """1 where the completion's final answer says the same as the gold one, else 0.
 
-    The answer may be a bare expression (`\\frac{1}{2}`) or a whole solution that ends in `\\boxed{...}` or `#### x`.
+    The answer may be a bare expression (`\\frac{1}{2}`), a whole solution that ends in `\\boxed{...}` or `#### x`, or a
+    list of these, of which any is right.
     """
-    return [_score(text, str(right)) for text, right in zip(completions, answer, strict=True)]
+    return [
+        max(_score(text, each) for each in texts_of(right)) for text, right in zip(completions, answer, strict=True)
+    ]
 
 
 def final_answer(completion: str) -> str | None:
@@ -59,10 +64,18 @@ def _too_large_for_a_vote(text: str) -> bool:
 
 
 def gold(problem: "Problem") -> str | None:
-    """The completion that must be accepted; None without an answer."""
-    answer = problem.answer
-    if answer is None or any(mark in answer for mark in MARKS):
-        return answer
+    """The completion that must be accepted: the answer, or the first of several, in a box; None without an answer.
+
+    Raises:
+        UserError: the answer is nothing that a completion would state.
+    """
+    if problem.answer is None:
+        return None
+    answer: str | None = texts_of(problem.answer)[0]
+    if answer and any(mark in answer for mark in MARKS):
+        answer = extract(answer)
+    if not answer or (why := unlikely(answer)):
+        raise UserError(why if answer else "no final answer can be found in its solution")
     return f"\\boxed{{{answer}}}"
 
 
