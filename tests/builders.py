@@ -11,10 +11,10 @@ from torch import Tensor
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.imports import check_options
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.losses.table import LOSSES
+from stepcredit.section import check_options
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME

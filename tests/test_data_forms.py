@@ -26,6 +26,7 @@ from stepcredit.policy.loading import load_policy
 from stepcredit.run.metrics import forest_metrics
 from stepcredit.tasks.dataset import DatasetTask, load_problems
 from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.tasks.rewards import build_rewards, load_rows
 from stepcredit.tasks.sources import read_rows
 from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.answers import texts_of, unfit
@@ -33,7 +34,6 @@ from stepcredit.verifiers.code import has_tests
 from stepcredit.verifiers.formats import think
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.options import RewardOptions
-from stepcredit.verifiers.rewards import build_rewards, load_rows
 from tests.test_dataset import TEMPLATE, refused, tokenizer
 
 LINES = '{"question": "1 + 1 ?", "answer": "2"}\n{"question": "1 + 2 ?", "answer": 3}\n'

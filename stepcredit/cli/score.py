@@ -103,7 +103,7 @@ def main(words: Sequence[str]) -> int:
 
 def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
     from stepcredit.tasks.dataset import DatasetTask
-    from stepcredit.verifiers.rewards import build_judge, build_rewards, load_rows
+    from stepcredit.tasks.rewards import build_judge, build_rewards, load_rows
 
     problems = load_rows(config)
     rewards, weights = build_rewards(config, DatasetTask(config.task.data, problems, problems, 0))
@@ -177,9 +177,9 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
 def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
     from stepcredit.forest import Forest
     from stepcredit.forest.records import write_trees
+    from stepcredit.tasks.rewards import build_judge, check_rows, function_names, load_rows, named_rewards
     from stepcredit.tasks.rollouts import read_rollouts
     from stepcredit.verifiers.judging import Asked, fitting, is_right, outcome_reward
-    from stepcredit.verifiers.rewards import build_judge, check_rows, function_names, load_rows, named_rewards
 
     trees, form = read_rollouts(source, None, config.task.columns)
     if has_data:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stepcredit import imports
+from stepcredit import section
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
@@ -62,7 +62,7 @@ def needs_of(function: CreditFunction) -> Needs:
 
 def check_options(name: str, function: CreditFunction, options: Mapping[str, Any]) -> None:
     """Raise `UserError` when `options` has a name or a value that the credit function does not take."""
-    imports.check_options("credit", name, function, options)
+    section.check_options("credit", name, function, options)
 
 
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:

@@ -14,7 +14,8 @@ from stepcredit.estimators.base import Builder, Context, Estimator, Load, declar
 from stepcredit.estimators.frozen import old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
-from stepcredit.imports import by_name, check_options
+from stepcredit.imports import by_name
+from stepcredit.section import check_options
 
 PROVIDERS: dict[str, Builder] = {
     "old_logprobs": old_policy,

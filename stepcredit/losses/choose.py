@@ -8,9 +8,10 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.forest.made_up import made_up_forest
 from stepcredit.forest.ops import TokenScores
-from stepcredit.imports import by_name, check_options
+from stepcredit.imports import by_name
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.table import LOSSES
+from stepcredit.section import check_options
 
 log = logging.getLogger("stepcredit")
 

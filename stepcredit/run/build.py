@@ -26,8 +26,8 @@ from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
+from stepcredit.tasks.rewards import build_judge, build_rewards, load_rows
 from stepcredit.verifiers import Reward
-from stepcredit.verifiers.rewards import build_judge, build_rewards, load_rows
 
 
 @dataclass(frozen=True)
