@@ -36,7 +36,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 def part_of(module: str) -> str | None:
     """The part that a module of the package belongs to; None for the package itself."""
     words = module.split(".")[1:]
-    if words and (words[-1] == "options" or words == ["demo", "recipe"]):
+    if words and (words[-1] == "options" or words in (["demo", "recipe"], ["samplers", "params"])):
         return "options"
     return words[0] if words else None
 

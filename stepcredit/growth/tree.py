@@ -5,7 +5,7 @@ and the sampler goes on from the keys and values of what it has sampled before.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from stepcredit.errors import UserError
@@ -181,7 +181,7 @@ def _stepwise(
     stop = set(sampler.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids)
     until, most = params, params.max_new_tokens
     if not last:
-        until = replace(params, stop_token_ids=tuple(sorted(stop | rule.delimiters)))
+        until = params.model_copy(update={"stop_token_ids": sorted(stop | rule.delimiters)})
         most = rule.tokens or most
 
     def keep(token_ids: list[int]) -> int:

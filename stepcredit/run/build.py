@@ -61,7 +61,7 @@ def build_parts(config: Config) -> Parts:
     seen = run_observers(config, credit, objective)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)
-    return Parts(task, rewards, weights, build_params(config), shapers, credit, assign, objective, seen)
+    return Parts(task, rewards, weights, config.sampler, shapers, credit, assign, objective, seen)
 
 
 def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Placement = WHOLE) -> Rollouts:
@@ -111,12 +111,6 @@ def build_task(config: Config) -> Task:
     else:
         train, held_out = split_held_out(train, given.held_out, seed=0)
     return DatasetTask(given.data, train, held_out, seed)
-
-
-def build_params(config: Config) -> SamplingParams:
-    given = config.sampler
-    stop = None if given.stop_token_ids is None else tuple(given.stop_token_ids)
-    return SamplingParams(given.temperature, given.top_p, given.top_k, given.max_new_tokens, stop)
 
 
 def build_placement(config: Config, ranks: Ranks) -> Placement:

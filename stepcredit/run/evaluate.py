@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -109,7 +109,7 @@ def held_out_metrics(rollouts: Rollouts, problems: Sequence[Problem], given: Eva
 def _samples(
     rollouts: Rollouts, problems: Sequence[Problem], seeds: Sequence[int], count: int, greedy: bool
 ) -> list[Sample]:
-    params = replace(rollouts.params, temperature=0.0) if greedy else rollouts.params
+    params = rollouts.params.model_copy(update={"temperature": 0.0}) if greedy else rollouts.params
     forest = rollouts.judge(flat(rollouts.sampler, problems, rollouts.encode, params, seeds, count))
     return read_samples(forest, rollouts, [-1] if greedy else list(range(count)))
 

@@ -4,17 +4,13 @@ from typing import Any
 
 from pydantic import Field
 
+from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.options import ServerOptions
-from stepcredit.section import Ids, Section
 
 
-class SamplerOptions(Section):
+class SamplerOptions(SamplingParams):
     name: str = "transformers"  # a name of samplers/table.py, or the dotted path of a builder of your own
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
     max_new_tokens: int = Field(1024, ge=1)
-    stop_token_ids: Ids = None  # None: the model's own
     max_rows: int = Field(256, ge=1)
     keep_mb: int = Field(4096, ge=0)  # keys and values that growing trees go on from
     server: ServerOptions = ServerOptions()  # of samplers that are servers

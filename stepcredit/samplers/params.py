@@ -1,24 +1,18 @@
 """How tokens are drawn; the same words mean the same for every sampler."""
 
-from dataclasses import dataclass
+from pydantic import ConfigDict, Field
+
+from stepcredit.section import Ids, Section
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """
-    Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token.
-        top_p: keep the smallest set of tokens with at least this probability (1 keeps all).
-        top_k: keep the k most likely tokens (0 keeps all).
-        max_new_tokens: a completion that has not stopped by then is truncated (finish "length").
-        stop_token_ids: ids that end a completion; None takes the model's own.
-    """
+class SamplingParams(Section):
+    model_config = ConfigDict(frozen=True)
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 128
-    stop_token_ids: tuple[int, ...] | None = None
+    temperature: float = Field(1.0, ge=0)  # logits are divided by it; 0 takes the most likely token
+    top_p: float = Field(1.0, gt=0, le=1)  # the smallest set of tokens with at least this probability; 1 keeps all
+    top_k: int = Field(0, ge=0)  # the k most likely tokens; 0 keeps all
+    max_new_tokens: int = Field(128, ge=1)  # a completion that has not stopped by then is truncated (finish "length")
+    stop_token_ids: Ids = None  # ids that end a completion; None: the model's own
 
     @property
     def truncates(self) -> bool:

@@ -205,7 +205,12 @@ class Fake:
         return {"choices": choices[::-1]}
 
     def sampled(self, body: dict) -> list[Segment]:
-        params = SamplingParams(body["temperature"], body["top_p"], max(0, body["top_k"]), body["max_tokens"])
+        params = SamplingParams(
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            top_k=max(0, body["top_k"]),
+            max_new_tokens=body["max_tokens"],
+        )
         return self.sampler.sample([body["prompt"]], body["n"], params, [body["seed"]])[0]
 
     @property

@@ -115,7 +115,7 @@ class RemoteSampler:
         if not prompts:
             return []
         limits = [params.max_new_tokens] * len(prompts) if limits is None else limits
-        stop = self.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids
+        stop = self.stop_token_ids if params.stop_token_ids is None else tuple(params.stop_token_ids)
         number = self.dialect.number_asked(params, n)
         requests = [
             Request(list(prompt), number, n // number, limit, seed, stop, params)
@@ -173,7 +173,7 @@ def remote_sampler(dialect: Dialect, config: Config, policy: Policy, placement: 
             dtype=str(policy.autocast or torch.float32).removeprefix("torch."),
             python=options.python or sys.executable,
             port=options.port,
-            params=SamplingParams(given.temperature, given.top_p, given.top_k),
+            params=given,
             lora_rank=config.lora.rank,
             args=tuple(options.args),
         )

@@ -179,7 +179,7 @@ def lora_args(rank: int) -> list[str]:
 
 def why_no_logprobs(options: SamplerOptions) -> str:
     """See `VLLM.gives_full_logprobs`."""
-    if VLLM().gives_full_logprobs(SamplingParams(options.temperature, options.top_p, options.top_k)):
+    if VLLM().gives_full_logprobs(options):
         return ""
     return (
         f"sampler.top_p {options.top_p:g}, sampler.top_k {options.top_k} at sampler.temperature "
