@@ -1,5 +1,6 @@
 """Continuing runs: where they go, what they keep, and what they refuse."""
 
+import json
 import math
 import os
 import signal
@@ -185,3 +186,49 @@ def test_a_stop_between_the_reward_model_and_the_policy(tmp_path, monkeypatch) -
     one, two = (folder / "checkpoints" / "000002" for folder in (whole, run))
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
     assert load_checkpoint(one)["position"] == load_checkpoint(two)["position"]
+
+
+# ------------------------------------------------------------------ other data
+
+
+def write_sums(path: Path, first: int, rows: int = 30) -> None:
+    lines = [{"question": f"{number} + 1?", "answer": str(number + 1)} for number in range(first, first + rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def on_a_file(tmp_path, monkeypatch) -> Path:
+    """A run of two iterations on `d.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    write_sums(tmp_path / "d.jsonl", 0)
+    words = ["--data", "d.jsonl", "--reward.functions", "exact", "--eval.num-problems", "3"]
+    assert train(tmp_path / "run", "--iterations", "2", *words) in (0, 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("first, rows", [(100, 30), (0, 29), (0, 31)])
+def test_other_rows_stop_a_resumed_run(on_a_file, capsys, caplog, first, rows) -> None:
+    """What changed, and how to go on all the same."""
+    write_sums(on_a_file / "d.jsonl", first, rows)
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--iterations", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "training problems" in error and "--checkpoint.changed-data continue" in error
+    words = ["--iterations", "3", "--checkpoint.changed-data", "continue"]
+    assert main(["train", "--resume", "run", *words]) in (0, 1)
+    assert "continuing with other training problems" in caplog.text
+
+
+def test_the_same_rows_elsewhere_and_rows_of_before_go_on(on_a_file, caplog) -> None:
+    """The contents count, not the file; a checkpoint without fingerprints says so."""
+    text = (on_a_file / "d.jsonl").read_text()
+    (on_a_file / "d.jsonl").unlink()
+    (on_a_file / "d.jsonl").write_text(text)
+    assert main(["train", "--resume", "run", "--iterations", "3"]) in (0, 1)
+    assert "other training problems" not in caplog.text
+    state = load_checkpoint(on_a_file / "run" / "checkpoints" / "000003")
+    config = resolve({"task": {"data": "d.jsonl"}, "reward": {"functions": ["exact"]}, "model": "embedded"})
+    trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
+    del state["data"]
+    restore(trainer, state)
+    assert "cannot be compared" in caplog.text and trainer.done == 3

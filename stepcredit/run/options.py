@@ -26,6 +26,7 @@ class EvalOptions(Section):
 class CheckpointOptions(Section):
     every: int = Field(50, ge=0)  # iterations; 0: only at the end
     keep: int = Field(2, ge=1)
+    changed_data: Literal["stop", "continue"] = "stop"  # where a resumed run finds other rows than it began with
 
 
 class RolloutOptions(Section):

@@ -1,13 +1,19 @@
 """What a checkpoint holds of a run beside the weights. Problems and seeds follow from the number drawn."""
 
+import hashlib
+import logging
 from typing import TYPE_CHECKING, Any
 
+from stepcredit.errors import UserError
 from stepcredit.run.source import Position
 from stepcredit.run.state import random_state, set_random_state
 from stepcredit.run.work import Work
+from stepcredit.tasks.base import canonical
 
 if TYPE_CHECKING:
     from stepcredit.run.trainer import Trainer
+
+log = logging.getLogger("stepcredit")
 
 
 def run_state(trainer: "Trainer") -> dict[str, Any]:
@@ -19,6 +25,7 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
         "random": random_state(),
         "max_tokens": trainer.learner.max_tokens,
         "nonfinite": trainer.nonfinite,
+        "data": data_state(trainer),
         "config": trainer.config.model_dump(mode="json", exclude={"run_dir"}),
     }
     if trainer.work is not None:
@@ -27,7 +34,12 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
 
 
 def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """The inverse of `run_state`."""
+    """The inverse of `run_state`.
+
+    Raises:
+        UserError: the rows are not those that the run began with.
+    """
+    check_data(trainer, state.get("data"))
     trainer.done, trainer.resumed = state["iteration"], True
     trainer.source.position = Position.from_state(state["position"])
     for name, estimator in trainer.estimators.items():
@@ -39,3 +51,35 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.nonfinite = 0 if stopped_for_it else state["nonfinite"]
     if "work" in state:
         trainer.work = Work.from_state(state["work"], trainer.policy_update.shape)
+
+
+def data_state(trainer: "Trainer") -> dict[str, str]:
+    """Fingerprints of the contents of the problems, wherever they lie."""
+    held_out = hashlib.sha256(b"".join(canonical(problem) for problem in trainer.held_out))
+    return {
+        "training problems": trainer.rollouts.task.fingerprint(),
+        "held-out problems": held_out.hexdigest(),
+    }
+
+
+def check_data(trainer: "Trainer", saved: dict[str, str] | None) -> None:
+    """Stop where the problems have changed, unless the config says to go on.
+
+    Args:
+        saved: None in checkpoints of before there were fingerprints.
+    """
+    if saved is None:
+        log.warning("--resume: the checkpoint does not say what its data were, so they cannot be compared")
+        return
+    now = data_state(trainer)
+    changed = " and ".join(name for name, fingerprint in saved.items() if now[name] != fingerprint)
+    if not changed:
+        return
+    name = trainer.rollouts.task.name
+    if trainer.config.checkpoint.changed_data == "stop":
+        raise UserError(
+            f"--resume: the {changed} of {name} are not those that the run began with (rows added, changed or in "
+            "another order); put the data back, start a new run, or go on all the same with --checkpoint.changed-data "
+            "continue"
+        )
+    log.warning("continuing with other %s of %s than the run began with", changed, name)
