@@ -46,7 +46,7 @@ def paths(forest: Forest) -> list[list[int]]:
 @pytest.mark.parametrize("alone", [1, 60, 10**9])
 def test_blocks_cover_every_pair_of_a_path_once(monkeypatch, deep, seed, alone):
     """Each token meets itself and every token before it on its path exactly once, and nothing else."""
-    monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
+    monkeypatch.setattr(packing, "UNBATCHED_SCORES", {"cpu": alone})
     forest = numbered_forest(seed, deep)
     packed, before = Packing.of_forest(forest)
     last = {path[-1] for path in paths(forest)}

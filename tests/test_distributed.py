@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stepcredit.cli.main import main
 from stepcredit.policy.batching import cut, stand_in, tree_sizes
 from stepcredit.policy.forward import random_forest
-from stepcredit.processes.ranks import deal
+from stepcredit.processes.ranks import balanced_shares
 from stepcredit.run.checkpoint import newest_checkpoint, verify
 
 HERE = Path(__file__).parent
@@ -91,15 +91,15 @@ def same_weights(one: Path, two: Path) -> None:
         assert far < 1e-5 * size, (str(file), far / size)
 
 
-# ------------------------------------------------------------------ dealing
+# ------------------------------------------------------------------ distribution
 
 
-def test_deal_is_fair_and_whole():
+def test_balanced_shares_are_fair_and_complete():
     sizes = [7, 1, 9, 3, 3, 8, 2, 2]
-    hands = deal(sizes, 3)
-    assert sorted(item for hand in hands for item in hand) == list(range(8))
-    assert max(sum(sizes[item] for item in hand) for hand in hands) <= 12
-    assert deal([5], 3) == [[0], [], []]
+    shares = balanced_shares(sizes, 3)
+    assert sorted(item for share in shares for item in share) == list(range(8))
+    assert max(sum(sizes[item] for item in share) for share in shares) <= 12
+    assert balanced_shares([5], 3) == [[0], [], []]
 
 
 def test_parts_of_some_trees_own_all_of_them_and_nothing_else():

@@ -110,7 +110,7 @@ def test_blocks_batched_in_any_way_give_the_same(monkeypatch, family, alone):
     weight = weights(forest)[0]
     found = policy(forest)
     expected = gradients(policy, (weight * found.logprobs).sum())
-    monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
+    monkeypatch.setattr(packing, "UNBATCHED_SCORES", {"cpu": alone})
     other = policy(forest)
     torch.testing.assert_close(other.logprobs, found.logprobs, atol=TOLERANCE, rtol=0)
     assert relative_distance(gradients(policy, (weight * other.logprobs).sum()), expected) < TOLERANCE

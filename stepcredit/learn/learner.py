@@ -97,7 +97,7 @@ class Learner:
         found, ranks = [], self.placement.ranks
         for number, part in enumerate(parts, 1):
             alone = isinstance(self.call, DistributedDataParallel) and number < len(parts)
-            with ranks.named(), self.call.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
+            with ranks.name_missing(), self.call.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
                 value, result = loss(part, self.call)
                 (value * ranks.size).backward()  # DDP and FSDP2 take the mean over processes
             found.append(result)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy
-from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,14 @@ class Placement:
         device: on which models compute.
     """
 
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     strategy: Literal["ddp", "fsdp"] = "ddp"
     cpu_offload: bool = False
     device: torch.device = CPU
 
     @property
     def sharded(self) -> bool:
-        return self.ranks.grouped and self.strategy == "fsdp"
+        return self.ranks.distributed and self.strategy == "fsdp"
 
     def place(self, policy: Policy) -> Policy:
         """Put a policy where it lies during the run, in place; with shards it is sharded layer by layer.

@@ -26,7 +26,7 @@ from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_i
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
-from stepcredit.processes.ranks import ALONE, Ranks, deal
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks, balanced_shares
 
 log = logging.getLogger("stepcredit")
 
@@ -62,7 +62,7 @@ class Policy(nn.Module):
         self.model = model.eval()  # no dropout: sampling and scoring must agree
         self.tokenizer = tokenizer
         self.heads = nn.ModuleDict()
-        self.ranks: Ranks = ALONE
+        self.ranks: Ranks = SINGLE_PROCESS
         self.home: torch.device | None = None
         self.autocast = autocast
         self.rule = LogitRule.of(model.config.get_text_config())
@@ -183,7 +183,7 @@ class Policy(nn.Module):
         enough = ENOUGH_ON_CPU if self.device.type == "cpu" else None
         if self.ranks.size == 1:
             return cut(forest, max_tokens, shared, None, enough, whole_trees)
-        trees = deal(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
+        trees = balanced_shares(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
         parts = cut(forest, max_tokens, shared, trees, enough, whole_trees)
         return parts + [stand_in(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
 
@@ -237,7 +237,7 @@ def _at(rows: Tensor, values: Tensor, size: int) -> Tensor:
 def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -> TokenScores:
     """Score a whole forest without gradients, part by part; results on the CPU."""
     pieces = policy.parts(forest, max_tokens)
-    with policy.ranks.named():
+    with policy.ranks.name_missing():
         scores = [policy(piece, temperature) for piece in pieces]
     return TokenScores(
         policy.collect(forest, pieces, [part.logprobs for part in scores]),

@@ -33,8 +33,8 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.policy.batching import cheapest_runs
 
-ALONE = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
-ALONE_ELSEWHERE = 1 << 20
+UNBATCHED_SCORES = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
+UNBATCHED_SCORES_ELSEWHERE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Packing:
     ) -> None:
         self.squares, self.rectangles = squares, rectangles
         self.token_ids, self.position = token_ids.to(device), position.to(device)
-        alone = ALONE.get(torch.device(device).type, ALONE_ELSEWHERE)
+        unbatched = UNBATCHED_SCORES.get(torch.device(device).type, UNBATCHED_SCORES_ELSEWHERE)
         self.blocks = [
             Block(block.queries.to(device), block.keys.to(device), block.causal, block.reach)
-            for block in self._blocks(position, alone)
+            for block in self._blocks(position, unbatched)
         ]
 
     @classmethod
@@ -205,15 +205,15 @@ class Packing:
         token_ids[row[read]], position[row[read]] = forest.token["token_ids"][read], position_of[read]
         return cls(token_ids, position, squares, list(rectangles.values()), device), before.to(device)
 
-    def _blocks(self, position: Tensor, alone: int) -> Iterator[Block]:
+    def _blocks(self, position: Tensor, unbatched: int) -> Iterator[Block]:
         """Large blocks one by one, small ones batched with others of like size; squares first."""
         where = position.tolist()
         groups = [[((a, b), (a, b)) for a, b in self.squares]]
         groups += [[((b, c), (a, b)) for a, b, c in level] for level in self.rectangles]
         for number, spans in enumerate(groups):
             sizes = [(q[1] - q[0], k[1] - k[0]) for q, k in spans]
-            large = [index for index, (height, width) in enumerate(sizes) if height * width >= alone]
-            small = [index for index, (height, width) in enumerate(sizes) if height * width < alone]
+            large = [index for index, (height, width) in enumerate(sizes) if height * width >= unbatched]
+            small = [index for index, (height, width) in enumerate(sizes) if height * width < unbatched]
             batches = cheapest_runs([sizes[index] for index in small])
             for batch in [*([index] for index in large), *([small[index] for index in batch] for batch in batches)]:
                 queries, keys = [spans[index][0] for index in batch], [spans[index][1] for index in batch]

@@ -130,7 +130,7 @@ def build_placement(config: Config, ranks: Ranks) -> Placement:
     given = config.distributed
     if given.cpu_offload and given.strategy != "fsdp":
         raise UserError("distributed.cpu_offload goes with --distributed.strategy fsdp")
-    if not ranks.grouped:
+    if not ranks.distributed:
         return WHOLE
     device = pick_device(config.train.device)
     strategy = given.strategy

@@ -104,10 +104,10 @@ def save_checkpoint(
             shutil.rmtree(old)
 
     with _space(run_dir, beside, ranks):
-        ranks.first(begin)
+        ranks.on_main(begin)
         for folder, learner in learners.items():
             _save_learner(learner, beside, folder)
-        ranks.first(end)
+        ranks.on_main(end)
     return final
 
 
@@ -130,7 +130,7 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
     wanted = learner.tensors(fill=True)
     with _quiet():
         dcp.load(
-            wanted, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not learner.placement.ranks.grouped
+            wanted, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not learner.placement.ranks.distributed
         )
 
 
@@ -143,13 +143,13 @@ def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
         save_policy(learner.policy, checkpoint / folder, state)
         save_heads(heads, checkpoint / folder)
 
-    ranks.first(write)
+    ranks.on_main(write)
     tensors = learner.tensors()
     if tensors:
         writer = HuggingFaceStorageWriter(str(_optimizer_folder(checkpoint, folder)), save_distributed=True)
         with _quiet():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.grouped)
-    ranks.wait()
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.distributed)
+    ranks.barrier()
 
 
 def _optimizer_folder(checkpoint: Path, folder: str) -> Path:

@@ -5,7 +5,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,7 +21,7 @@ class StopRequest:
     one was asked; there a second signal changes nothing, because torchrun passes on what the terminal has sent already.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.asked = False
         self.ranks = ranks
         self._before: dict[int, Any] = {}

@@ -90,7 +90,7 @@ class Trainer:
             except Interrupted:
                 self.save(run_dir)
                 raise
-        return self.ranks.first(lambda: tracker.summary(time.monotonic() - started))
+        return self.ranks.on_main(lambda: tracker.summary(time.monotonic() - started))
 
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
@@ -136,7 +136,7 @@ class Trainer:
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: the weights and everything else."""
-        state = self.ranks.first(lambda: load_checkpoint(checkpoint))
+        state = self.ranks.on_main(lambda: load_checkpoint(checkpoint))
         for name, learner in self.learners().items():
             load_learner(learner, checkpoint, name)
         restore(self, state)
