@@ -28,7 +28,7 @@ def test_rows_that_join_leave_and_outgrow_their_room(monkeypatch, family):
     """A random history of beginnings, steps and ends: at every step each row's logits are its own path's."""
     monkeypatch.setattr(decoding, "FIRST_ROOM", 2)
     policy, model = tiny(family), fresh(family)
-    model.path = "plain"
+    model.scoring_form = "plain"
     generator = torch.Generator().manual_seed(0)
     rows, prefixes = ForestRows(policy, 9, 16), []
     prefixes = rows.encode(PROMPTS)
@@ -229,7 +229,7 @@ def test_each_prompt_may_have_a_limit_of_its_own():
     sampler, params = TransformersSampler(policy, max_rows=3), SamplingParams(max_new_tokens=9, stop_token_ids=())
     whole = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4])
     limits = [1, 9, 4, 6]
-    for policy.path in ("forest", "plain"):
+    for policy.scoring_form in ("forest", "plain"):
         found = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], limits)
         for group, other, limit in zip(found, whole, limits, strict=True):
             assert [row.token_ids for row in group] == [row.token_ids[:limit] for row in other]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from stepcredit.cli.main import main
-from stepcredit.policy.batching import cut, stand_in, tree_sizes
+from stepcredit.policy.batching import split_into_parts, tree_sizes, unowned_part
 from stepcredit.policy.forward import random_forest
 from stepcredit.processes.ranks import balanced_shares
 from stepcredit.run.checkpoint import newest_checkpoint, verify
@@ -107,14 +107,14 @@ def test_parts_of_some_trees_own_all_of_them_and_nothing_else():
     assert tree_sizes(forest) == [32, 18]
     for trees in ([0], [1], [0, 1]):
         owned = torch.zeros(forest.num_tokens, dtype=torch.long)
-        for part in cut(forest, 20, trees=trees):
+        for part in split_into_parts(forest, 20, trees=trees):
             owned[part.token["source"][part.token["owned"]]] += 1
         wanted = sum((forest.token_tree == tree).long() for tree in trees)
         assert owned.equal(wanted)
 
 
 def test_a_stand_in_owns_nothing():
-    part = stand_in(random_forest(50))
+    part = unowned_part(random_forest(50))
     assert part.num_segments == 1 and part.num_tokens == 1
     assert not part.token["owned"].any()
 

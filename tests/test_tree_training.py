@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_one_row_per_node(name, aggregate, max_tokens):
         assert not forest.segment["kept"].all()
         rows, policy = one_row_per_node(forest), fresh("qwen3")
         shared = gradient(policy, forest, objective, max_tokens)
-        policy.path = "plain"
+        policy.scoring_form = "plain"
         alone = gradient(policy, rows, objective, max_tokens)
         size = max(float(grad.abs().max()) for grad in alone)
         assert size > 0

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import has_adapters, load_adapters
 from stepcredit.learn.learner import Learner
-from stepcredit.learn.placement import full_state, heads_state, put_heads, put_state
+from stepcredit.learn.placement import full_heads_state, full_state, load_full_heads, load_full_state
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
 from stepcredit.processes.ranks import Ranks
@@ -122,8 +122,8 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
         load_adapters(policy, place)
     else:
         saved = type(policy.model).from_pretrained(place, dtype=torch.float32)
-        put_state(policy, saved.state_dict())
-    put_heads(policy, saved_heads(place))
+        load_full_state(policy, saved.state_dict())
+    load_full_heads(policy, saved_heads(place))
     place = _optimizer_folder(checkpoint, folder)
     if not place.is_dir():
         return  # it had not taken a step
@@ -136,8 +136,8 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
 
 def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
     ranks = learner.placement.ranks
-    state = full_state(learner.policy, keep=ranks.main)
-    heads = heads_state(learner.policy)
+    state = full_state(learner.policy, collect=ranks.main)
+    heads = full_heads_state(learner.policy)
 
     def write() -> None:
         save_policy(learner.policy, checkpoint / folder, state)

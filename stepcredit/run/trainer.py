@@ -10,7 +10,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import adapt
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
 from stepcredit.policy.forward import Policy
@@ -38,7 +38,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = WHOLE
+        self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = UNSHARDED
     ) -> None:
         self.config, self.parts, self.policy, self.console = config, parts, policy, console
         self.sampling = check_training(config)

@@ -94,7 +94,7 @@ class TransformersSampler:
             distribution at the temperature, before top-p/top-k; at temperature 0 of temperature 1) and `entropy`.
         """
         limits = [params.max_new_tokens] * len(prompts) if limits is None else limits
-        kept, keep = (self.kept, keep) if self.policy.path == "forest" else (Kept(), None)
+        kept, keep = (self.kept, keep) if self.policy.scoring_form == "forest" else (Kept(), None)
         with self.policy.autocast_context():
             decoding = _Decoding(self.policy, prompts, n, params, seeds, limits, self.max_rows, self.on_progress)
             return decoding.run(kept, keep)
@@ -123,7 +123,9 @@ class _Decoding:
         total = len(prompts) * n
         self.begun: dict[tuple[int, ...], Prefix] = {}  # the last prompt: the rest of its group may be waiting
         self.batch: ForestRows | CachedRows = (
-            ForestRows(policy, min(max_rows, total), self.longest) if policy.path == "forest" else CachedRows(policy)
+            ForestRows(policy, min(max_rows, total), self.longest)
+            if policy.scoring_form == "forest"
+            else CachedRows(policy)
         )
         self.last = torch.tensor(limits, dtype=torch.long, device=self.device).repeat_interleave(n) - 1
         shape = (total, self.longest)

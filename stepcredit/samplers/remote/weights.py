@@ -96,7 +96,7 @@ class Weights:
         Raises:
             UserError: a server does not take them.
         """
-        self.state = full_state(policy, keep=self.ranks.main)
+        self.state = full_state(policy, collect=self.ranks.main)
         self.number += 1
         ways = self.ranks.on_main(lambda: self._send(servers))
         for server, way in zip(servers, ways, strict=True):
