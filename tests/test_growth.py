@@ -41,7 +41,7 @@ class Counting:
         self.on_progress = lambda number: None
         self.max_rows = 1
 
-    def sample(self, prompts, n, params, seeds, limits=None, keep=None):
+    def sample(self, prompts, n, params, seeds, limits=None, num_reusable=None):
         self.calls.append((len(prompts), n, tuple(seeds)))
         self.rows += len(prompts) * n
         groups = []

@@ -144,8 +144,8 @@ def test_two_updates_an_iteration_split_by_trees(tmp_path: Path):
     ("words", "said"),
     [
         ("--growth.name tree", "credit 'grpo' takes flat forests"),
-        ("--algorithm treerpo --group-size 4", "growth.group_size is of flat growth"),
-        ("--growth.depth 2", "growth.depth is of trees"),
+        ("--algorithm treerpo --group-size 4", "growth.group_size is for flat growth"),
+        ("--growth.depth 2", "growth.depth is for trees"),
         ("--algorithm treerpo --growth.step.delimiters nowhere", "no token of this tokenizer holds 'nowhere'"),
         ("--algorithm treerpo --objective.depth-weights 1,2,3", "3 numbers for 2 depths"),
         ("--algorithm treerpo --growth.max-tokens 100", "growth.max_tokens"),

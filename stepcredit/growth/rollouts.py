@@ -1,4 +1,4 @@
-"""What sampling and judging take, for training, evaluation and looking alike."""
+"""What sampling and judging need, the same for training, evaluation and `stepcredit look`."""
 
 from dataclasses import dataclass
 

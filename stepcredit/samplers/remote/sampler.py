@@ -105,9 +105,9 @@ class RemoteSampler:
         params: SamplingParams,
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
-        keep: Callable[[list[int]], int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]:
-        """As `TransformersSampler.sample`; `keep` is left to the servers' prefix caches.
+        """As `TransformersSampler.sample`; `num_reusable` is left to the servers' prefix caches.
 
         The column `rollout_logprobs` is there where the servers give log-probabilities of the full distribution
         (`Dialect.gives_full_logprobs`).
