@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.processes.ranks import Ranks
     from stepcredit.run.allocator import keep_freed_memory
     from stepcredit.run.build import build_parts, build_placement
-    from stepcredit.run.checkpoint import pointed
+    from stepcredit.run.checkpoint import read_pointer
     from stepcredit.run.interrupt import Interrupted
     from stepcredit.run.trainer import Trainer
 
@@ -111,7 +111,7 @@ def main(words: Sequence[str]) -> int:
         ranks.leave()
         return 130
     except KeyboardInterrupt:
-        newest = pointed(run_dir, "latest")  # no checksums now: this is in a hurry
+        newest = read_pointer(run_dir, "latest")  # no checksums now: this is in a hurry
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise

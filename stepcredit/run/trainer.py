@@ -69,7 +69,7 @@ class Trainer:
         started, done = time.monotonic(), self.done if self.resumed else None
         tokenizer = self.policy.tokenizer
         with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, tokenizer) as tracker:
-            self.rollouts.sampler.on_progress = self.stop.check_here
+            self.rollouts.sampler.on_progress = self.stop.check_if_alone
             try:
                 if tracker.reported is None:
                     tracker.report(0, self.evaluate())
