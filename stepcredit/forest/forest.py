@@ -226,7 +226,7 @@ class Forest:
 
     @cached_property
     def active(self) -> Tensor:
-        """[num_tokens] True for the tokens that are trained on: sampled, judged, not masked, kept by the credit function."""
+        """[num_tokens] True for tokens that are trained on: sampled, judged, not masked by a shaper, kept by credit."""
         segment = self.judged & self.segment["mask"] & self.segment["sampled"]
         if "kept" in self.segment:
             segment = segment & self.segment["kept"]

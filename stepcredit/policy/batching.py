@@ -175,15 +175,22 @@ def _unshared_tree_sizes(forest: Forest) -> list[int]:
 
 def unshared_positions(forest: Forest, segments: Tensor | None = None) -> int:
     """Token positions with one row for each of these segments (bool), by default for each completion."""
-    return int(forest.path_length[forest.ends if segments is None else segments].sum())
+    if segments is None:
+        segments = forest.ends
+    return int(forest.path_length[segments].sum())
+
+
+def children_of(forest: Forest) -> dict[int, list[int]]:
+    """The children of each segment, by its row, and of each prompt, by -1 - tree; empty lists for leaves."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for segment, parent in enumerate(forest.siblings.tolist()):
+        children[parent].append(segment)
+    return children
 
 
 def _leaves_by_subtree(forest: Forest) -> list[int]:
     """The leaves of the forest, those of a subtree together, trees with short prompts first."""
-    children: dict[int, list[int]] = defaultdict(list)  # of a segment, or of a tree as -1 - tree
-    rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-    for segment, (parent, tree) in enumerate(rows):
-        children[parent if parent >= 0 else -1 - tree].append(segment)
+    children = children_of(forest)
     leaves = []
     waiting = [-1 - tree for tree in forest.tree["prompt_length"].argsort(stable=True).tolist()][::-1]
     while waiting:

@@ -93,7 +93,9 @@ class Policy(nn.Module):
         ids = config.eos_token_id if config is not None else None
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if ids is None:
+            return []
+        return [ids] if isinstance(ids, int) else list(ids)
 
     def autocast_context(self) -> Any:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.policy.batching import cheapest_batches
+from stepcredit.policy.batching import cheapest_batches, children_of
 
 UNBATCHED_SCORES = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
 UNBATCHED_SCORES_ELSEWHERE = 1 << 20
@@ -146,10 +146,7 @@ class Packing:
     @classmethod
     def of_forest(cls, forest: Forest, device: torch.device | str = "cpu") -> tuple["Packing", Tensor]:
         """The packing of a forest and, for each of its tokens, the position whose state predicts it [num_tokens]."""
-        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
-        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-        for segment, (parent, tree) in enumerate(rows):
-            children[parent if parent >= 0 else -1 - tree].append(segment)
+        children = children_of(forest)
         length, prompt_length = forest.segment["length"].tolist(), forest.tree["prompt_length"].tolist()
         squares: list[tuple[int, int]] = []
         rectangles: dict[int, list[tuple[int, int, int]]] = defaultdict(list)

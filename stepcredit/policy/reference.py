@@ -5,7 +5,6 @@ cached  level by level, each token once: children attend to their parents' keys 
 plain   one row per completion through the model's own logits, the usual way. Holds for every model.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -17,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
-from stepcredit.policy.batching import length_buckets
+from stepcredit.policy.batching import children_of, length_buckets
 from stepcredit.policy.head import score_logits
 
 MAX_POSITIONS = 1 << 16  # token positions of one forward call of the cached form
@@ -55,10 +54,7 @@ class CachedForm:
 
     def _walk(self, forest: Forest) -> Iterator[tuple[Tensor, Tensor]]:
         """The state that predicts each token, in batches: ([n, hidden], [n] rows of the token table)."""
-        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
-        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-        for segment, (parent, tree) in enumerate(rows):
-            children[parent if parent >= 0 else -1 - tree].append(segment)
+        children = children_of(forest)
         start, length = forest.segment["start"].tolist(), forest.segment["length"].tolist()
         token_ids = forest.token["token_ids"]
         prompts = forest.tree["prompt_length"].tolist()

@@ -16,9 +16,11 @@ def rejected(forest: Forest, window: FilterOptions) -> dict[str, Tensor]:
     judged = leaf & forest.segment["has_reward"]
     mean = torch.zeros(forest.num_trees).index_copy(0, tree, mean_by(forest.segment["reward"], tree, where=judged)[0])
     truncated = leaf & (forest.segment["finish"] == FINISH_CODE["length"])
+    if not window.drop_truncated:
+        truncated = torch.zeros_like(truncated)
     holds = {
         "unjudged": segment_sum(judged.float(), tree, forest.num_trees) == 0,
-        "truncated": (segment_sum(truncated.float(), tree, forest.num_trees) > 0) & window.drop_truncated,
+        "truncated": segment_sum(truncated.float(), tree, forest.num_trees) > 0,
         "hard": mean < window.low - 1e-6,
         "easy": mean > window.high + 1e-6,
     }
