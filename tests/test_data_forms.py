@@ -151,7 +151,7 @@ def test_several_files(caplog):
     ("name", "content", "words"),
     [
         ("d.jsonl.gz", b"no", ["d.jsonl.gz", "cannot be unpacked"]),
-        ("d.jsonl.gz", gzip.compress(LINES.encode())[:-9], ["d.jsonl.gz", "cannot be unpacked"]),
+        ("d.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], ["d.jsonl.gz", "cannot be unpacked"]),
         ("d.jsonl.zst", b"no", ["d.jsonl.zst", "cannot be unpacked"]),
         ("d.jsonl", LINES.encode("utf-16"), ["d.jsonl", "UTF-16"]),
         ("d.csv", b"question;answer\na;1\n", ["d.csv", "';'", "commas"]),
@@ -165,7 +165,7 @@ def test_several_files(caplog):
             ["d.json", "several", "train, test"],
         ),
         ("d.jsonl", b'{"question": "a", "answer": "1", "answer": "2"}', ["d.jsonl, line 1", "'answer' stands twice"]),
-        ("d.jsonl", gzip.compress(LINES.encode()), ["d.jsonl", "gzip", ".gz"]),
+        ("d.jsonl", gzip.compress(LINES.encode(), mtime=0), ["d.jsonl", "gzip", ".gz"]),
         ("d.csv", "question,answer\né,1\n".encode("cp1252"), ["d.csv", "not UTF-8", "save it as UTF-8"]),
         ("d.csv", b"prompt,answer\n\"[{'role': 'user', 'content': 'a'}]\",7\n", ["d.csv, line 2", "Python", "JSON"]),
         ("d.json", b'[{"question": "a"}, 5]', ["d.json, row 2", "object", "int"]),

@@ -1,5 +1,7 @@
-"""Help texts that are made from the schema, so that they cannot go out of date."""
+"""Help texts that are made from the schema and the source, so that they cannot go out of date."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -8,6 +10,7 @@ from stepcredit.config import Config
 from stepcredit.config.algorithms import ALGORITHMS
 
 WIDTH = 110
+PACKAGE = Path(__file__).parents[1]
 
 
 def algorithms() -> str:
@@ -20,13 +23,34 @@ def options() -> str:
     for name, field in Config.model_fields.items():
         default = field.default
         if isinstance(default, BaseModel):
-            lines += _wrapped(name, _options(default))
+            lines += _wrapped(f"  --{name}.".ljust(16), _options(default))
     return "\n".join(lines)
+
+
+def functions(folder: str, decorator: str) -> str:
+    """The functions of a folder that have a decorator, each with its options and defaults.
+
+    They are read, not imported: losses and credit functions need torch, which takes longer than anybody waits for help.
+    """
+    lines = []
+    for path in sorted((PACKAGE / folder).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and decorator in map(_name_called, node.decorator_list):
+                given = node.args.args[1:]
+                defaults = [ast.literal_eval(value) for value in node.args.defaults]
+                words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
+                lines += _wrapped(f"  {node.name}".ljust(24), words)
+    return "\n".join(lines)
+
+
+def _name_called(decorator: ast.expr) -> str | None:
+    is_call = isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name)
+    return decorator.func.id if is_call else None  # type: ignore[attr-defined]
 
 
 def _options(section: BaseModel, prefix: str = "") -> list[str]:
     words = []
-    for name, value in section:
+    for name, value in sorted(section, key=lambda pair: pair[0] != "name"):
         if isinstance(value, BaseModel):
             words += _options(value, f"{prefix}{name}.")
         else:
@@ -34,13 +58,13 @@ def _options(section: BaseModel, prefix: str = "") -> list[str]:
     return words
 
 
-def _wrapped(name: str, words: list[str]) -> list[str]:
-    lines, line = [], f"  --{name}.".ljust(16)
+def _wrapped(head: str, words: list[str]) -> list[str]:
+    lines, line = [], head
     for number, word in enumerate(words):
         piece = word + ("," if number < len(words) - 1 else "")
         if len(line) + len(piece) > WIDTH:
             lines.append(line.rstrip())
-            line = " " * 16
+            line = " " * len(head)
         line += piece + " "
     return [*lines, line.rstrip()]
 

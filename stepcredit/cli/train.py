@@ -36,7 +36,13 @@ Without options the embedded model learns the embedded task with GRPO: a few min
 Algorithms
 {algorithms}
 
-All options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
+Credit functions by --credit.name, with options of their own (--credit.OPTION)
+{credits}
+
+Losses by --loss.name, with options of their own (--loss.OPTION)
+{losses}
+
+All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
 has what was used); the same names make up a YAML file, with --section.option on top
 {options}
 
@@ -57,7 +63,11 @@ def main(words: Sequence[str]) -> int:
         from stepcredit.config.algorithms import ALGORITHMS
 
         names = " | ".join(list(ALGORITHMS)[:3]) + " | ... (below)"
-        print(HELP.format(names=names, algorithms=help_text.algorithms(), options=help_text.options()))
+        credits, losses = help_text.functions("credit", "credit"), help_text.functions("losses", "loss")
+        options = help_text.options()
+        print(
+            HELP.format(names=names, algorithms=help_text.algorithms(), credits=credits, losses=losses, options=options)
+        )
         return 0
     given, own = parse(words, {"config": None, "resume": "never"}, "train")
     config = resolve(given)

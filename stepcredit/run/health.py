@@ -111,7 +111,7 @@ ALARMS: dict[str, Alarm] = {
         lambda now, first: _value(now, "policy/entropy", math.inf) < 0.1 * _value(first, "policy/entropy"),
         lambda now, first: (
             f"entropy is {_value(now, 'policy/entropy'):.3f}, less than a tenth of the {first['policy/entropy']:.3f} "
-            "at first; samples of a group will be all alike. Lower --learning-rate, raise --objective.clip-high, or "
+            "at first; samples of a group will be all alike. Lower --learning-rate, raise --loss.clip-high, or "
             "set --objective.entropy-coef"
         ),
     ),
