@@ -71,7 +71,10 @@ def test_a_prompt_is_held_once_for_its_group():
     rows = ForestRows(policy, 8, 64)
     rows.begin(rows.encode([[index % VOCABULARY for index in range(1024)]]) * 8)
     rows.step(torch.arange(8))
-    held = [*rows.own, *((shared.keys[i], shared.values[i]) for shared in rows.shared for i in range(len(rows.own)))]
+    held = [
+        *rows.own,
+        *((shared.keys[i], shared.values[i]) for shared in rows.prefix_batches for i in range(len(rows.own))),
+    ]
     numbers = sum(tensor.numel() for pair in held for tensor in pair)
     repeated = 8 * sum(2 * pair[0][0, :, 0].numel() * (1024 + 64) for pair in rows.own)
     assert numbers < repeated / 4
