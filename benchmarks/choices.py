@@ -32,7 +32,7 @@ def measure(name: str, form: str, repeats: int) -> None:
     """Print seconds of a step, its sampling and its update, and MiB that the steps added to the process's peak."""
     warnings.simplefilter("ignore")
     if form == "plain":
-        forward.ENOUGH_ON_CPU = 1 << 60
+        forward.PREFERRED_TOKENS_ON_CPU = 1 << 60
     if form not in ("plain", "parts"):
         keep_freed_memory()
     if form == "one thread":

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.policy.batching import cut
+from stepcredit.policy.batching import split_into_parts
 from stepcredit.policy.forward import Path, Policy
 from stepcredit.policy.packing import Packing
 from stepcredit.run.allocator import keep_freed_memory
@@ -109,7 +109,7 @@ def one_row_per_node(forest: Forest) -> Forest:
 def parts_of(forest: Forest, path: Path) -> list[Forest]:
     """Micro-batches of about as many token positions for every form."""
     if path != "plain":
-        return cut(forest, ROW_BUDGET)
+        return split_into_parts(forest, ROW_BUDGET)
     parts = []
     for rows in forest.ends.nonzero().squeeze(1).split(max(1, ROW_BUDGET // int(forest.path_length.max()))):
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
@@ -120,7 +120,7 @@ def parts_of(forest: Forest, path: Path) -> list[Forest]:
 
 def seconds(policy: Policy, forest: Forest, path: Path, repeats: int) -> float:
     """Least seconds of a forward and backward, after one that warms up."""
-    policy.path = path
+    policy.scoring_form = path
     parts = parts_of(forest, path)
     least = float("inf")
     for _ in range(repeats + 1):

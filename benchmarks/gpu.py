@@ -105,7 +105,7 @@ class Device:
 
 
 def update(policy: Policy, forest: Forest, path: Path, budget: int) -> None:
-    policy.path = path
+    policy.scoring_form = path
     for part in policy.parts(forest, budget):
         policy(part).logprobs.sum().backward()
     policy.zero_grad()
@@ -131,7 +131,7 @@ def measure_exactness(policy: Policy, case: Case, budget: int) -> dict[str, floa
     for name, autocast in (("bf16", torch.bfloat16), ("fp32", None)):
         policy.autocast, scores = autocast, {}
         for path in ("forest", "plain"):
-            policy.path = path
+            policy.scoring_form = path
             scores[path] = score(policy, forest, 1.0, budget).logprobs
         found[name] = float((scores["forest"] - scores["plain"]).abs().max())
     policy.autocast = torch.bfloat16
@@ -142,7 +142,7 @@ def measure_sampling(policy: Policy, device: Device, small: bool, repeats: int) 
     """Completions of one length, so that only the loop is measured."""
     prompts, group, length = (4, 4, 16) if small else (32, 8, 256)
     ids = torch.randint(0, policy.model.config.vocab_size, (prompts, 64 if small else 256)).tolist()
-    policy.path = "forest"
+    policy.scoring_form = "forest"
     sampler = TransformersSampler(policy, prompts * group)
     params = SamplingParams(max_new_tokens=length, stop_token_ids=())
     seconds = device.best(lambda: sampler.sample(ids, group, params, range(prompts)), repeats)

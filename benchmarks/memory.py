@@ -57,7 +57,7 @@ def cache_mib() -> tuple[float, float]:
     rows = ForestRows(policy, 8, 64)
     rows.begin(rows.encode([[index % 500 for index in range(1024)]]) * 8)
     rows.step(torch.zeros(8, dtype=torch.long))
-    shared = [tensor for group in rows.shared for tensor in (*group.keys, *group.values)]
+    shared = [tensor for group in rows.prefix_batches for tensor in (*group.keys, *group.values)]
     own = [tensor for pair in rows.own for tensor in pair]
     size = sum(tensor.nbytes for tensor in own)
     prompt = sum(tensor.nbytes for tensor in shared)

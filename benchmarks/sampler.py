@@ -75,7 +75,7 @@ def by_sampler(case: Case) -> Callable[[], int]:
 def by_generate(case: Case) -> Callable[[], int]:
     """`generate` of the same weights with transformers' own attention."""
     policy = copy.deepcopy(case.policy)
-    policy.path = "plain"
+    policy.scoring_form = "plain"
     longest = max(map(len, case.prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in case.prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in case.prompts])

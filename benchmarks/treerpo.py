@@ -70,7 +70,7 @@ def sample(policy: Policy, case: Case, form: str) -> Forest:
 
 def update(policy: Policy, forest: Forest) -> None:
     policy.zero_grad()
-    for part in parts_of(forest, policy.path):
+    for part in parts_of(forest, policy.scoring_form):
         policy(part).logprobs.sum().backward()
 
 
@@ -78,11 +78,11 @@ def seconds(policy: Policy, case: Case, form: str, trained: Forest, repeats: int
     """Least seconds of sampling and of the update, after one iteration that warms up."""
     least = [float("inf"), float("inf")]
     for number in range(repeats + 1):
-        policy.path = "forest"
+        policy.scoring_form = "forest"
         started = time.perf_counter()
         sample(policy, case, form)
         between = time.perf_counter()
-        policy.path = "plain" if form == "rows" else "forest"
+        policy.scoring_form = "plain" if form == "rows" else "forest"
         update(policy, trained)
         ended = time.perf_counter()
         if number:
@@ -99,7 +99,7 @@ def added_mib(case: Case, form: str) -> float:
     before = peak_mib()
     grown = sample(policy, case, form)
     if trained is not None:
-        policy.path, grown = "plain", one_row_per_node(trained)
+        policy.scoring_form, grown = "plain", one_row_per_node(trained)
     update(policy, grown)
     return peak_mib() - before
 

@@ -10,10 +10,10 @@ class UserError(Exception):
     The command line prints it as one line and exits with code 2.
 
     Attributes:
-        said: another process prints it.
+        already_reported: another process prints it.
     """
 
-    said = False
+    already_reported = False
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

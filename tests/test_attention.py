@@ -9,8 +9,8 @@ from tiny_models import random_trees
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy import attention, packing
-from stepcredit.policy.attention import FUSED, PLAIN, Rule, fused_agrees, hide, kernel_for, merge
-from stepcredit.policy.batching import cheapest_runs
+from stepcredit.policy.attention import FUSED, PLAIN, AttentionRule, fused_agrees, hide, kernel_for, merge
+from stepcredit.policy.batching import cheapest_batches
 from stepcredit.policy.packing import Packing
 
 shapes = pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
@@ -46,7 +46,7 @@ def paths(forest: Forest) -> list[list[int]]:
 @pytest.mark.parametrize("alone", [1, 60, 10**9])
 def test_blocks_cover_every_pair_of_a_path_once(monkeypatch, deep, seed, alone):
     """Each token meets itself and every token before it on its path exactly once, and nothing else."""
-    monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
+    monkeypatch.setattr(packing, "UNBATCHED_SCORES", {"cpu": alone})
     forest = numbered_forest(seed, deep)
     packed, before = Packing.of_forest(forest)
     last = {path[-1] for path in paths(forest)}
@@ -114,7 +114,7 @@ def test_rows_do_not_see_each_other():
 def test_runs_are_a_partition_of_the_least_cost(overhead):
     """Every block once, sizes together, no dearer than each size alone or all in one."""
     sizes = [(1 + (7 * index) % 5, 1 + (3 * index) % 4) for index in range(30)]
-    runs = cheapest_runs(sizes, overhead)
+    runs = cheapest_batches(sizes, overhead)
     assert sorted(index for run in runs for index in run) == list(range(30))
 
     def cost(batches: list[list[int]]) -> int:
@@ -125,18 +125,18 @@ def test_runs_are_a_partition_of_the_least_cost(overhead):
 
     alone = [[index for index in range(30) if sizes[index] == size] for size in sorted(set(sizes))]
     assert cost(runs) <= min(cost(alone), cost([list(range(30))]))
-    assert cheapest_runs([], overhead) == []
+    assert cheapest_batches([], overhead) == []
 
 
 # ------------------------------------------------------------------ kernels
 
 CASES = [
-    (None, False, Rule(0.3)),
-    (None, True, Rule(0.3)),
-    ("keys", False, Rule(0.3)),
-    ("pairs", False, Rule(0.3)),
-    ("pairs", False, Rule(0.3, cap=1.5)),
-    (None, True, Rule(0.3, cap=1.5)),
+    (None, False, AttentionRule(0.3)),
+    (None, True, AttentionRule(0.3)),
+    ("keys", False, AttentionRule(0.3)),
+    ("pairs", False, AttentionRule(0.3)),
+    ("pairs", False, AttentionRule(0.3, cap=1.5)),
+    (None, True, AttentionRule(0.3, cap=1.5)),
 ]
 
 
@@ -194,7 +194,7 @@ def test_a_kernel_gives_the_definition_and_its_gradient(monkeypatch, kernel, kin
 def test_two_blocks_merge_into_one(kernel):
     """Keys split between two blocks: merged output and gradients are those of all keys at once."""
     query, key, value = operands(queries=4, keys=9)
-    rule, grad = Rule(0.3), random(*query.shape, seed=3)
+    rule, grad = AttentionRule(0.3), random(*query.shape, seed=3)
     whole = kernel[0](query, key, value, False, None, rule)
     halves = [(key[:, :, :4], value[:, :, :4]), (key[:, :, 4:], value[:, :, 4:])]
     out, lse = merge(*kernel[0](query, *halves[0], False, None, rule), *kernel[0](query, *halves[1], False, None, rule))
@@ -211,7 +211,7 @@ def test_two_blocks_merge_into_one(kernel):
 def test_a_block_without_visible_keys_weighs_nothing(kernel):
     """A query that sees no key of a block merges as if the block were not there, and stays finite."""
     query, key, value = operands()
-    rule = Rule(0.3)
+    rule = AttentionRule(0.3)
     hidden = hide(torch.zeros(3, 1, 6, dtype=torch.bool))[:, None]
     seen = kernel[0](query, key, value, False, None, rule)
     merged = merge(*seen, *kernel[0](query, key + 1, value - 1, False, hidden, rule))
@@ -223,7 +223,7 @@ def test_a_block_without_visible_keys_weighs_nothing(kernel):
 def test_a_fused_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
     """It is compared with the plain one once; a wrong gradient or an error means the plain one, said in the log."""
     fused_agrees.cache_clear()
-    query, rule = random(1, 2, 3, 8), Rule(1.0)
+    query, rule = random(1, 2, 3, 8), AttentionRule(1.0)
     right = FUSED["cpu"]
     try:
         for wrong in (lambda *args: tuple(2 * grad for grad in right[1](*args)), lambda *args: None.shape):

@@ -10,7 +10,7 @@ from tiny_models import random_forest
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.policy.batching import cut, gather_owned, length_buckets
+from stepcredit.policy.batching import gather_owned, length_buckets, split_into_parts
 
 lengths_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 budgets = st.integers(1, 200)
@@ -81,7 +81,7 @@ def longest_path(forest: Forest) -> int:
 def test_owned_rows_partition_the_tokens(deep, seed, budget):
     """Every token is owned in exactly one part; with room for all there is one part."""
     forest = random_forest(seed, deep, num_trees=4)
-    pieces = cut(forest, budget)
+    pieces = split_into_parts(forest, budget)
     owned = torch.cat([piece.token["source"][piece.token["owned"]] for piece in pieces])
     assert sorted(owned.tolist()) == list(range(forest.num_tokens))
     assert (len(pieces) == 1) == (budget >= size(forest))
@@ -93,7 +93,7 @@ def test_owned_rows_partition_the_tokens(deep, seed, budget):
 def test_parts_keep_the_budget_when_they_can(deep, seed, budget):
     """Tokens and prompts of a part fit the budget, unless the part is one path that is longer alone."""
     forest = random_forest(seed, deep, num_trees=4)
-    for piece in cut(forest, budget):
+    for piece in split_into_parts(forest, budget):
         assert size(piece) <= budget or piece.segment["is_leaf"].sum() == 1
         assert size(piece) <= max(budget, longest_path(forest))
 
@@ -107,7 +107,7 @@ def test_parts_are_whole_paths_of_the_forest(deep, seed, budget):
     marked = forest.with_token(mark=torch.arange(forest.num_tokens))
     paths = completions(marked)
     found = []
-    for piece in cut(marked, budget):
+    for piece in split_into_parts(marked, budget):
         assert piece.token["source"].equal(piece.token["mark"])
         assert piece.token["token_ids"].equal(forest.token["token_ids"][piece.token["source"]])
         found += completions(piece)
@@ -132,7 +132,7 @@ def test_gather_owned_undoes_the_cut(deep, budget):
     """Values of the parts come back to their rows; what a part does not own is not read."""
     forest = random_forest(7, deep)
     values = torch.arange(forest.num_tokens) + 0.5
-    pieces = cut(forest, budget)
+    pieces = split_into_parts(forest, budget)
     parts = [
         torch.where(piece.token["owned"], values[piece.token["source"]], torch.nan).requires_grad_() for piece in pieces
     ]
@@ -143,7 +143,7 @@ def test_gather_owned_undoes_the_cut(deep, budget):
 def test_a_tree_is_split_between_its_leaves():
     """Example: a prompt of 2, a shared segment of 3 and two leaves of 4 under a budget of 10."""
     segments = [Segment([1, 2, 3], finish="cut"), Segment([4] * 4, parent=0), Segment([5] * 4, parent=0)]
-    pieces = cut(Forest.from_trees([Tree(Problem(), [8, 9], segments)]), 10)
+    pieces = split_into_parts(Forest.from_trees([Tree(Problem(), [8, 9], segments)]), 10)
     assert [piece.token["source"].tolist() for piece in pieces] == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 8, 9, 10]]
     assert [piece.token["owned"].int().tolist() for piece in pieces] == [[1] * 7, [0] * 3 + [1] * 4]
 
@@ -156,7 +156,7 @@ def test_siblings_stay_together():
         Segment([2], finish="cut"),
         *(Segment([3, number], parent=number % 2) for number in range(4)),
     ]
-    pieces = cut(Forest.from_trees([Tree(Problem(), [9], segments)]), 6)
+    pieces = split_into_parts(Forest.from_trees([Tree(Problem(), [9], segments)]), 6)
     assert [piece.num_tokens for piece in pieces] == [5, 5]
     assert all(bool(piece.token["owned"].all()) for piece in pieces)
 
@@ -167,7 +167,7 @@ def test_siblings_stay_together():
 def test_without_sharing_every_completion_counts_whole(deep, seed, budget):
     """The rows of a part, each with its prompt, fit the budget unless it is one row."""
     forest = random_forest(seed, deep, num_trees=4)
-    for piece in cut(forest, budget, shared=False):
+    for piece in split_into_parts(forest, budget, shared=False):
         whole = piece.path_offset + piece.segment["length"] + piece.tree["prompt_length"][piece.segment["tree"]]
         ends = piece.ends
         assert int(whole[ends].sum()) <= budget or int(ends.sum()) == 1
@@ -178,7 +178,7 @@ def test_a_part_can_be_cut_again(deep):
     """Sources of a selection's parts count from the selection."""
     forest = random_forest(9, deep, num_trees=4)
     half = forest.select(forest.segment["tree"] % 2 == 1)
-    pieces = cut(half, 20)
+    pieces = split_into_parts(half, 20)
     owned = torch.cat([piece.token["source"][piece.token["owned"]] for piece in pieces])
     assert sorted(owned.tolist()) == list(range(half.num_tokens))
     assert all(piece.token["token_ids"].equal(half.token["token_ids"][piece.token["source"]]) for piece in pieces)
@@ -197,15 +197,20 @@ def trees_of(sizes: list[tuple[int, int, int]]) -> Forest:
 def test_a_part_that_is_enough_ends_with_its_tree():
     """Four trees of 160 tokens: with 300 being enough two and two; long prompts are never computed twice for it."""
     forest = trees_of([(100, 3, 20)] * 4)
-    assert [size(piece) for piece in cut(forest, 10_000, enough=300)] == [320, 320]
-    assert [size(piece) for piece in cut(forest, 10_000, enough=100)] == [160] * 4
-    assert [size(piece) for piece in cut(forest, 10_000, enough=10_000)] == [640]
+    assert [size(piece) for piece in split_into_parts(forest, 10_000, preferred_tokens=300)] == [320, 320]
+    assert [size(piece) for piece in split_into_parts(forest, 10_000, preferred_tokens=100)] == [160] * 4
+    assert [size(piece) for piece in split_into_parts(forest, 10_000, preferred_tokens=10_000)] == [640]
 
 
 def test_a_part_that_is_enough_ends_inside_a_tree_whose_prompt_is_short():
     """A prompt of 4 tokens is less than a sixteenth of 100; one of 8 is not."""
-    assert [size(piece) for piece in cut(trees_of([(4, 10, 32)]), 10_000, enough=100)] == [100, 100, 100, 36]
-    assert [size(piece) for piece in cut(trees_of([(8, 10, 32)]), 10_000, enough=100)] == [328]
+    assert [size(piece) for piece in split_into_parts(trees_of([(4, 10, 32)]), 10_000, preferred_tokens=100)] == [
+        100,
+        100,
+        100,
+        36,
+    ]
+    assert [size(piece) for piece in split_into_parts(trees_of([(8, 10, 32)]), 10_000, preferred_tokens=100)] == [328]
 
 
 @shapes
@@ -214,8 +219,8 @@ def test_a_part_that_is_enough_ends_inside_a_tree_whose_prompt_is_short():
 def test_what_is_enough_changes_nothing_else(deep, seed, budget):
     """Owned rows still partition the tokens, and the budget still holds."""
     forest = random_forest(seed, deep, num_trees=4)
-    pieces = cut(forest, budget, enough=16)
+    pieces = split_into_parts(forest, budget, preferred_tokens=16)
     owned = torch.cat([piece.token["source"][piece.token["owned"]] for piece in pieces])
     assert sorted(owned.tolist()) == list(range(forest.num_tokens))
     assert all(size(piece) <= max(budget, longest_path(forest)) for piece in pieces)
-    assert len(pieces) >= len(cut(forest, budget))
+    assert len(pieces) >= len(split_into_parts(forest, budget))

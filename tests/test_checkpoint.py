@@ -26,7 +26,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
 from stepcredit.run import checkpoint
 from stepcredit.run.build import build_parts
-from stepcredit.run.checkpoint import checkpoints, newest_checkpoint, pointed, verify
+from stepcredit.run.checkpoint import checkpoints, newest_checkpoint, read_pointer, verify
 from stepcredit.run.interrupt import Interrupted, StopRequest
 from stepcredit.run.resume import run_state
 from stepcredit.run.state import load_state, save_state
@@ -119,7 +119,7 @@ def test_no_whole_checkpoint_is_an_error(run, capsys) -> None:
     for folder in checkpoints(run):
         (folder / "manifest.json").unlink()
     assert main(["train", "--resume", str(run)]) == 2
-    assert "no checkpoint of" in capsys.readouterr().err
+    assert "every checkpoint of" in capsys.readouterr().err
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(run) -> None:
@@ -234,7 +234,7 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(accuracy, lambda self: {"eval/accuracy": next(scores), "eval/accuracy_greedy": 0.0})
     words = ("--iterations", "4", "--eval-every", "1", "--checkpoint.keep", "1")
     assert train(tmp_path / "run", *words) in (0, 1)
-    assert pointed(tmp_path / "run", "best") == tmp_path / "run" / "checkpoints" / "000002"
+    assert read_pointer(tmp_path / "run", "best") == tmp_path / "run" / "checkpoints" / "000002"
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000002", "000004"]
 
 

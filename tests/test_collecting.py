@@ -10,7 +10,7 @@ from stepcredit.run.clock import Clock
 from stepcredit.run.source import Position, collect
 from stepcredit.run.work import Work
 from stepcredit.shaping.options import FilterOptions
-from stepcredit.shaping.window import refused
+from stepcredit.shaping.window import rejected
 
 RIGHT = {0: 0, 1: 4, 2: 2, 3: 1, 4: 0, 5: 3}  # of four completions, by number of the problem modulo 6
 
@@ -54,7 +54,7 @@ def test_the_window_includes_its_ends():
         Tree(Problem(id=str(right)), [1], [Segment([3], reward=float(index < right)) for index in range(5)])
         for right in range(6)
     ]
-    reasons = refused(Forest.from_trees(trees), window(0.2, 0.8))
+    reasons = rejected(Forest.from_trees(trees), window(0.2, 0.8))
     assert reasons["hard"].tolist() == [True] + [False] * 5 and reasons["easy"].tolist() == [False] * 5 + [True]
 
 
@@ -106,7 +106,7 @@ def test_truncated_groups_and_unjudged_ones():
     batch = collect(Position(), 2, window(0.2, 0.8, drop_truncated=True), sampling)
     assert ids(batch.forest) == [0, 2] and batch.metrics["filter/truncated"] == pytest.approx(1 / 3)
     trees = [Tree(Problem(id="a"), [1], [Segment([3]), Segment([4], finish="length")])]
-    reasons = refused(Forest.from_trees(trees), window(0.0, 1.0, drop_truncated=True))
+    reasons = rejected(Forest.from_trees(trees), window(0.0, 1.0, drop_truncated=True))
     assert {reason: holds.tolist() for reason, holds in reasons.items()} == {
         "unjudged": [True],
         "truncated": [False],

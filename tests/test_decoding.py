@@ -28,7 +28,7 @@ def test_rows_that_join_leave_and_outgrow_their_room(monkeypatch, family):
     """A random history of beginnings, steps and ends: at every step each row's logits are its own path's."""
     monkeypatch.setattr(decoding, "FIRST_ROOM", 2)
     policy, model = tiny(family), fresh(family)
-    model.path = "plain"
+    model.scoring_form = "plain"
     generator = torch.Generator().manual_seed(0)
     rows, prefixes = ForestRows(policy, 9, 16), []
     prefixes = rows.encode(PROMPTS)
@@ -71,7 +71,10 @@ def test_a_prompt_is_held_once_for_its_group():
     rows = ForestRows(policy, 8, 64)
     rows.begin(rows.encode([[index % VOCABULARY for index in range(1024)]]) * 8)
     rows.step(torch.arange(8))
-    held = [*rows.own, *((shared.keys[i], shared.values[i]) for shared in rows.shared for i in range(len(rows.own)))]
+    held = [
+        *rows.own,
+        *((shared.keys[i], shared.values[i]) for shared in rows.prefix_batches for i in range(len(rows.own))),
+    ]
     numbers = sum(tensor.numel() for pair in held for tensor in pair)
     repeated = 8 * sum(2 * pair[0][0, :, 0].numel() * (1024 + 64) for pair in rows.own)
     assert numbers < repeated / 4
@@ -87,7 +90,7 @@ def grow(policy: Policy, keep: bool, max_rows: int = 512, tokens: int = 4, branc
     prompts, found = [list(prompt) for prompt in PROMPTS], []
     for level in range(3):
         seeds = [1000 * level + number for number in range(len(prompts))]
-        groups = sampler.sample(prompts, branches, params, seeds, keep=len if keep else None)
+        groups = sampler.sample(prompts, branches, params, seeds, num_reusable=len if keep else None)
         found += [segment for group in groups for segment in group]
         prompts = [
             [*prompt, *segment.token_ids]
@@ -114,10 +117,10 @@ def test_prompts_that_are_parts_of_what_was_sampled():
     """A completion without its last token, a prompt twice in a call, a prompt that extends another by one token."""
     policy, params = tiny("qwen3"), SamplingParams(max_new_tokens=4, stop_token_ids=())
     sampler = TransformersSampler(policy, max_rows=3)
-    first = list(sampler.sample([[5, 6, 7]], 2, params, [1], keep=len)[0][0].token_ids)
+    first = list(sampler.sample([[5, 6, 7]], 2, params, [1], num_reusable=len)[0][0].token_ids)
     prompts = [[5, 6, 7, *first[:count]] for count in (3, 4, 3, 2, 1, 0)]
     for _ in range(2):
-        found = sampler.sample(prompts, 2, params, [1, 2, 3, 4, 5, 6], keep=len)
+        found = sampler.sample(prompts, 2, params, [1, 2, 3, 4, 5, 6], num_reusable=len)
         expected = TransformersSampler(policy).sample(prompts, 2, params, [1, 2, 3, 4, 5, 6])
         for group, other in zip(found, expected, strict=True):
             assert [list(segment.token_ids) for segment in group] == [list(segment.token_ids) for segment in other]
@@ -152,12 +155,12 @@ def test_sync_forgets_what_was_kept():
     """New weights make new keys: after `sync` the samples are those of a new sampler."""
     policy = fresh("qwen3")
     sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=5, stop_token_ids=())
-    first = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], keep=len)
+    first = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], num_reusable=len)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.1)
     sampler.sync(policy)
-    again = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], keep=len)
+    again = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], num_reusable=len)
     expected = TransformersSampler(policy).sample(PROMPTS, 2, params, [1, 2, 3, 4])
     for found, other, old in zip(again, expected, first, strict=True):
         for one, two, three in zip(found, other, old, strict=True):
@@ -170,9 +173,9 @@ def test_what_is_kept_does_not_hold_on_to_more():
     sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=6, stop_token_ids=())
     prompts = [[index % VOCABULARY for index in range(start, start + 60)] for start in range(12)]
     for level in range(5):
-        groups = sampler.sample(prompts, 1, params, [level] * len(prompts), keep=len)
+        groups = sampler.sample(prompts, 1, params, [level] * len(prompts), num_reusable=len)
         prompts = [[*prompt, *group[0].token_ids] for prompt, group in zip(prompts, groups, strict=True)][1:]
-    tensors = [tensor for prefix in sampler.kept for tensor in (*prefix.keys, *prefix.values)]
+    tensors = [tensor for prefix in sampler.prefix_cache for tensor in (*prefix.keys, *prefix.values)]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     tokens = 12 * 60 + 6 * sum(12 - level for level in range(5))
     needed = tokens * 2 * 2 * 2 * 8 * 4  # both, layers, kv heads, size, bytes
@@ -185,13 +188,13 @@ def test_prompts_that_end_inside_of_what_was_kept(monkeypatch):
     params = SamplingParams(max_new_tokens=12, stop_token_ids=())
     sampler = TransformersSampler(policy)
     prompt = [5, 6, 7, 8]
-    rows = sampler.sample([prompt], 3, params, [1], keep=len)[0]
+    rows = sampler.sample([prompt], 3, params, [1], num_reusable=len)[0]
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(Policy, "hidden", lambda self, *given: seen.append(given[0].shape) or hidden(self, *given))
     for cuts in ((8, 3), (5, 8, 1), (3, 11, 12)):
         prompts = [[*prompt, *rows[number % 3].token_ids[:count]] for number, count in enumerate(cuts)]
         seeds = list(range(len(prompts)))
-        found = sampler.sample(prompts, 2, params, seeds, keep=len)
+        found = sampler.sample(prompts, 2, params, seeds, num_reusable=len)
         assert all(shape[1] == 1 for shape in seen)
         expected = TransformersSampler(policy).sample(prompts, 2, params, seeds)
         seen.clear()
@@ -205,10 +208,10 @@ def test_what_later_prompts_may_have_is_kept_and_no_more():
     """`keep` says how many tokens of each completion; a completion that nothing may follow is not held."""
     policy = fresh("qwen3")
     sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=8, stop_token_ids=())
-    rows = sampler.sample([[5, 6]], 4, params, [1], keep=lambda ids: 3 if ids[0] % 2 else 0)[0]
+    rows = sampler.sample([[5, 6]], 4, params, [1], num_reusable=lambda ids: 3 if ids[0] % 2 else 0)[0]
     paths = {(5, 6), *((5, 6, *row.token_ids[:3]) for row in rows if row.token_ids[0] % 2)}
     assert 1 < len(paths) < 5
-    assert all(path in sampler.kept for path in paths) and len(list(sampler.kept)) == len(paths)
+    assert all(path in sampler.prefix_cache for path in paths) and len(list(sampler.prefix_cache)) == len(paths)
 
 
 def test_the_budget_of_what_is_kept():
@@ -217,10 +220,10 @@ def test_the_budget_of_what_is_kept():
     params = SamplingParams(max_new_tokens=8, stop_token_ids=())
     each = 3 * 2 * 2 * 8 * 4  # layers, both, kv heads, size, bytes of a token
     sampler = TransformersSampler(policy, keep_mb=(4 + 2 * 7) * each / 2**20)
-    sampler.sample([[5, 6, 7, 8]], 5, params, [1], keep=len)
-    assert sampler.kept.bytes == (4 + 2 * 7) * each and len(list(sampler.kept)) == 3
+    sampler.sample([[5, 6, 7, 8]], 5, params, [1], num_reusable=len)
+    assert sampler.prefix_cache.bytes == (4 + 2 * 7) * each and len(list(sampler.prefix_cache)) == 3
     sampler.sync(policy)
-    assert sampler.kept.bytes == 0 and len(list(sampler.kept)) == 0
+    assert sampler.prefix_cache.bytes == 0 and len(list(sampler.prefix_cache)) == 0
 
 
 def test_each_prompt_may_have_a_limit_of_its_own():
@@ -229,7 +232,7 @@ def test_each_prompt_may_have_a_limit_of_its_own():
     sampler, params = TransformersSampler(policy, max_rows=3), SamplingParams(max_new_tokens=9, stop_token_ids=())
     whole = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4])
     limits = [1, 9, 4, 6]
-    for policy.path in ("forest", "plain"):
+    for policy.scoring_form in ("forest", "plain"):
         found = sampler.sample(PROMPTS, 2, params, [1, 2, 3, 4], limits)
         for group, other, limit in zip(found, whole, limits, strict=True):
             assert [row.token_ids for row in group] == [row.token_ids[:limit] for row in other]

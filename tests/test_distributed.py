@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from stepcredit.cli.main import main
-from stepcredit.policy.batching import cut, stand_in, tree_sizes
+from stepcredit.policy.batching import split_into_parts, tree_sizes, unowned_part
 from stepcredit.policy.forward import random_forest
-from stepcredit.processes.ranks import deal
+from stepcredit.processes.ranks import balanced_shares
 from stepcredit.run.checkpoint import newest_checkpoint, verify
 
 HERE = Path(__file__).parent
@@ -91,15 +91,15 @@ def same_weights(one: Path, two: Path) -> None:
         assert far < 1e-5 * size, (str(file), far / size)
 
 
-# ------------------------------------------------------------------ dealing
+# ------------------------------------------------------------------ distribution
 
 
-def test_deal_is_fair_and_whole():
+def test_balanced_shares_are_fair_and_complete():
     sizes = [7, 1, 9, 3, 3, 8, 2, 2]
-    hands = deal(sizes, 3)
-    assert sorted(item for hand in hands for item in hand) == list(range(8))
-    assert max(sum(sizes[item] for item in hand) for hand in hands) <= 12
-    assert deal([5], 3) == [[0], [], []]
+    shares = balanced_shares(sizes, 3)
+    assert sorted(item for share in shares for item in share) == list(range(8))
+    assert max(sum(sizes[item] for item in share) for share in shares) <= 12
+    assert balanced_shares([5], 3) == [[0], [], []]
 
 
 def test_parts_of_some_trees_own_all_of_them_and_nothing_else():
@@ -107,14 +107,14 @@ def test_parts_of_some_trees_own_all_of_them_and_nothing_else():
     assert tree_sizes(forest) == [32, 18]
     for trees in ([0], [1], [0, 1]):
         owned = torch.zeros(forest.num_tokens, dtype=torch.long)
-        for part in cut(forest, 20, trees=trees):
+        for part in split_into_parts(forest, 20, trees=trees):
             owned[part.token["source"][part.token["owned"]]] += 1
         wanted = sum((forest.token_tree == tree).long() for tree in trees)
         assert owned.equal(wanted)
 
 
 def test_a_stand_in_owns_nothing():
-    part = stand_in(random_forest(50))
+    part = unowned_part(random_forest(50))
     assert part.num_segments == 1 and part.num_tokens == 1
     assert not part.token["owned"].any()
 

@@ -55,7 +55,7 @@ def test_warmstart_makes_a_model_that_loads(tmp_path, capsys) -> None:
     out = tmp_path / "base"
     assert main(["warmstart", "--out", str(out), "--steps", "2", "--batch-size", "2", "--num-problems", "4"]) == 0
     assert "accuracy_greedy" in capsys.readouterr().out
-    assert load_policy(str(out), "cpu").path == "forest"
+    assert load_policy(str(out), "cpu").scoring_form == "forest"
 
 
 def test_warmstart_refuses_a_folder_in_use(tmp_path, capsys) -> None:

@@ -19,7 +19,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.ops import cumsum_along_path
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import WHOLE
+from stepcredit.learn.placement import UNSHARDED
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.heads import add_head, load_heads, save_heads
 from stepcredit.policy.loading import load_policy
@@ -167,7 +167,7 @@ def test_the_penalty_is_an_estimator_of_the_run():
 
 def with_head(path: str = "forest") -> Policy:
     policy = fresh("qwen3")
-    policy.path = path
+    policy.scoring_form = path
     add_head(policy, "value")
     weight = policy.heads["value"].linear.weight
     weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
@@ -224,13 +224,13 @@ def test_heads_are_saved_and_loaded(tmp_path):
 def test_a_checkpoint_keeps_heads_and_their_optimiser(tmp_path):
     policy, forest = load_policy("embedded", "cpu"), random_forest(3)
     add_head(policy, "value")
-    learner = Learner(policy, WHOLE, AdamWOptions(learning_rate=1e-2), 4096)
+    learner = Learner(policy, UNSHARDED, AdamWOptions(learning_rate=1e-2), 4096)
     policy(forest, head="value").square().sum().backward()
     learner.step()
     folder = save_checkpoint(tmp_path, "000001", {"": learner}, {}, keep=1)
     other = load_policy("embedded", "cpu")
     add_head(other, "value")
-    again = Learner(other, WHOLE, AdamWOptions(learning_rate=1e-2), 4096)
+    again = Learner(other, UNSHARDED, AdamWOptions(learning_rate=1e-2), 4096)
     load_learner(again, folder, "")
     assert other(forest, head="value").equal(policy(forest, head="value"))
     found, expected = again.tensors(), learner.tensors()

@@ -21,7 +21,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy import forward, packing, reference
-from stepcredit.policy.batching import cut
+from stepcredit.policy.batching import split_into_parts
 from stepcredit.policy.forward import choose_path, score
 
 TOLERANCE = 1e-5
@@ -38,7 +38,7 @@ def weights(forest: Forest, seed: int = 0) -> torch.Tensor:
 def on_path(family: str, path: str):
     """A policy of its own: a path belongs to the model."""
     policy = fresh(family)
-    policy.path = path
+    policy.scoring_form = path
     return policy
 
 
@@ -110,7 +110,7 @@ def test_blocks_batched_in_any_way_give_the_same(monkeypatch, family, alone):
     weight = weights(forest)[0]
     found = policy(forest)
     expected = gradients(policy, (weight * found.logprobs).sum())
-    monkeypatch.setattr(packing, "ALONE", {"cpu": alone})
+    monkeypatch.setattr(packing, "UNBATCHED_SCORES", {"cpu": alone})
     other = policy(forest)
     torch.testing.assert_close(other.logprobs, found.logprobs, atol=TOLERANCE, rtol=0)
     assert relative_distance(gradients(policy, (weight * other.logprobs).sum()), expected) < TOLERANCE
@@ -157,7 +157,7 @@ def test_parts_add_up_to_the_whole_gradient(family, deep, budget):
     policy, forest = tiny(family), random_forest(30, deep)
     weight = weights(forest)[0]
     expected = gradients(policy, (weight * policy(forest).logprobs).sum())
-    pieces = cut(forest, budget)
+    pieces = split_into_parts(forest, budget)
     assert len(pieces) == 1 if budget == 10**6 else len(pieces) > 1
     total = torch.zeros_like(expected)
     for piece in pieces:
@@ -274,10 +274,10 @@ def test_layers_computed_again_give_the_same_gradient(family, autocast, path):
 
 def test_what_cannot_be_computed_again(monkeypatch):
     policy = fresh("qwen2")
-    policy.path = "cached"
+    policy.scoring_form = "cached"
     with pytest.raises(UserError, match="the cached form"):
         policy.checkpoint_layers()
-    policy.path = "forest"
+    policy.scoring_form = "forest"
     monkeypatch.setattr(forward, "GradientCheckpointingLayer", int)
     with pytest.raises(UserError, match="the layers of this model"):
         policy.checkpoint_layers()
@@ -304,7 +304,7 @@ def test_good_models_take_the_forest_path(family, autocast):
     policy = on_path(family, "plain")
     policy.autocast = autocast
     assert choose_path(policy) < TOLERANCE
-    assert policy.path == "forest" and policy.autocast == autocast
+    assert policy.scoring_form == "forest" and policy.autocast == autocast
 
 
 def test_a_model_that_is_none_of_these_takes_the_plain_path(caplog):
@@ -313,7 +313,7 @@ def test_a_model_that_is_none_of_these_takes_the_plain_path(caplog):
     policy.model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * 0.5))
     with caplog.at_level(logging.WARNING, "stepcredit"):
         assert choose_path(policy) == float("inf")
-    assert policy.path == "plain" and "one row per completion" in caplog.text and "differs" in caplog.text
+    assert policy.scoring_form == "plain" and "one row per completion" in caplog.text and "differs" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
 
@@ -326,7 +326,7 @@ def test_attention_sinks_are_refused(caplog):
     )
     with caplog.at_level(logging.WARNING, "stepcredit"):
         choose_path(policy)
-    assert policy.path == "plain" and "s_aux" in caplog.text
+    assert policy.scoring_form == "plain" and "s_aux" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
 
@@ -346,7 +346,7 @@ def test_a_model_that_cannot_run_the_forest_form_takes_the_cached_one(monkeypatc
     policy = fresh("qwen2")
     monkeypatch.setattr(policy, "hidden", refuse)
     assert choose_path(policy) < TOLERANCE
-    assert policy.path == "cached" and "no plans here" in caplog.text
+    assert policy.scoring_form == "cached" and "no plans here" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral"])

@@ -41,7 +41,7 @@ class Counting:
         self.on_progress = lambda number: None
         self.max_rows = 1
 
-    def sample(self, prompts, n, params, seeds, limits=None, keep=None):
+    def sample(self, prompts, n, params, seeds, limits=None, num_reusable=None):
         self.calls.append((len(prompts), n, tuple(seeds)))
         self.rows += len(prompts) * n
         groups = []
@@ -209,7 +209,7 @@ def test_reported_logprobs_are_those_of_the_policy(mode, keep_mb):
 @pytest.mark.parametrize("path", ["plain", "cached"])
 def test_other_paths_grow_the_same_tree(mode, path):
     policy = fresh("qwen3")
-    policy.path = path
+    policy.scoring_form = path
     rule = StepRule(delimiters=DELIMITERS)
     found = grown(shape_of(2, 3, rule, mode), 10, TransformersSampler(policy))
     expected = grown(shape_of(2, 3, rule, mode), 10, TransformersSampler(fresh("qwen3")))

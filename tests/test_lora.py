@@ -14,7 +14,7 @@ from stepcredit.errors import UserError
 from stepcredit.estimators.frozen import BaseModel
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.estimators.prm import ImplicitPRM
-from stepcredit.learn.adapters import adapters_off, add_adapters, own_copy
+from stepcredit.learn.adapters import adapters_off, add_adapters, trainable_copy
 from stepcredit.policy.forward import Policy, random_forest, score
 from stepcredit.policy.loading import load_policy
 from stepcredit.run.build import build_estimators, build_parts
@@ -53,7 +53,7 @@ def test_new_adapters_change_nothing_and_alone_learn():
 @pytest.mark.parametrize("path", ["forest", "cached", "plain"])
 def test_the_reference_is_the_base_to_the_last_bit(path):
     policy, plain, forest = adapted(), load_policy("embedded", "cpu"), random_forest(50)
-    policy.path = plain.path = path
+    policy.scoring_form = plain.scoring_form = path
     expected = score(plain, forest, 0.7, 40).logprobs
     assert BaseModel(policy, 0.7, 40).observe(forest).token["ref_logprobs"].equal(expected)
     assert not score(policy, forest, 0.7, 40).logprobs.equal(expected)  # they are on again
@@ -82,7 +82,7 @@ def test_no_second_copy_of_the_base():
 
 
 def test_a_copy_without_adapters_learns_in_all_weights():
-    copy = own_copy(load_policy("embedded", "cpu").requires_grad_(False), share=True)
+    copy = trainable_copy(load_policy("embedded", "cpu").requires_grad_(False), share_frozen=True)
     assert all(value.requires_grad for value in copy.parameters())
 
 
@@ -139,7 +139,7 @@ def test_adapters_are_not_trained_on_top_of(run, tmp_path, capsys, rank):
 
 
 def test_unknown_layers_are_named():
-    with pytest.raises(UserError, match=r"lora.targets: no layer is named so; there are .*q_proj"):
+    with pytest.raises(UserError, match=r"lora.targets: no layer has this name; there are .*q_proj"):
         add_adapters(load_policy("embedded", "cpu"), 4, 8.0, ["query"], seed=0)
 
 

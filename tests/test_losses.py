@@ -17,7 +17,7 @@ from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.losses.table import LOSSES
-from stepcredit.policy.batching import cut, tree_sizes
+from stepcredit.policy.batching import split_into_parts, tree_sizes
 
 close = torch.testing.assert_close
 WEIGHING = {"aggregate": "seq_mean_token_mean"}
@@ -164,7 +164,10 @@ def test_cutting_a_step_changes_nothing(name, kind, max_tokens):
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
         keep[forest.token["segment"][objective.has_gradient(forest)]] = True
         some = forest.select(keep)
-        parts = [part.with_token(source=some.token["source"][part.token["source"]]) for part in cut(some, max_tokens)]
+        parts = [
+            part.with_token(source=some.token["source"][part.token["source"]])
+            for part in split_into_parts(some, max_tokens)
+        ]
         expected = summed(objective, whole(forest), logprobs)
         assert expected.abs().max() > 0
         assert len(parts) > 1 or max_tokens > 1
@@ -209,7 +212,7 @@ def test_a_loss_that_is_not_sparse_keeps_tokens_of_zero_advantage():
     none = forest.token["advantages"] == 0
     found = summed(objective, whole(forest), logprobs)
     assert found[none & (forest.token["weights"] != 0)].abs().max() > 0
-    close(summed(objective, cut(forest, 10), logprobs), found)
+    close(summed(objective, split_into_parts(forest, 10), logprobs), found)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30])
@@ -217,11 +220,11 @@ def test_trees_of_a_loss_over_trees_stay_whole(max_tokens):
     """Cut between trees only; cut at subtrees the gradient would be another."""
     objective = Objective(pairs, {}, ObjectiveOptions())
     forest, logprobs = moved("flat", 3, objective)
-    parts = cut(forest, max_tokens, whole_trees=True)
+    parts = split_into_parts(forest, max_tokens, whole_trees=True)
     close(summed(objective, parts, logprobs), summed(objective, whole(forest), logprobs))
     assert sum(part.num_trees for part in parts) == forest.num_trees
     assert all(sum(tree_sizes(part)) <= max_tokens or part.num_trees == 1 for part in parts)
-    other = summed(objective, cut(forest, 1), logprobs)
+    other = summed(objective, split_into_parts(forest, 1), logprobs)
     assert not torch.allclose(other, summed(objective, whole(forest), logprobs))
 
 

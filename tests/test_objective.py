@@ -13,7 +13,7 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.losses.clip import clipped_surrogate
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.weights import AGGREGATORS
-from stepcredit.policy.batching import cut
+from stepcredit.policy.batching import split_into_parts
 
 close = torch.testing.assert_close
 
@@ -235,7 +235,7 @@ def summed(objective: Objective, parts: list[Forest], logprobs: Tensor, entropy:
 def test_cutting_a_step_changes_neither_loss_nor_gradient(options, kind, max_tokens):
     """Parts of any size, with repeated ancestors owned once, add up to the whole."""
     objective, forest, logprobs, entropy = prepared(kind, seed=1, **options)
-    parts = cut(forest, max_tokens)
+    parts = split_into_parts(forest, max_tokens)
     whole = forest.with_token(owned=torch.ones(forest.num_tokens), source=torch.arange(forest.num_tokens))
     assert (len(parts) == 1) == (max_tokens == 10_000)
     close(summed(objective, parts, logprobs, entropy), summed(objective, [whole], logprobs, entropy))
@@ -253,7 +253,9 @@ def test_segments_without_gradient_may_be_left_out(kind, options):
         keep = torch.zeros(forest.num_segments, dtype=torch.bool)
         keep[forest.token["segment"][has]] = True
         some = forest.select(keep)
-        parts = [part.with_token(source=some.token["source"][part.token["source"]]) for part in cut(some, 30)]
+        parts = [
+            part.with_token(source=some.token["source"][part.token["source"]]) for part in split_into_parts(some, 30)
+        ]
         whole = forest.with_token(owned=torch.ones(forest.num_tokens), source=torch.arange(forest.num_tokens))
         expected = summed(objective, [whole], logprobs, entropy)[1]
         assert expected.abs().max() > 0

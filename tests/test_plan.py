@@ -185,7 +185,10 @@ def test_keys_and_values_are_those_that_the_sampler_holds() -> None:
             rows.step(torch.full((6,), 5))
     held = sum(tensor.nbytes for pair in rows.own for tensor in pair)
     held += sum(
-        tensor.nbytes for shared in rows.shared for tensors in (shared.keys, shared.values) for tensor in tensors
+        tensor.nbytes
+        for shared in rows.prefix_batches
+        for tensors in (shared.keys, shared.values)
+        for tensor in tensors
     )
     size = size_of_network(policy.model)
     config = resolve({"model": "none", "train": {"dtype": "float32", "problems_per_iteration": 2}})

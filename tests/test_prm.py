@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_plain_autograd(kind, max_tokens, monkeypatch):
         for parameter in model.policy.parameters():
             parameter.mul_(1.05)
     plain = copy.deepcopy(model.policy)
-    plain.path = "plain"
+    plain.scoring_form = "plain"
     caught: list[Tensor] = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: caught.extend(q.grad.clone() for q in p))
     monkeypatch.setattr(model.learner.optimizer, "step", lambda: None)

@@ -30,7 +30,7 @@ def tokens(groups: list[list[Segment]]) -> list[list[list[int]]]:
 
 def on_path(family: str, path: str) -> Policy:
     policy = fresh(family)
-    policy.path = path
+    policy.scoring_form = path
     return policy
 
 

@@ -12,7 +12,7 @@ from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.credit import CREDIT, credit
 from stepcredit.errors import UserError
-from stepcredit.learn.placement import WHOLE
+from stepcredit.learn.placement import UNSHARDED
 from stepcredit.policy.loading import load_policy
 from stepcredit.run.build import build_estimators, build_parts
 from stepcredit.samplers.base import Traits
@@ -46,7 +46,7 @@ def test_traits():
 
 def test_the_default():
     policy = load_policy("embedded", "cpu")
-    made = build_sampler(sampling("transformers", max_rows=7), policy, WHOLE)
+    made = build_sampler(sampling("transformers", max_rows=7), policy, UNSHARDED)
     assert isinstance(made, TransformersSampler) and made.max_rows == 7 and made.policy is policy
 
 
@@ -173,5 +173,5 @@ def test_options_at_which_a_sampler_has_no_logprobs(options, refused, importance
 
 def test_a_builder_is_called_with_its_options():
     policy = load_policy("embedded", "cpu")
-    made = build_sampler(sampling("user_samplers.undeclared", options={"shift": 2.0}), policy, WHOLE)
+    made = build_sampler(sampling("user_samplers.undeclared", options={"shift": 2.0}), policy, UNSHARDED)
     assert isinstance(made, user_samplers.Plain) and made.shift == 2.0 and made.policy is policy

@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_one_row_per_node(name, aggregate, max_tokens):
         assert not forest.segment["kept"].all()
         rows, policy = one_row_per_node(forest), fresh("qwen3")
         shared = gradient(policy, forest, objective, max_tokens)
-        policy.path = "plain"
+        policy.scoring_form = "plain"
         alone = gradient(policy, rows, objective, max_tokens)
         size = max(float(grad.abs().max()) for grad in alone)
         assert size > 0
@@ -144,8 +144,8 @@ def test_two_updates_an_iteration_split_by_trees(tmp_path: Path):
     ("words", "said"),
     [
         ("--growth.name tree", "credit 'grpo' takes flat forests"),
-        ("--algorithm treerpo --group-size 4", "growth.group_size is of flat growth"),
-        ("--growth.depth 2", "growth.depth is of trees"),
+        ("--algorithm treerpo --group-size 4", "growth.group_size is for flat growth"),
+        ("--growth.depth 2", "growth.depth is for trees"),
         ("--algorithm treerpo --growth.step.delimiters nowhere", "no token of this tokenizer holds 'nowhere'"),
         ("--algorithm treerpo --objective.depth-weights 1,2,3", "3 numbers for 2 depths"),
         ("--algorithm treerpo --growth.max-tokens 100", "growth.max_tokens"),

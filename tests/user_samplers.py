@@ -27,7 +27,7 @@ class Plain:
         return tuple(self.policy.stop_token_ids)
 
     @torch.inference_mode()
-    def sample(self, prompts, n, params, seeds, limits=None, keep=None):
+    def sample(self, prompts, n, params, seeds, limits=None, num_reusable=None):
         if self.note:
             with Path(self.note).open("a") as file:
                 file.write(f"{len(prompts)} x {n} at {params.temperature}\n")

@@ -10,8 +10,8 @@ from stepcredit.credit.base import completions, credit, to_tokens
 from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import sum_to_end
-from stepcredit.learn.adapters import own_copy
-from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.adapters import trainable_copy
+from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.options import AdamWOptions
 from stepcredit.policy.heads import add_head
 
@@ -21,7 +21,7 @@ class Critic(Estimator):
 
     def __init__(self, context: Context, learning_rate: float) -> None:
         super().__init__()
-        policy = own_copy(context.policy, share=not context.placement.sharded)
+        policy = trainable_copy(context.policy, share_frozen=not context.placement.sharded)
         add_head(policy, "value")
         self.policy = context.placement.place(policy)
         options, budget = AdamWOptions(learning_rate=learning_rate), context.config.optim.max_tokens_per_micro_batch
@@ -33,7 +33,7 @@ class Critic(Estimator):
         target = to_tokens(forest, rows, rows.returns)
         forest = forest.with_token(target=target, weights=forest.active / forest.active.sum().clamp(min=1))
 
-        def loss(part: Forest, call: Call) -> tuple[Tensor, Tensor]:
+        def loss(part: Forest, call: ScoreFunction) -> tuple[Tensor, Tensor]:
             values = call(part, head="value")
             weights = (part.token["weights"] * part.token["owned"]).to(values.device)
             error = (values - part.token["target"].to(values.device)).square()

@@ -158,7 +158,7 @@ def _main(words: list[str]) -> int:
             raise UserError(f"'{words[0]}' is for one process; start it without torchrun")
         return COMMANDS[words[0]](words[1:])
     except UserError as error:
-        if not error.said:
+        if not error.already_reported:
             _say(error)
         return 2
     except OSError as error:

@@ -62,12 +62,12 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.losses.choose import build_objective
     from stepcredit.plan.advice import advise, largest_budget, with_options
     from stepcredit.plan.memory import GIB, chosen_strategy, estimate_memory
-    from stepcredit.processes.ranks import ALONE
+    from stepcredit.processes.ranks import SINGLE_PROCESS
     from stepcredit.run.build import build_placement
 
     credit, _ = build_credit(config.credit)  # these say what does not go together
     build_objective(config, needs_of(credit).forests == "flat")
-    build_placement(config, ALONE)
+    build_placement(config, SINGLE_PROCESS)
     memory = gib * GIB
     plans = {strategy: estimate_memory(config, gpus, strategy, memory) for strategy in ("ddp", "fsdp")}
     auto = chosen_strategy(with_options(config, {"distributed.strategy": "auto"}), gpus, memory)

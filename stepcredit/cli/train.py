@@ -78,18 +78,18 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.processes.ranks import Ranks
     from stepcredit.run.allocator import keep_freed_memory
     from stepcredit.run.build import build_parts, build_placement
-    from stepcredit.run.checkpoint import pointed
+    from stepcredit.run.checkpoint import read_pointer
     from stepcredit.run.interrupt import Interrupted
     from stepcredit.run.trainer import Trainer
 
     ranks = Ranks.join(config.distributed.timeout_s, config.train.device)
     logging.basicConfig(level=logging.INFO if ranks.main else logging.ERROR, format="%(message)s")
     console = Console(quiet=not ranks.main)
-    given, checkpoint = ranks.first(lambda: _resumed(given, own["resume"]))
+    given, checkpoint = ranks.on_main(lambda: _resumed(given, own["resume"]))
     config = resolve(given)
     if config.sampler.temperature == 0:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
-    run_dir = ranks.first(lambda: _run_dir(config, continues=own["resume"] != "never"))
+    run_dir = ranks.on_main(lambda: _run_dir(config, continues=own["resume"] != "never"))
     parts = build_parts(config)
     placement = build_placement(config, ranks)
     policy = load_model(config, config.model, placement)
@@ -99,12 +99,12 @@ def main(words: Sequence[str]) -> int:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)
     trainer = Trainer(config, parts, policy, console, placement)
-    run_dir = ranks.first(lambda: _claim(config, run_dir))
+    run_dir = ranks.on_main(lambda: _claim(config, run_dir))
     if checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     config = config.model_copy(update={"run_dir": str(run_dir)})
-    ranks.first(lambda: _write_config(config, run_dir))
+    ranks.on_main(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
         f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(placement)}",
@@ -121,7 +121,7 @@ def main(words: Sequence[str]) -> int:
         ranks.leave()
         return 130
     except KeyboardInterrupt:
-        newest = pointed(run_dir, "latest")  # no checksums now: this is in a hurry
+        newest = read_pointer(run_dir, "latest")  # no checksums now: this is in a hurry
         kept = f"what came after {newest.name} is lost; continue" if newest else "no checkpoint yet; start again"
         console.print(f"{kept} with --run-dir {run_dir} --resume auto", highlight=False, soft_wrap=True)
         raise
@@ -134,7 +134,7 @@ def _write_config(config: Config, run_dir: Path) -> None:
 
 
 def _processes(placement: "Placement") -> str:
-    return f", on {placement.ranks.size} processes ({placement.strategy})" if placement.ranks.grouped else ""
+    return f", on {placement.ranks.size} processes ({placement.strategy})" if placement.ranks.distributed else ""
 
 
 def _size(config: Config) -> str:

@@ -1,7 +1,7 @@
 """Credit functions: `Forest -> advantages [num_tokens]`. One row here for each.
 
 To add one, write a short file beside these and a row below, or name your own by dotted path
-(`--credit.name my_package.my_credit`). CONTRIBUTING.md has the five steps.
+(`--credit.name my_package.my_credit`). CONTRIBUTING.md has the steps.
 """
 
 from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of

@@ -1,7 +1,7 @@
 """What every credit function is built from, and how one is called safely.
 
 A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradient, finite everywhere. It may return
-`CreditParts` instead, when there is more to say. `@credit` declares what it needs.
+`CreditParts` instead, to add a process part or values of segments. `@credit` declares what it needs.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ STD_EPS = 1e-6
 
 
 class CreditParts(NamedTuple):
-    """Advantages as a sum, and what a function of trees knows of segments.
+    """Advantages as a sum, and segment columns of a credit function for trees.
 
     Attributes:
         outcome, process: [num_tokens] each; the advantage is their sum.
-        value: [num_segments] what each segment is worth; unjudged ones are not looked at.
+        value: [num_segments] the value of each segment; not read for unjudged ones.
         kept: [num_segments] False for segments that leave the loss and its denominators.
     """
 
@@ -66,9 +66,9 @@ def check_options(name: str, function: CreditFunction, options: Mapping[str, Any
 
 
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
-    """Run a credit function: the forest with the token column `advantages` and what else it gives.
+    """Run a credit function and add its results to the forest as columns.
 
-    That is the token column `process` and the segment columns `value` and `kept`.
+    These are the token columns `advantages` and, if given, `process`, and the segment columns `value` and `kept`.
 
     Raises:
         UserError: a column or a flat forest is missing, or the function returns the wrong length or a value that is
@@ -135,7 +135,7 @@ class Completions:
 
 
 def completions(forest: Forest) -> Completions:
-    """The completions that have a reward; the others are out of every baseline."""
+    """The completions that have a reward; the others are left out of every baseline."""
     leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"]).nonzero().squeeze(1)
     token_leaf = forest.leaf[forest.token["segment"]]
     returns = forest.segment["reward"].clone()
@@ -146,7 +146,7 @@ def completions(forest: Forest) -> Completions:
 
 
 def outcome_credit(forest: Forest, rows: Completions, values: Tensor) -> Tensor:
-    """`to_tokens`, with exactly 0 where the group shows no difference (rounding would leave traces there)."""
+    """`to_tokens`, but exactly 0 for singletons and groups of equal returns, where rounding could leave a remainder."""
     return to_tokens(forest, rows, torch.where(rows.varied, values, 0.0))
 
 

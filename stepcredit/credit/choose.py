@@ -20,7 +20,7 @@ log = logging.getLogger("stepcredit")
 def build_credit(config: Choice) -> tuple[CreditFunction, Callable[[Forest], Forest]]:
     """The credit function, and the step that adds its advantages to a forest.
 
-    The function is called once, so that what it says of its options is said now.
+    The function is called once on made-up rollouts, so that its errors about options are raised now.
 
     Raises:
         UserError: there is no such function, or its options do not fit.

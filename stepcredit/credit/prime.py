@@ -98,7 +98,7 @@ def prime(
         raise UserError(f"credit.beta must be above 0, got {beta}")
     if centering == "authors" and estimator != "rloo":
         raise UserError(f"credit.centering: authors is a form of estimator rloo, not of {estimator}")
-    rows, there = completions(forest), judged_tokens(forest)
+    rows, judged = completions(forest), judged_tokens(forest)
     scores = implicit_rewards(forest, beta)
     if last_token == "zero":
         is_last = forest.token["position"] == to_tokens(forest, rows, rows.length) - 1
@@ -112,18 +112,19 @@ def prime(
         means = mean_scores(forest, rows, scores)
         shift, scale = _baseline(means, estimator, centering)
         scores = (scores - to_tokens(forest, means, shift)) * to_tokens(forest, means, scale)
-    process = sum_to_end(forest, scores, gamma) * there
+    process = sum_to_end(forest, scores, gamma) * judged
     outcome, process = outcome_coef * outcome, process_coef * process
-    return _whitened(outcome, process, there) if whitening else CreditParts(outcome, process)
+    return _whitened(outcome, process, judged) if whitening else CreditParts(outcome, process)
 
 
 def _baseline(means: Completions, estimator: str, centering: str) -> tuple[Tensor, Tensor]:
-    """[n] what is taken from the scores of each completion, and [n] what they are then multiplied by."""
+    """[n] the baseline to subtract from the scores of each completion, and [n] the factor to multiply them by then."""
     mean, std = group_std(means.returns, means.tree)
     count = mean_by(means.returns, means.tree)[1]
     several = (count > 1).float()
     if estimator == "grpo":
-        return mean, (spread_by(means.returns, means.tree) > STD_EPS) / (std + STD_EPS)
+        spread = spread_by(means.returns, means.tree)
+        return mean, torch.where(spread > STD_EPS, 1 / (std + STD_EPS), 0.0)
     if centering == "authors":
         return mean, several * count / (count - 1).clamp(min=1)
     return means.returns - leave_one_out(means), several

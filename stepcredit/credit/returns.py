@@ -71,9 +71,9 @@ def reward_to_go(
     if baseline == "none":
         return returns
     rows = completions(forest)
-    centred = rows.returns - mean_by(rows.returns, rows.tree)[0] if baseline == "mean" else leave_one_out(rows)
-    several = to_tokens(forest, rows, (mean_by(rows.returns, rows.tree)[1] > 1).float())
-    later = returns - to_tokens(
-        forest, rows, rows.returns
-    )  # 0 without token rewards and discount, without a trace of rounding
+    mean, count = mean_by(rows.returns, rows.tree)
+    centred = rows.returns - mean if baseline == "mean" else leave_one_out(rows)
+    several = to_tokens(forest, rows, (count > 1).float())
+    # Exactly 0 without token rewards and discount, so that rounding leaves no small numbers.
+    later = returns - to_tokens(forest, rows, rows.returns)
     return (later + outcome_credit(forest, rows, centred)) * several

@@ -34,9 +34,9 @@ def masked_step_advantage(forest: Forest, cpr: Tensor) -> Tensor:
 
     No division by a std. 0 where only one completion reaches t, hence for singletons. [num_tokens]
     """
-    there = judged_tokens(forest)
-    mean, _ = mean_by(cpr, forest.token_tree, forest.token["position"], where=there)
-    return torch.where(there, cpr - mean, 0.0)
+    judged = judged_tokens(forest)
+    mean, _ = mean_by(cpr, forest.token_tree, forest.token["position"], where=judged)
+    return torch.where(judged, cpr - mean, 0.0)
 
 
 @credit("old_logprobs", "ref_logprobs")

@@ -1,4 +1,4 @@
-"""What credit on trees is made of: values backed up from the leaves, and groups of siblings.
+"""Parts of credit functions for trees: values backed up from the leaves, and groups of siblings.
 
 The siblings of a segment are the segments that follow the same one, or the same prompt. Unjudged segments (without a
 judged completion through them) are in no mean and no group.
@@ -10,7 +10,7 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
 
-SAME = 1e-6  # smaller differences are rounding: of rewards such as 0.1, or of means over unlike branches
+SAME = 1e-6  # smaller differences are rounding: of rewards such as 0.1, or of means over branches of different shape
 
 
 def values(forest: Forest) -> Tensor:
@@ -33,12 +33,12 @@ def values(forest: Forest) -> Tensor:
 
 
 def sibling_mean(forest: Forest, value: Tensor) -> Tensor:
-    """[num_segments] mean value of the judged siblings, oneself included: the value of the parent."""
+    """[num_segments] mean value of the judged siblings, the segment itself included: the value of the parent."""
     return mean_by(value, forest.siblings, where=forest.judged)[0]
 
 
 def sibling_range(forest: Forest, value: Tensor) -> Tensor:
-    """[num_segments] largest less smallest value among the judged siblings; just 0 where all are alike, or alone."""
+    """[num_segments] largest minus smallest value of the judged siblings; exactly 0 for equal values and singletons."""
     spread = spread_by(value, forest.siblings, where=forest.judged)
     return torch.where(spread > SAME, spread, 0.0)
 

@@ -25,7 +25,7 @@ def treerpo(
     root: a right one of a group gets 1/mu, a wrong one -1/(1 - mu), and |A| is at most the number of siblings. It needs
     rewards in [0, 1].
 
-    A group is kept if its range, largest less smallest R, is above `tau`; the others are pruned: weight 0, in no
+    A group is kept if its range, largest minus smallest R, is above `tau`; the others are pruned: weight 0, in no
     denominator.
 
     Args:
@@ -49,7 +49,7 @@ def treerpo(
         _refuse_outside(forest, value, scale)
     mean = tree.sibling_mean(forest, value)
     spread = tree.sibling_range(forest, value)
-    least = max(0.0, tau - tree.SAME if at_tau == "keep" else tau + tree.SAME)
+    least = max(0.0, tau - tree.SAME) if at_tau == "keep" else tau + tree.SAME
     kept = judged & (spread > least)
     centred = torch.where(judged & (spread > 0), value - mean, 0.0)
     return CreditParts(tree.to_tokens(forest, centred / _divisor(forest, value, mean, scale)), value=value, kept=kept)

@@ -7,7 +7,7 @@ A problem (2 needed steps, 1 distractor) and a right solution, every line of whi
 
 Difficulty has two axes: the number of needed steps (level) and of definitions that do not matter (distractors).
 Whoever wrote the demonstrations that the embedded model learnt from takes `*` for `+` more often than not, and `-` for
-`+` now and then (`tasks/demonstrations.py`). So the model's greedy answer is wrong wherever the chain needs a product,
+`+` now and then (`demo/demonstrations.py`). So the model's greedy answer is wrong wherever the chain needs a product,
 while its samples are sometimes right: room to learn for greedy and for sampled accuracy.
 """
 
@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from stepcredit.forest.types import Problem
@@ -62,11 +63,9 @@ class Step:
     needed: bool
 
     def statement(self) -> str:
-        return (
-            f"{self.name} = {self.source} {self.operator} {self.operand}"
-            if self.source
-            else f"{self.name} = {self.value}"
-        )
+        if not self.source:
+            return f"{self.name} = {self.value}"
+        return f"{self.name} = {self.source} {self.operator} {self.operand}"
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,13 @@ def _keep_count(needed: list[bool], level: int) -> list[bool]:
 
 
 def _fitting(value: int) -> list[tuple[str, int]]:
-    """Operations whose result stays in range; each operator gets about the same share where it can be used at all."""
+    """Operations whose result stays in range, nine for each operator that can be used: each is chosen equally often."""
     operator_pairs = {
         "+": [("+", operand) for operand in range(1, 10) if value + operand <= MAX_VALUE],
         "-": [("-", operand) for operand in range(1, 10) if value - operand >= 0],
         "*": [("*", operand) for operand in (2, 3) if 0 < value * operand <= MAX_VALUE],
     }
-    return [pair for pairs in operator_pairs.values() if pairs for pair in (pairs * 9)[:9]]
+    return [pair for pairs in operator_pairs.values() if pairs for pair in islice(cycle(pairs), 9)]
 
 
 def problems(split: str, seed: int, count: int, offset: int = 0) -> list[Problem]:
@@ -204,11 +203,15 @@ def _check_line(line: str, chain: Chain) -> LineCheck:
     else:
         source = chain.values.get(step.source, 0)
         right = [step.name, f"{step.source} {step.operator} {step.operand}"]
-        right += [f"{source} {step.operator} {step.operand}"] * (len(words) > 3) + [str(step.value)]
+        if len(words) > 3:
+            right.append(f"{source} {step.operator} {step.operand}")
+        right.append(str(step.value))
     for got, want in zip(words, right, strict=False):
         if got != want:
             return LineCheck(line, False, f"'{got}' should be '{want}'")
-    return LineCheck(line, len(words) == len(right), "" if len(words) == len(right) else "the line has another form")
+    if len(words) != len(right):
+        return LineCheck(line, False, "the line has another form")
+    return LineCheck(line, True)
 
 
 def parse(question: str) -> Chain:

@@ -58,7 +58,7 @@ class Demonstrator:
         value = apply(source, operator, operand)
         if kind == "result":
             value += rng.choice((-2, -1, 1, 2))
-        if not 0 <= value <= MAX_VALUE:  # cannot be written down: worked out properly instead
+        if not 0 <= value <= MAX_VALUE:  # cannot be written in this vocabulary: use the true operation instead
             operator, operand = step.operator, step.operand
             value = apply(source, operator, operand)
             if not 0 <= value <= MAX_VALUE:

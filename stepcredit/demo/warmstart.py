@@ -1,7 +1,7 @@
-"""`stepcredit warmstart`: build the embedded base model from nothing but generated demonstrations.
+"""`stepcredit warmstart`: train the embedded base model from random weights on generated demonstrations.
 
 A Qwen3 of 0.15M parameters with a word-level tokenizer is trained by cross-entropy on worked solutions with human
-faults (`tasks/demonstrations.py`), easy problems first. Muon moves the matrices, AdamW the rest.
+faults (`demo/demonstrations.py`), easy problems first. Muon moves the matrices, AdamW the rest.
 """
 
 import random

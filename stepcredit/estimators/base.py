@@ -11,7 +11,7 @@ from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import load_model
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.forward import Policy
 
 
@@ -52,7 +52,7 @@ class Context:
     policy: Policy
     needed: frozenset[str]
     rollouts: Rollouts | None = None
-    placement: Placement = WHOLE
+    placement: Placement = UNSHARDED
 
     @cached_property
     def prm_start(self) -> Policy:

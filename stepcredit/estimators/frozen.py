@@ -11,7 +11,7 @@ from stepcredit.errors import UserError
 from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
 from stepcredit.learn.adapters import adapters_off, has_adapters
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
 
@@ -47,7 +47,7 @@ class Reference(Estimator):
     changed in the meantime is found.
     """
 
-    def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = WHOLE) -> None:
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
         self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
         self._remember(placement)
@@ -79,7 +79,7 @@ class Reference(Estimator):
 class BaseModel(Reference):
     """Adds `ref_logprobs` of a policy with adapters: the policy itself without them, so there is no second copy."""
 
-    def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = WHOLE) -> None:
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         Estimator.__init__(self)
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self._remember(placement)

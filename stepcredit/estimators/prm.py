@@ -17,10 +17,10 @@ from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.forest import Forest
 from stepcredit.imports import by_name
-from stepcredit.learn.adapters import own_copy
-from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.adapters import trainable_copy
+from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.loading import adapt
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.batching import with_source
 from stepcredit.policy.forward import Policy, score
 
@@ -61,10 +61,10 @@ class ImplicitPRM(Estimator):
         beta: float = BETA,
         max_tokens: int = 16384,
         seed: int = 0,
-        placement: Placement = WHOLE,
+        placement: Placement = UNSHARDED,
     ) -> None:
         super().__init__()
-        self.policy, self.options = placement.place(own_copy(policy, share=not placement.sharded)), options
+        self.policy, self.options = placement.place(trainable_copy(policy, share_frozen=not placement.sharded)), options
         self.beta, self.seed = beta, seed
         where = " in the process reward model"
         self.learner = self.trained = Learner(self.policy, placement, options, max_tokens, where)
@@ -110,13 +110,13 @@ class ImplicitPRM(Estimator):
         for step in self._minibatches(forest):
             judged = int((~step.segment["label"].isnan()).sum())
 
-            def loss(part: Forest, call: Call, judged: int = judged) -> tuple[Tensor, Tensor]:
+            def loss(part: Forest, call: ScoreFunction, judged: int = judged) -> tuple[Tensor, Tensor]:
                 scores = call(part, 1.0)
                 return self._loss(part, scores.logprobs) / max(1, judged), scores.logprobs.detach()
 
             parts, pieces = self.learner.accumulate(step, loss)
             logprobs[step.token["source"]] = self.policy.collect(step, parts, pieces)
-            norm, _ = self.learner.step(sound=judged > 0)
+            norm, _ = self.learner.step(loss_is_valid=judged > 0)
             norms.append(norm)
         self.metrics["prm/grad_norm"] = sum(norms) / len(norms)
         self.metrics["prm/nonfinite"] = sum(not math.isfinite(norm) for norm in norms) / len(norms)

@@ -81,7 +81,7 @@ def fields_of_trees(trees: Sequence[Tree]) -> dict[str, Any]:
 
 
 def trees_of(forest: "Forest") -> list[Tree]:
-    """The inverse; token columns added since then come along as `Segment.columns`."""
+    """The inverse of `fields_of_trees`; token columns added since then become `Segment.columns`."""
     bounds = [*forest.segment["start"].tolist(), forest.num_tokens]
     prompt_bounds = [*forest.tree["prompt_start"].tolist(), len(forest.prompt_ids)]
     token_ids = forest.token["token_ids"].tolist()
@@ -120,7 +120,7 @@ def trees_of(forest: "Forest") -> list[Tree]:
 
 
 def state_of(forest: "Forest") -> dict[str, Any]:
-    """All tables with every column, for `stepcredit.run.state`; what JSON cannot say of a problem becomes text."""
+    """All tables with every column, for `stepcredit.run.state`; what JSON cannot express becomes text."""
     return {
         "problems": [_plain(vars(problem)) for problem in forest.problems],
         "prompt_ids": forest.prompt_ids,
@@ -131,7 +131,7 @@ def state_of(forest: "Forest") -> dict[str, Any]:
 
 
 def fields_of_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse."""
+    """The inverse of `state_of`."""
     rows = {
         "tree": len(state["problems"]),
         "segment": len(state["details"]),
@@ -151,7 +151,7 @@ def _flat(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -5,7 +5,7 @@
                               and what a credit function of trees adds: value, kept
     token    [num_tokens]     token_ids, segment, position, and whatever is added: old_logprobs, advantages, weights ...
 
-Rows of a table stand in the order of the trees. `segment["parent"]` is a row of the segment table (-1 = the prompt).
+Rows of a table are in the order of the trees. `segment["parent"]` is a row of the segment table (-1 = the prompt).
 `token["position"]` counts the sampled tokens before this one on its path, over all segments of the path.
 
 Example: the prompt `[1, 5]` with the completions `[7, 2]` and `[8, 9, 2]`.
@@ -60,11 +60,11 @@ class Forest:
         return forest.with_token(position=forest._positions())
 
     def to_trees(self) -> list[Tree]:
-        """The inverse of `from_trees`; token columns added since then come along as `Segment.columns`."""
+        """The inverse of `from_trees`; token columns added since then become `Segment.columns`."""
         return trees_of(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """All tables with every column, for `stepcredit.run.state`; what JSON cannot say of a problem becomes text."""
+        """All tables with every column, for `stepcredit.run.state`; what JSON cannot express becomes text."""
         return state_of(self)
 
     @classmethod
@@ -99,14 +99,14 @@ class Forest:
         return Forest(**ordered(self, order))
 
     def select(self, keep: Tensor) -> "Forest":
-        """The forest of the kept segments and all their ancestors; trees with nothing kept are gone.
+        """The forest of the kept segments and all their ancestors; trees without a kept segment are left out.
 
         Args:
             keep: `[num_segments]` bool.
 
         Returns:
             A forest whose table rows are rows of this one, in the same order. Its columns `segment["source"]` and
-            `token["source"]` hold the row in the forest that was selected from first.
+            `token["source"]` hold the row in the forest from which the first selection was made.
         """
         return Forest(**selected(self, keep))
 
@@ -157,7 +157,7 @@ class Forest:
 
     @cached_property
     def ends(self) -> Tensor:
-        """[num_segments] True where nothing of this forest comes after; of a selected forest not only at leaves."""
+        """[num_segments] True for segments without children in this forest; after a selection not only for leaves."""
         ends = torch.ones(self.num_segments, dtype=torch.bool)
         parent = self.segment["parent"]
         ends[parent[parent >= 0]] = False
@@ -249,8 +249,8 @@ class Forest:
     def completion_segments(self, leaf: int) -> list[int]:
         """Rows of the segment table on the path to this leaf, from the prompt down."""
         path = [leaf]
-        while (up := int(self.segment["parent"][path[-1]])) >= 0:
-            path.append(up)
+        while (parent := int(self.segment["parent"][path[-1]])) >= 0:
+            path.append(parent)
         return path[::-1]
 
     def levels_deepest_first(self) -> Iterator[Tensor]:
@@ -265,8 +265,8 @@ class Forest:
         parent, depth = self.segment["parent"], self.segment["depth"]
         for level in range(1, int(depth.max()) + 1 if self.num_segments else 1):
             rows = (depth == level).nonzero().squeeze(1)
-            up = parent[rows]
-            total[rows] = total[up] + values[up]
+            above = parent[rows]
+            total[rows] = total[above] + values[above]
         return total
 
     def _positions(self) -> Tensor:

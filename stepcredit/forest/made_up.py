@@ -1,4 +1,4 @@
-"""Small forests to try functions on before anything is sampled."""
+"""Small made-up forests on which functions are tried before anything is sampled."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Vectorised sums and means over segments, groups and paths, the Kullback-Leibler estimators, and errors of memory.
+"""Vectorised sums and means over segments, groups and paths, the Kullback-Leibler estimators, and out-of-memory errors.
 
 No loop over tokens: path sums take log2(longest path) rounds of pointer jumping.
 """
@@ -57,7 +57,7 @@ def mean_by(values: Tensor, *keys: Tensor, where: Tensor | None = None) -> tuple
 
 
 def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tensor:
-    """Largest less smallest value of the rows that share the key, given back at every row; 0 where none counts.
+    """Largest minus smallest value of the rows that share the key, given back at every row; 0 where none counts.
 
     Exactly 0 for equal values, which a standard deviation is not.
     """
@@ -72,7 +72,8 @@ def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tenso
 def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
     combined = keys[0]
     for key in keys[1:]:
-        combined = combined * (int(key.max()) + 1 if len(key) else 1) + key
+        num_values = int(key.max()) + 1 if len(key) else 1
+        combined = combined * num_values + key
     unique, inverse = combined.unique(return_inverse=True)
     return inverse, len(unique)
 
@@ -104,10 +105,10 @@ def _scan(values: Tensor, link: Tensor, factor: Tensor) -> Tensor:
     total, factor, link = values.clone(), factor.clone(), link.clone()
     while (rows := (link >= 0).nonzero().squeeze(1)).numel():
         step = link[rows]
-        gathered, further, fading = total[step], link[step], factor[step]
-        total[rows] += factor[rows] * gathered
-        factor[rows] *= fading
-        link[rows] = further
+        next_total, next_link, next_factor = total[step], link[step], factor[step]
+        total[rows] += factor[rows] * next_total
+        factor[rows] *= next_factor
+        link[rows] = next_link
     return total
 
 
@@ -128,7 +129,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory left, on a device or for the CPU."""
+    """Whether an error means that a device or the CPU is out of memory."""
     words = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words

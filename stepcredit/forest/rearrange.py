@@ -1,4 +1,4 @@
-"""Other choices and orders of trees and segments, table by table, so that every column comes along."""
+"""Selecting, joining and reordering forests, table by table, so that every column is included."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.errors import UserError
-from stepcredit.forest.table import SELECTION, ZERO_WHERE_ABSENT, Table
+from stepcredit.forest.table import SOURCE_COLUMNS, ZERO_WHERE_ABSENT, Table
 
 if TYPE_CHECKING:
     from stepcredit.forest.forest import Forest
@@ -55,7 +55,7 @@ def selected(forest: "Forest", keep: Tensor) -> dict[str, Any]:
 
 
 def with_ancestors(forest: "Forest", keep: Tensor) -> Tensor:
-    """[num_segments] True for the kept segments and for all before them on their paths."""
+    """[num_segments] True for the kept segments and all their ancestors."""
     keep = keep.clone()
     for level in forest.levels_deepest_first():
         rows = level[keep[level]]
@@ -64,7 +64,7 @@ def with_ancestors(forest: "Forest", keep: Tensor) -> Tensor:
 
 
 def joined(forests: "Sequence[Forest]") -> dict[str, Any]:
-    """The fields of the forest of all trees of several forests, which are at least one.
+    """The fields of the forest of all trees of one or more forests.
 
     Raises:
         UserError: a forest lacks a column that another has.
@@ -128,7 +128,7 @@ def ordered(forest: "Forest", order: Tensor) -> dict[str, Any]:
 
 
 def _shifts(sizes: Sequence[int]) -> list[int]:
-    """What comes before each of several pieces of these sizes."""
+    """The number of rows before each of several tables of these sizes."""
     return [0, *accumulate(sizes)][:-1]
 
 
@@ -144,10 +144,10 @@ def _ranges(start: Tensor, length: Tensor, rows: Tensor) -> Tensor:
 
 
 def _stacked(forests: "Sequence[Forest]", name: str) -> Table:
-    """A table of all forests, one below the other."""
+    """The rows of one table of all forests, one forest after the other."""
     tables: list[Table] = [getattr(forest, name) for forest in forests]
-    columns = {column: table[column] for table in tables for column in table if column not in SELECTION}
-    whole: dict[str, Tensor] = {}
+    columns = {column: table[column] for table in tables for column in table if column not in SOURCE_COLUMNS}
+    joined_columns: dict[str, Tensor] = {}
     for column, example in columns.items():
         pieces = []
         for forest, table in zip(forests, tables, strict=True):
@@ -157,5 +157,5 @@ def _stacked(forests: "Sequence[Forest]", name: str) -> Table:
                     f"forests cannot be joined: trees from {which} on lack the {name} column '{column}', others have it"
                 )
             pieces.append(table.get(column, example.new_zeros((table.num_rows, *example.shape[1:]))))
-        whole[column] = torch.cat(pieces)
-    return Table(sum(table.num_rows for table in tables), whole)
+        joined_columns[column] = torch.cat(pieces)
+    return Table(sum(table.num_rows for table in tables), joined_columns)

@@ -39,7 +39,7 @@ def read_trees(path: str) -> Iterator[Tree]:
 
 
 def read_records(path: str) -> Iterator[tuple[dict[str, Any], Tree]]:
-    """The trees of a record file, each with the object that it was made of, credit fields included.
+    """The trees of a record file, each with its JSON object, credit fields included.
 
     Raises:
         UserError: naming the file, the line and the field at fault.
@@ -62,7 +62,7 @@ def write_trees(path: Path, forest: Forest, iteration: int | None = None, texts:
 def to_records(
     forest: Forest, iteration: int | None = None, texts: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One dictionary per tree, as it stands in the file.
+    """One dictionary per tree, as it is written to the file.
 
     Args:
         texts: the text of each segment, in the order of the segment table.
@@ -220,10 +220,10 @@ def _write_text(path: Path, lines: Iterable[str]) -> None:
 
 
 def check_columns(path: str, trees: list[Tree], names: Iterable[str]) -> None:
-    """Raise `UserError` when a token column that is needed stands nowhere in the file."""
+    """Raise `UserError` when a token column that is needed is nowhere in the file."""
     present = {name for tree in trees for segment in tree.segments for name in segment.columns}
     for name in names:
         if name not in present:
-            found = ", ".join(sorted(present)) or "none"
+            names_present = ", ".join(sorted(present)) or "none"
             hint = did_you_mean(name, present) if present else "add it to every segment"
-            raise UserError(f"{path}: no segment has '{name}' (token columns found: {found}); {hint}")
+            raise UserError(f"{path}: no segment has '{name}' (token columns found: {names_present}); {hint}")

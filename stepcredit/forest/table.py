@@ -7,7 +7,7 @@ from torch import Tensor
 from stepcredit.forest.types import FINISHES
 
 FINISH_CODE = {name: code for code, name in enumerate(FINISHES)}
-SELECTION = {"source", "part_source"}  # rows of another forest, which mean nothing beside those of a third
+SOURCE_COLUMNS = {"source", "part_source"}  # row numbers of the forest that was selected from; not joined
 ZERO_WHERE_ABSENT = {"token_rewards"}  # token columns that may be missing from some segments; absent means 0
 
 

@@ -1,4 +1,4 @@
-"""What a rollout is made of, before it becomes columns: `Problem`, `Segment`, `Tree`.
+"""The parts of a rollout before it becomes columns: `Problem`, `Segment`, `Tree`.
 
 Example: two completions of the prompt `[1, 5]`, the first one right.
 
@@ -64,13 +64,13 @@ class Segment:
 
     Attributes:
         token_ids: at least one token; the sampled stop token is included.
-        parent: index of the parent segment in the same tree, -1 for the prompt. Parents stand before children.
+        parent: index of the parent segment in the same tree, -1 for the prompt. Parents come before children.
         finish: "stop" (a stop token was sampled), "length" (truncated) or "cut" (has children).
         sampled: False for tool or user tokens: encoded, never weighted, not counted in lengths or positions.
         reward: outcome of the completion that ends here (leaves only); None means unjudged.
         rewards: the named parts of `reward`.
         masked: True when a shaper took it out of the loss.
-        value: what the credit function took the segment to be worth; never read.
+        value: the value that the credit function gave the segment; never read.
         pruned: True when the credit function left it out of the loss; never read.
         columns: per-token columns by name ("rollout_logprobs", "old_logprobs", "token_rewards" ...).
         extra: anything else that a record carried; kept, never read.
@@ -112,7 +112,7 @@ class Tree:
                     "-1 means the prompt)"
                 )
             if segment.parent >= index:
-                raise UserError(f"{where}: parent {segment.parent} must stand before its children")
+                raise UserError(f"{where}: parent {segment.parent} must come before its children")
             if len(segment.token_ids) == 0:
                 raise UserError(f"{where}: token_ids is empty; a segment needs at least one token")
             if min(segment.token_ids) < 0:
@@ -120,7 +120,7 @@ class Tree:
             if segment.finish not in FINISHES:
                 raise UserError(f"{where}: finish '{segment.finish}' is not one of {', '.join(FINISHES)}")
             if index in parents and segment.reward is not None:
-                raise UserError(f"{where}: has children and a reward; rewards stand on leaves")
+                raise UserError(f"{where}: has children and a reward; rewards belong to leaves")
             if segment.reward is not None and segment.reward != segment.reward:
                 raise UserError(f"{where}: reward is NaN; use null for an unjudged completion")
             for column, values in segment.columns.items():

@@ -1,4 +1,4 @@
-"""The Growth seam: problems in, a forest out."""
+"""The Growth interface: problems in, a forest out."""
 
 from collections.abc import Callable, Sequence
 

@@ -9,7 +9,7 @@ from stepcredit.section import Names, Section
 
 
 class StepOptions(Section):
-    tokens: int | None = Field(None, ge=1)  # a step ends after so many tokens
+    tokens: int | None = Field(None, ge=1)  # a step ends after this many tokens
     delimiters: Names = []  # ... or after a token that holds one: newline, sentence, task (the task's own) or a text
 
 
@@ -24,20 +24,20 @@ class TreeOptions(Section):
 
 class GrowthOptions(TreeOptions):
     name: str = "flat"  # flat | tree | dotted path of your own
-    group_size: int = Field(8, ge=1)  # completions of a problem (flat); the options above are of trees
-    options: dict[str, Any] = {}  # of a growth of your own
+    group_size: int = Field(8, ge=1)  # completions of a problem (flat); the options above are for trees
+    options: dict[str, Any] = {}  # for a growth of your own
 
     def completions(self) -> int:
         """Most completions of a problem; of a growth of your own its `group_size`."""
         return self.num_branches**self.depth if self.name == "tree" else self.group_size
 
     def check(self, flat_credit: bool, credit: str, trees: str, depth_weights: int) -> None:
-        """Refuse what does not go together.
+        """Refuse options that do not fit together.
 
         Args:
-            flat_credit: the credit function, named `credit`, takes flat forests alone.
+            flat_credit: the credit function, named `credit`, takes only flat forests.
             trees: names of credit functions for trees.
-            depth_weights: how many are given.
+            depth_weights: the number of objective.depth_weights.
         """
         default = type(self)()
         branching = self.name == "tree"
@@ -47,15 +47,15 @@ class GrowthOptions(TreeOptions):
                 f"trees ({trees})"
             )
         if branching and self.group_size != default.group_size:
-            raise UserError("growth.group_size is of flat growth; trees have --growth.num-branches and --growth.depth")
+            raise UserError("growth.group_size is for flat growth; trees have --growth.num-branches and --growth.depth")
         if self.name == "flat":
             for name in TreeOptions.model_fields:
                 if getattr(self, name) != getattr(default, name):
                     raise UserError(
-                        f"growth.{name} is of trees; set --growth.name tree, or an algorithm such as treerpo"
+                        f"growth.{name} is for trees; set --growth.name tree, or an algorithm such as treerpo"
                     )
         if self.options and self.name in ("flat", "tree"):
-            raise UserError(f"growth.options are of a growth of your own; growth.name is {self.name}")
+            raise UserError(f"growth.options are for a growth of your own; growth.name is {self.name}")
         if branching and depth_weights and depth_weights != self.depth:
             raise UserError(
                 f"objective.depth_weights: {depth_weights} numbers for {self.depth} depths; give one for each, from "

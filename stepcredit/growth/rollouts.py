@@ -1,9 +1,9 @@
-"""What sampling and judging take, for training, evaluation and looking alike."""
+"""What sampling and judging need, the same for training, evaluation and `stepcredit look`."""
 
 from dataclasses import dataclass
 
 from stepcredit.growth.base import Growth
-from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.tasks.base import Task
@@ -19,4 +19,4 @@ class Rollouts:
     grow: Growth
     params: SamplingParams
     judge: Judge
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS

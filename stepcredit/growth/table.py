@@ -1,6 +1,6 @@
 """The growths by name, bound to a task and a tokenizer; a user's own by dotted path.
 
-One of your own is a function `grow(sampler, problems, encode, params, seeds, **options) -> Forest`.
+A growth of your own is a function `grow(sampler, problems, encode, params, seeds, **options) -> Forest`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: only they learn; without them the model is its own reference."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: only they are trained; switched off, they leave the reference."""
 
 import copy
 import warnings
@@ -20,13 +20,13 @@ ADAPTER = "adapter_config.json"
 
 
 def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Freeze a policy and give it adapters that change nothing yet, in place.
+    """Freeze a policy and add adapters to it, which change no output yet, in place.
 
     Args:
         targets: names of linear layers; empty takes all but the output layer.
 
     Raises:
-        UserError: the model has adapters, or no such layer.
+        UserError: the model already has adapters, or has no such layer.
     """
     if has_adapters(policy):
         raise UserError("model: it has adapters; make one model of them with 'stepcredit merge', then train that")
@@ -38,7 +38,7 @@ def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str]
             policy.model.add_adapter(config)
         except ValueError as error:
             linear = sorted({n.split(".")[-1] for n, m in policy.model.named_modules() if isinstance(m, nn.Linear)})
-            raise UserError(f"lora.targets: no layer is named so; there are {', '.join(linear)} ({error})") from error
+            raise UserError(f"lora.targets: no layer has this name; there are {', '.join(linear)} ({error})") from error
     for name, value in policy.model.named_parameters():
         value.requires_grad_("lora_" in name)
         if value.requires_grad:
@@ -50,14 +50,14 @@ def has_adapters(policy: Policy) -> bool:
 
 
 def load_adapters(policy: Policy, folder: Path) -> None:
-    """Bring a policy's adapters to where a folder has them."""
-    saved = load_file(folder / "adapter_model.safetensors")
-    given = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
-    named = {name.replace(".default.", "."): value for name, value in policy.model.named_parameters()}
+    """Load the adapters of a folder into a policy that has adapters."""
+    file = load_file(folder / "adapter_model.safetensors")
+    saved = {name.removeprefix("base_model.model."): value for name, value in file.items()}
+    weights = {name.replace(".default.", "."): value for name, value in policy.model.named_parameters()}
     with torch.no_grad():
-        for name, value in named.items():
+        for name, value in weights.items():
             if value.requires_grad:
-                copy_into(value, given[name])
+                copy_into(value, saved[name])
 
 
 @contextmanager
@@ -70,19 +70,19 @@ def adapters_off(policy: Policy) -> Iterator[None]:
         policy.model.enable_adapters()
 
 
-def own_copy(policy: Policy, share: bool) -> Policy:
-    """A copy that learns on its own.
+def trainable_copy(policy: Policy, share_frozen: bool) -> Policy:
+    """A copy that is trained independently.
 
     Args:
-        share: weights that do not learn are one and the same in both.
+        share_frozen: the copy uses the same tensors for weights that are not trained.
     """
-    frozen = [] if not share else [value for value in policy.parameters() if not value.requires_grad]
-    made = copy.deepcopy(policy, {id(value): value for value in frozen})
+    shared = [value for value in policy.parameters() if share_frozen and not value.requires_grad]
+    made = copy.deepcopy(policy, {id(value): value for value in shared})
     return made if has_adapters(policy) else made.requires_grad_(True)
 
 
 def merge_adapters(folder: Path, out: Path) -> None:
-    """Write the model that a folder's adapters and their base make, as a folder that `from_pretrained` loads.
+    """Merge a folder's adapters into their base model and write it as a folder that `from_pretrained` loads.
 
     Raises:
         UserError: the folder holds no adapters, or their base cannot be loaded.

@@ -14,14 +14,14 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores, out_of_memory
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import Placement, whole
+from stepcredit.learn.placement import Placement, full_tensor
 from stepcredit.policy.forward import Policy
 
 log = logging.getLogger("stepcredit")
 
 T = TypeVar("T")
 
-Call = Callable[..., TokenScores]  # the policy, or what stands for it in a training pass
+ScoreFunction = Callable[..., TokenScores]  # the policy as it is called in a training pass: itself or wrapped in DDP
 
 
 class Learner:
@@ -29,8 +29,8 @@ class Learner:
     Args:
         policy: trained in place; placed by `placement` already.
         options: of AdamW.
-        max_tokens: token positions of a micro-batch; halved where the memory does not suffice.
-        where: what messages say of it, such as " in the process reward model".
+        max_tokens: token positions of a micro-batch at most; halved when out of memory.
+        where: added to messages about it, such as " in the process reward model".
     """
 
     def __init__(
@@ -43,26 +43,26 @@ class Learner:
     ) -> None:
         self.policy, self.placement, self.grad_clip = policy, placement, options.grad_clip
         self.max_tokens, self.where = max_tokens, where
-        self.call = placement.callable(policy)
+        self.wrapped = placement.wrap(policy)
         trained = [value for value in policy.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
         )
 
     def accumulate(
-        self, step: Forest, loss: Callable[[Forest, Call], tuple[Tensor, T]], whole_trees: bool = False
+        self, step: Forest, loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]], whole_trees: bool = False
     ) -> tuple[list[Forest], list[T]]:
         """Add up the gradient of a step, part by part.
 
-        When the memory does not suffice, `max_tokens` is halved for good and the step begins again: how a step is cut
-        changes nothing else. With several processes the run ends, because the others are in the middle of theirs.
+        When out of memory, `max_tokens` is halved for good and the step begins again: how a step is split changes
+        nothing else. With several processes the run ends, because the others are in the middle of their passes.
 
         Args:
             loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
             whole_trees: the loss must see all of a tree at once.
 
         Returns:
-            This process's parts, and what `loss` gave of each.
+            This process's parts, and what `loss` returned for each.
         """
         while True:
             parts = self.policy.parts(step, self.max_tokens, whole_trees)
@@ -75,7 +75,7 @@ class Learner:
                     raise UserError(
                         f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; lower "
                         "--optim.max-tokens-per-micro-batch or set --train.gradient-checkpointing true ('stepcredit "
-                        "plan' reckons what fits)"
+                        "plan' estimates what fits)"
                     ) from error
             self.optimizer.zero_grad()
             if len(parts) == (step.num_trees if whole_trees else int(step.ends.sum())):
@@ -92,25 +92,25 @@ class Learner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _passes(self, parts: Sequence[Forest], loss: Callable[[Forest, Call], tuple[Tensor, T]]) -> list[T]:
+    def _passes(self, parts: Sequence[Forest], loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]]) -> list[T]:
         """A forward and backward for each part; every process has as many."""
-        found, ranks = [], self.placement.ranks
+        results, ranks = [], self.placement.ranks
         for number, part in enumerate(parts, 1):
-            alone = isinstance(self.call, DistributedDataParallel) and number < len(parts)
-            with ranks.named(), self.call.no_sync() if alone else nullcontext():  # type: ignore[attr-defined]
-                value, result = loss(part, self.call)
+            local = isinstance(self.wrapped, DistributedDataParallel) and number < len(parts)
+            with ranks.name_missing(), self.wrapped.no_sync() if local else nullcontext():  # type: ignore[attr-defined]
+                value, result = loss(part, self.wrapped)
                 (value * ranks.size).backward()  # DDP and FSDP2 take the mean over processes
-            found.append(result)
-        return found
+            results.append(result)
+        return results
 
-    def step(self, sound: bool = True) -> tuple[float, bool]:
-        """Clip and step, unless the gradient is not finite or `sound` is False, and forget the gradient.
+    def step(self, loss_is_valid: bool = True) -> tuple[float, bool]:
+        """Clip and step, unless the gradient is not finite or `loss_is_valid` is False, and clear the gradient.
 
         Returns:
             The norm before clipping, and whether the step was taken.
         """
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)))
-        taken = sound and math.isfinite(norm)
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)))
+        taken = loss_is_valid and math.isfinite(norm)
         if taken:  # otherwise the step would destroy the weights
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -125,9 +125,9 @@ class Learner:
         """The optimiser's state by the name of the weight; empty before its first step.
 
         Args:
-            fill: make what is not there yet, to be loaded into.
+            fill: add zeros for weights without a state yet, to be loaded into.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in self.policy.named_parameters():
             if not value.requires_grad:
                 continue
@@ -137,5 +137,5 @@ class Learner:
                     "exp_avg": torch.zeros_like(value),
                     "exp_avg_sq": torch.zeros_like(value),
                 }
-            found |= {f"{name}.{kind}": tensor for kind, tensor in self.optimizer.state.get(value, {}).items()}
-        return found
+            tensors |= {f"{name}.{kind}": tensor for kind, tensor in self.optimizer.state.get(value, {}).items()}
+        return tensors

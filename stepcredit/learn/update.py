@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.learn.learner import Call, Learner
+from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.options import OptimOptions
 from stepcredit.losses.objective import Objective, Sums
 from stepcredit.policy.batching import unshared_positions
@@ -59,8 +59,8 @@ class PolicyUpdate:
         by_node = self.objective.unit == "segment"
         unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
         sums = self._accumulate(step)
-        sound = all(math.isfinite(row.sums["optim/loss"]) for row in sums)
-        norm, finite = self.learner.step(sound)
+        finite_loss = all(math.isfinite(row.sums["optim/loss"]) for row in sums)
+        norm, finite = self.learner.step(finite_loss)
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
         return step_metrics(sums) | flags | {"tokens/unshared": float(unshared)}
 
@@ -68,7 +68,7 @@ class PolicyUpdate:
         """Add up the gradient of an optimiser step; the sums of its parts, those of all processes."""
         policy, entropy_grad = self.learner.policy, self.objective.given.entropy_coef != 0
 
-        def loss(part: Forest, call: Call) -> tuple[Tensor, Sums]:
+        def loss(part: Forest, call: ScoreFunction) -> tuple[Tensor, Sums]:
             weights = part.token["weights"] * part.token["owned"]
             owned = part.with_token(weights=weights, owned=weights != 0)
             scores = call(owned, self.temperature, entropy_grad)

@@ -8,7 +8,7 @@ scores; two blocks of the same query merge as
 
     lse = log(exp(lse_1) + exp(lse_2)),     out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
-and the gradient of each block follows from the *merged* output and sum alone, so that nothing but these is kept for the
+and the gradient of each block follows from the *merged* output and sum alone, so that only these are saved for the
 backward. Kernels that return the sum exist for the CPU and CUDA; elsewhere a plain one computes it.
 """
 
@@ -27,14 +27,14 @@ from stepcredit.policy.packing import Block, Packing
 log = logging.getLogger("stepcredit")
 
 FOREST = "stepcredit_forest"
-MASKED = -1e30  # a score that weighs nothing; finite, so that a query without keys stays finite
+MASKED = -1e30  # a score with weight 0; finite, so that a query without keys stays finite
 MAX_SCORES = 1 << 24  # scores that the plain kernel holds at once
 
 
 class AttentionPlan(Protocol):
     """Says what each token of one forward call attends to."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: "Rule") -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: "AttentionRule") -> Tensor:
         """Attention of one layer.
 
         Args:
@@ -47,7 +47,7 @@ class AttentionPlan(Protocol):
         ...
 
 
-class Rule:
+class AttentionRule:
     """How a layer turns queries and keys into scores.
 
     Args:
@@ -67,7 +67,7 @@ class Rule:
 
 
 def plain_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: Rule
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
     """Scores written out, a few queries at a time; grouped heads without repeating keys."""
     outs, sums = [], []
@@ -87,7 +87,7 @@ def plain_backward(
     lse: Tensor,
     causal: bool,
     mask: Tensor | None,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block from the merged output and lse of its queries."""
     heads = key.shape[1]
@@ -115,7 +115,7 @@ def _query_chunks(query: Tensor, key: Tensor) -> list[slice]:
 
 
 def _scores(
-    query: Tensor, key: Tensor, rows: slice, causal: bool, mask: Tensor | None, rule: Rule
+    query: Tensor, key: Tensor, rows: slice, causal: bool, mask: Tensor | None, rule: AttentionRule
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [b, kv heads, group, rows, k] of some queries in fp32, and their slope where they are capped."""
     grouped = query[:, :, rows].unflatten(1, (key.shape[1], -1))
@@ -135,7 +135,7 @@ def _scores(
 
 
 def fused_cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: Rule
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
     """torch's CPU flash attention; it groups heads and takes masks by itself."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -152,7 +152,7 @@ def fused_cpu_backward(
     lse: Tensor,
     causal: bool,
     mask: Tensor | None,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
@@ -160,7 +160,7 @@ def fused_cpu_backward(
 
 
 def fused_cuda_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: Rule
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
 ) -> tuple[Tensor, Tensor]:
     """torch's CUDA flash attention: half precision, no masks."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=rule.scale)
@@ -176,7 +176,7 @@ def fused_cuda_backward(
     lse: Tensor,
     causal: bool,
     mask: Tensor | None,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -206,7 +206,7 @@ FUSED: dict[str, Kernel] = {
 }
 
 
-def kernel_for(query: Tensor, mask: Tensor | None, rule: Rule) -> Kernel:
+def kernel_for(query: Tensor, mask: Tensor | None, rule: AttentionRule) -> Kernel:
     """The fastest kernel that can compute this block."""
     kind, dtype, size = query.device.type, query.dtype, query.shape[-1]
     if kind not in FUSED or rule.cap is not None:
@@ -223,19 +223,19 @@ def fused_agrees(device: str, dtype: torch.dtype, size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 9, size), (2, 2, 9, size), (2, 2, 9, size), (2, 4, 9, size)]
     query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    rule = Rule(size**-0.5)
+    rule = AttentionRule(size**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     try:
         with torch.autocast(device, enabled=False):
             for causal in (True, False):
-                found, expected = (
+                actual, expected = (
                     kernel[0](query, key, value, causal, None, rule) for kernel in (FUSED[device], PLAIN)
                 )
-                merged = expected[0], expected[1] + 0.5  # as if more had been merged in
+                merged = expected[0], expected[1] + 0.5  # as if further blocks had been merged in
                 grads, expected_grads = (
                     kernel[1](grad, query, key, value, *merged, causal, None, rule) for kernel in (FUSED[device], PLAIN)
                 )
-                for got, want in zip((*found, *grads), (*expected, *expected_grads), strict=True):
+                for got, want in zip((*actual, *grads), (*expected, *expected_grads), strict=True):
                     torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         log.warning("fused attention on %s (%s) cannot be used; the plain one is slower: %s", device, dtype, error)
@@ -251,22 +251,22 @@ class ForestPlan:
 
     Args:
         packing: the tokens of the forward call, one row.
-        keep: hold the keys and values of every layer in `kept`, for a sampler that goes on from them.
+        record: store the keys and values of every layer in `recorded`, for a sampler that continues from them.
     """
 
-    def __init__(self, packing: Packing, keep: bool = False) -> None:
+    def __init__(self, packing: Packing, record: bool = False) -> None:
         self.packing = packing
-        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        if self.kept is not None:
-            self.kept[layer] = (key, value)
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
         return _Attend.apply(query, key, value, self, rule)[None]
 
-    def mask(self, number: int, rule: Rule) -> Tensor | None:
-        """What is added to the scores of a block, made once per forward call."""
+    def mask(self, number: int, rule: AttentionRule) -> Tensor | None:
+        """The mask that is added to the scores of a block, made once per forward call."""
         block = self.packing.blocks[number]
         window = rule.window if rule.window is not None and block.reach >= rule.window else None
         if window is None and (block.keys.filled is None or block.causal):
@@ -293,7 +293,7 @@ class _Attend(torch.autograd.Function):
     """Attention of packed tokens: query [num_positions, heads, size], key and value [num_positions, kv heads, size]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ForestPlan, rule: Rule) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ForestPlan, rule: AttentionRule) -> Tensor:
         out = query.new_empty(query.shape, dtype=torch.float32)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         for number, block in enumerate(plan.packing.blocks):
@@ -321,7 +321,7 @@ class _Attend(torch.autograd.Function):
             mask = plan.mask(number, rule)
             causal = block.causal and (mask is None)
             block_lse = block.queries.take(lse)
-            if block.queries.filled is not None:  # exp(score - inf) = 0: what is padded has no gradient
+            if block.queries.filled is not None:  # exp(score - inf) = 0: padding has no gradient
                 block_lse = block_lse.masked_fill(~block.queries.filled[:, None], torch.inf)
             part = block.queries.take(query), block.keys.take(key), block.keys.take(value)
             backward = kernel_for(part[0], mask, rule)[1]
@@ -334,7 +334,7 @@ class _Attend(torch.autograd.Function):
 
 
 def hide(visible: Tensor) -> Tensor:
-    """What is added to scores so that only the visible ones count; fp32."""
+    """The mask that is added to scores so that only the visible ones count; fp32."""
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, MASKED)
 
 
@@ -370,12 +370,12 @@ def forest_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = Rule(scale, _window(module, options.get("sliding_window")), options.get("softcap"))
+    rule = AttentionRule(scale, _window(module, options.get("sliding_window")), options.get("softcap"))
     return plan.attend(int(module.layer_idx), query, key, value, rule), None  # type: ignore[arg-type]
 
 
 def _window(module: nn.Module, given: int | None) -> int | None:
-    """The window of a layer; refuses models that only tell their mask about it."""
+    """The window of a layer; refuses models that apply it in their mask only."""
     config: Any = module.config
     kinds = getattr(config, "layer_types", None)
     kind = kinds[int(module.layer_idx)] if kinds else None  # type: ignore[arg-type]
@@ -383,17 +383,17 @@ def _window(module: nn.Module, given: int | None) -> int | None:
         raise NotImplementedError(f"forest attention has no '{kind}'")
     window = None if kind == "full_attention" else getattr(config, "sliding_window", None)
     if window != given:
-        raise NotImplementedError(f"a layer is told a window of {given} and its config says {window}")
+        raise NotImplementedError(f"a layer is given a window of {given} and its config says {window}")
     return window
 
 
 def _ordinary(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers does without a plan, with caps too."""
+    """Ordinary attention of transformers, without a plan; with capped scores too."""
     if options.get("softcap") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
-    rule = Rule(options["scaling"], None, options["softcap"])
+    rule = AttentionRule(options["scaling"], None, options["softcap"])
     causal = mask is None and query.shape[2] > 1
     return plain_forward(query, key, value, causal, None if mask is None else hide(mask), rule)[0].transpose(1, 2), None
 

@@ -1,4 +1,4 @@
-"""How rows are cut into batches: length-sorted buckets inside a level, and parts of a forest by token budget."""
+"""Batches of rows: length-sorted buckets inside a level, and parts of a forest by token budget."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ from torch import Tensor
 from stepcredit.forest import Forest
 
 CALL_OVERHEAD = 256  # what one more forward call costs, in token positions (measured on CPU with the embedded model)
-ENOUGH_ON_CPU = 2048  # token positions beyond which a pass is hardly faster per position, but takes more memory
-REPEATED = 1 / 16  # of what is enough: ancestors that may be computed again to end a part there
+PREFERRED_TOKENS_ON_CPU = (
+    2048  # token positions beyond which a pass is hardly faster per position, but takes more memory
+)
+MAX_REPEATED_SHARE = 1 / 16  # of the preferred size: ancestors that may be computed again to end a part there
 BLOCK_OVERHEAD = 1 << 13  # what one more attention call costs, in scores (measured on CPU with 4 heads of 64)
 
 
 def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = CALL_OVERHEAD) -> list[list[int]]:
-    """Cut rows into padded batches of the least total cost, sum over batches of rows * longest + overhead.
+    """Group rows into padded batches of the least total cost, sum over batches of rows * longest + overhead.
 
-    Exact, by dynamic programming over the rows sorted by length (the best batches are runs of that order).
+    Exact, by dynamic programming over the rows sorted by length (the best batches are contiguous in that order).
 
     Args:
         lengths: tokens in each row.
@@ -33,23 +35,23 @@ def length_buckets(lengths: Sequence[int], max_positions: int, overhead: int = C
     order = np.argsort(np.asarray(lengths), kind="stable")
     ordered = np.asarray(lengths)[order]
     best = np.zeros(len(order) + 1)
-    cut = np.zeros(len(order) + 1, dtype=np.int64)
+    start = np.zeros(len(order) + 1, dtype=np.int64)
     for end in range(1, len(order) + 1):
         rows = end - np.arange(end)
         positions = rows * ordered[end - 1]
         cost = np.where((positions <= max_positions) | (rows == 1), best[:end] + positions + overhead, np.inf)
-        cut[end] = int(cost.argmin())
-        best[end] = cost[cut[end]]
+        start[end] = int(cost.argmin())
+        best[end] = cost[start[end]]
     buckets = []
     end = len(order)
     while end > 0:
-        buckets.append(order[cut[end] : end].tolist())
-        end = int(cut[end])
+        buckets.append(order[start[end] : end].tolist())
+        end = int(start[end])
     return buckets[::-1]
 
 
-def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHEAD) -> list[list[int]]:
-    """Cut blocks into padded batches of the least total cost, sum over batches of blocks * tallest * widest + overhead.
+def cheapest_batches(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHEAD) -> list[list[int]]:
+    """Group blocks into padded batches of least total cost, sum over batches of blocks * tallest * widest + overhead.
 
     By dynamic programming over the blocks sorted by width, then height; blocks of one size stay together.
 
@@ -59,7 +61,7 @@ def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHE
     Returns:
         Block numbers of each batch.
 
-    >>> cheapest_runs([(2, 9), (1, 1), (3, 9)], overhead=10)
+    >>> cheapest_batches([(2, 9), (1, 1), (3, 9)], overhead=10)
     [[1], [0, 2]]
     """
     blocks: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -83,26 +85,26 @@ def cheapest_runs(sizes: Sequence[tuple[int, int]], overhead: int = BLOCK_OVERHE
     return batches[::-1]
 
 
-def cut(
+def split_into_parts(
     forest: Forest,
     max_tokens: int,
     shared: bool = True,
     trees: Sequence[int] | None = None,
-    enough: int | None = None,
+    preferred_tokens: int | None = None,
     whole_trees: bool = False,
 ) -> list[Forest]:
-    """Cut a forest into parts of at most `max_tokens` token positions.
+    """Split a forest into parts of at most `max_tokens` token positions.
 
     Trees with prompts of similar length come together. A tree over the budget is split between subtrees: the ancestors
-    of a leaf stand in every part that needs them, but `token["owned"]` is True in one part only. A single path over the
+    of a leaf are in every part that needs them, but `token["owned"]` is True in one part only. A single path over the
     budget still makes a part of its own. Completions of a flat forest are never split.
 
     Args:
-        enough: token positions after which a part ends where that costs nothing, between trees, or next to nothing,
-            between subtrees whose ancestors are short; None: none are.
+        preferred_tokens: token positions after which a part ends where that costs nothing, between trees, or next to
+            nothing, between subtrees whose ancestors are short; None: parts are as large as they may be.
         shared: prompts and shared segments count once per part; otherwise once for every completion.
-        trees: numbers of those to take; None takes all.
-        whole_trees: none is split, even if it is over the budget.
+        trees: numbers of the trees to take; None takes all.
+        whole_trees: no tree is split, even if it is over the budget.
 
     Returns:
         Forests with `token["source"]` (row in `forest`) and `token["owned"]`; the owned rows partition the trees taken.
@@ -121,10 +123,11 @@ def cut(
         cost, path = _cost(leaf, used, parent, length, tree, prompt)
         alone, whole_path = _cost(leaf, set(), parent, length, tree, prompt)
         full = budget + cost > max_tokens
-        if enough is not None and budget + cost > enough and alone - cost <= REPEATED * enough:
-            full = True
+        if preferred_tokens is not None and budget + cost > preferred_tokens:
+            full = full or alone - cost <= MAX_REPEATED_SHARE * preferred_tokens
         if whole_trees:
-            full = tree[leaf] != before and budget + sizes[tree[leaf]] > min(max_tokens, enough or max_tokens)
+            most = max_tokens if preferred_tokens is None else min(max_tokens, preferred_tokens)
+            full = tree[leaf] != before and budget + sizes[tree[leaf]] > most
         if not groups or full:
             groups.append([])
             used, budget = set(), 0
@@ -147,8 +150,8 @@ def cut(
     return result
 
 
-def stand_in(forest: Forest) -> Forest:
-    """A part that owns nothing, for a process that has less to compute than the others: the shortest path."""
+def unowned_part(forest: Forest) -> Forest:
+    """A part that owns nothing, for a process with fewer parts than the others: the shortest path of the forest."""
     ends = forest.ends.nonzero().squeeze(1)
     keep = torch.zeros(forest.num_segments, dtype=torch.bool)
     keep[ends[forest.path_length[ends].argmin()]] = True
@@ -164,23 +167,30 @@ def tree_sizes(forest: Forest) -> list[int]:
 
 
 def _unshared_tree_sizes(forest: Forest) -> list[int]:
-    """[num_trees] token positions of one row for each completion of a tree."""
+    """[num_trees] token positions of a tree with one row for each completion."""
     ends = forest.ends
     rows = torch.zeros(forest.num_trees, dtype=torch.long)
     return rows.index_add_(0, forest.segment["tree"][ends], forest.path_length[ends]).tolist()
 
 
 def unshared_positions(forest: Forest, segments: Tensor | None = None) -> int:
-    """Token positions that one row for each of these segments (bool) would compute, by default for each completion."""
-    return int(forest.path_length[forest.ends if segments is None else segments].sum())
+    """Token positions with one row for each of these segments (bool), by default for each completion."""
+    if segments is None:
+        segments = forest.ends
+    return int(forest.path_length[segments].sum())
+
+
+def children_of(forest: Forest) -> dict[int, list[int]]:
+    """The children of each segment, by its row, and of each prompt, by -1 - tree; empty lists for leaves."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for segment, parent in enumerate(forest.siblings.tolist()):
+        children[parent].append(segment)
+    return children
 
 
 def _leaves_by_subtree(forest: Forest) -> list[int]:
-    """The ends of the forest, those of a subtree together, trees with short prompts first."""
-    children: dict[int, list[int]] = defaultdict(list)  # of a segment, or of a tree as -1 - tree
-    rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-    for segment, (parent, tree) in enumerate(rows):
-        children[parent if parent >= 0 else -1 - tree].append(segment)
+    """The leaves of the forest, those of a subtree together, trees with short prompts first."""
+    children = children_of(forest)
     leaves = []
     waiting = [-1 - tree for tree in forest.tree["prompt_length"].argsort(stable=True).tolist()][::-1]
     while waiting:
@@ -192,7 +202,7 @@ def _leaves_by_subtree(forest: Forest) -> list[int]:
 
 
 def with_source(forest: Forest) -> Forest:
-    """Rows counted from `forest` itself, whatever it was selected from."""
+    """The forest with its own row numbers as `source`, whatever it was selected from."""
     return forest.with_segment(
         part_source=torch.arange(forest.num_segments), source=torch.arange(forest.num_segments)
     ).with_token(source=torch.arange(forest.num_tokens))
@@ -215,10 +225,10 @@ def _cost(
     return cost, path
 
 
-def gather_owned(forest: Forest, pieces: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
+def gather_owned(forest: Forest, parts: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
     """Put per-token values of the parts back into the rows of the whole forest."""
     out = torch.zeros(forest.num_tokens, dtype=torch.float32)
-    for piece, value in zip(pieces, values, strict=True):
-        owned = piece.token["owned"]
-        out[piece.token["source"][owned]] = value.detach().float().cpu()[owned]
+    for part, value in zip(parts, values, strict=True):
+        owned = part.token["owned"]
+        out[part.token["source"][owned]] = value.detach().float().cpu()[owned]
     return out

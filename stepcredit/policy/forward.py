@@ -2,7 +2,7 @@
 
 A forest is one row of tokens (`Packing`) whose attention follows the trees (`ForestPlan`), so a part of a batch is one
 forward call of the model whatever its shape, and one call of the policy, head included, because DDP and FSDP2 act on
-module calls. Models for which that does not hold are scored in another way (`reference`); `choose_path` finds out.
+module calls. Models for which that does not hold are scored in another way (`reference`); `choose_path` tries them.
 """
 
 import logging
@@ -22,15 +22,15 @@ from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
-from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_in, tree_sizes
+from stepcredit.policy.batching import PREFERRED_TOKENS_ON_CPU, gather_owned, split_into_parts, tree_sizes, unowned_part
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
-from stepcredit.processes.ranks import ALONE, Ranks, deal
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks, balanced_shares
 
 log = logging.getLogger("stepcredit")
 
-Path = Literal["forest", "cached", "plain"]
+ScoringForm = Literal["forest", "cached", "plain"]
 
 LOGPROBS = "logprobs"
 
@@ -42,13 +42,14 @@ class Policy(nn.Module):
         model: any transformers causal language model.
         tokenizer: its tokenizer.
         autocast: compute in this type by autocast (weights keep theirs); None computes in the weights' type.
-        path: "forest" (one packed row), "cached" (level by level) or "plain" (one row per completion).
+        scoring_form: "forest" (one packed row), "cached" (level by level) or "plain" (one row per completion).
 
     Attributes:
-        heads: what reads the states beside the output layer, by name: modules from [n, hidden] to [n]. They are trained
+        heads: further heads beside the output layer, by name: modules from states [n, hidden] to [n]. They are trained
             and saved with the model.
-        ranks: the processes over which scoring is dealt out.
-        home: the device that it computes on, where that is not the one its weights lie on.
+        ranks: the processes over which scoring is distributed.
+        compute_device: where that is not the device of its weights.
+        rope_limit: tokens of a row up to which the rotary embedding is always the same; None: all.
     """
 
     def __init__(
@@ -56,34 +57,34 @@ class Policy(nn.Module):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         autocast: torch.dtype | None = None,
-        path: Path = "forest",
+        scoring_form: ScoringForm = "forest",
     ) -> None:
         super().__init__()
         self.model = model.eval()  # no dropout: sampling and scoring must agree
         self.tokenizer = tokenizer
         self.heads = nn.ModuleDict()
-        self.ranks: Ranks = ALONE
-        self.home: torch.device | None = None
+        self.ranks: Ranks = SINGLE_PROCESS
+        self.compute_device: torch.device | None = None
         self.autocast = autocast
-        self.rule = LogitRule.of(model.config.get_text_config())
-        self.steady = _steady_length(model.config.get_text_config())
+        self.logit_rule = LogitRule.of(model.config.get_text_config())
+        self.rope_limit = _rope_limit(model.config.get_text_config())
         self._ordinary = model.config._attn_implementation
         self._checkpointed: list[GradientCheckpointingLayer] = []
-        self.path = path
+        self.scoring_form = scoring_form
 
     @property
-    def path(self) -> Path:
+    def scoring_form(self) -> ScoringForm:
         """How forests are scored; setting it sets the model's attention function."""
-        return self._path
+        return self._scoring_form
 
-    @path.setter
-    def path(self, path: Path) -> None:
-        self._path = path
-        self.model.config._attn_implementation = FOREST if path == "forest" else self._ordinary
+    @scoring_form.setter
+    def scoring_form(self, form: ScoringForm) -> None:
+        self._scoring_form = form
+        self.model.config._attn_implementation = FOREST if form == "forest" else self._ordinary
 
     @property
     def device(self) -> torch.device:
-        return self.home or next(self.model.parameters()).device
+        return self.compute_device or next(self.model.parameters()).device
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -92,7 +93,9 @@ class Policy(nn.Module):
         ids = config.eos_token_id if config is not None else None
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if ids is None:
+            return []
+        return [ids] if isinstance(ids, int) else list(ids)
 
     def autocast_context(self) -> Any:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
@@ -100,7 +103,7 @@ class Policy(nn.Module):
     def forward(
         self, forest: Forest, temperature: float = 1.0, entropy_grad: bool = False, head: str = LOGPROBS
     ) -> Any:
-        """Of every token, given the tokens before it on its path, what a head says.
+        """The output of a head for every token, given the tokens before it on its path.
 
         Args:
             forest: any shape, any lengths. With a column `token["owned"]` only the owned tokens are scored.
@@ -109,9 +112,9 @@ class Policy(nn.Module):
             head: "logprobs", or one of `heads`.
 
         Returns:
-            Of "logprobs" `TokenScores`: each token's log-probability and the entropy it was drawn from; of another head
-            one number for each token, computed from the state before it. Each is [num_tokens] fp32 on the model's
-            device; 0 for tokens that were not sampled and for those that are not owned.
+            For "logprobs" `TokenScores`: each token's log-probability and the entropy of the distribution it was drawn
+            from; for another head one number for each token, computed from the state before it. Each is [num_tokens]
+            fp32 on the model's device; 0 for tokens that were not sampled and for those that are not owned.
         """
         prompt_length = forest.tree["prompt_length"]
         empty = (prompt_length == 0).nonzero()
@@ -124,28 +127,30 @@ class Policy(nn.Module):
         with self.autocast_context(), self._checkpointing():
             if head == LOGPROBS:
                 scores, order = self._logprobs(forest, wanted, temperature, entropy_grad)
-                return TokenScores(*(_at(order, value, forest.num_tokens) for value in scores))
+                return TokenScores(*(_scatter(order, value, forest.num_tokens) for value in scores))
             states, order = self._states(forest, wanted)
-            return _at(order, self.heads[head](states), forest.num_tokens)
+            return _scatter(order, self.heads[head](states), forest.num_tokens)
 
     def _logprobs(
         self, forest: Forest, wanted: Tensor, temperature: float, entropy_grad: bool
     ) -> tuple[TokenScores, Tensor]:
-        if self.path == "plain":
+        if self.scoring_form == "plain":
             return plain_scores(self.model, forest, wanted, temperature, entropy_grad)
         states, order = self._states(forest, wanted)
         targets = forest.token["token_ids"][order].to(self.device)
         output = self.model.get_output_embeddings()
-        return score_states(states, targets, output, temperature, rule=self.rule, entropy_grad=entropy_grad), order
+        return score_states(
+            states, targets, output, temperature, rule=self.logit_rule, entropy_grad=entropy_grad
+        ), order
 
     def checkpoint_layers(self) -> None:
-        """Keep only the inputs of the layers for a backward, which then computes each layer again.
+        """Gradient checkpointing: store only the inputs of the layers; the backward computes each layer again.
 
         Raises:
-            UserError: the model cannot.
+            UserError: the model does not support it.
         """
         self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not self._checkpointed or self.path == "cached":
+        if not self._checkpointed or self.scoring_form == "cached":
             what = "the layers of this model cannot be" if not self._checkpointed else "the cached form cannot be"
             raise UserError(f"train.gradient_checkpointing: {what} computed again; leave it out")
         for layer in self._checkpointed:
@@ -154,7 +159,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """transformers checkpoints layers that are in training mode; what they consist of stays as it is."""
+        """transformers checkpoints layers that are in training mode; their submodules stay in evaluation mode."""
         layers = self._checkpointed if torch.is_grad_enabled() else []
         for layer in layers:
             layer.training = True
@@ -165,44 +170,45 @@ class Policy(nn.Module):
                 layer.training = False
 
     def check_length(self, longest: int) -> None:
-        """Refuse paths on which the model's rotary embedding would depend on what else is computed beside them."""
-        if self.steady is not None and longest > self.steady:
+        """Refuse paths whose rotary embedding would depend on the other rows of the call."""
+        if self.rope_limit is not None and longest > self.rope_limit:
             raise UserError(
-                f"this model's rotary embedding changes with the longest row of a call beyond {self.steady} tokens, so "
-                f"a path of {longest} has no log-probability of its own; lower --task.max-prompt-tokens or "
+                f"this model's rotary embedding changes with the longest row of a call beyond {self.rope_limit} tokens,"
+                f" so a path of {longest} has no log-probability of its own; lower --task.max-prompt-tokens or "
                 "--sampler.max-new-tokens"
             )
 
     def parts(self, forest: Forest, max_tokens: int, whole_trees: bool = False) -> list[Forest]:
-        """The parts (`cut`) of a forest that this policy computes with at most `max_tokens` token positions each.
+        """Split a forest into parts (`split_into_parts`) of at most `max_tokens` token positions each.
 
-        A CPU gets them smaller: larger ones take more memory and save little.
-        With several processes those of this one; all have equally many, some of them own nothing.
+        On a CPU they are smaller: larger ones take more memory and save little. With several processes the parts are
+        those of this process; all processes have equally many, so some of the parts own nothing.
         """
-        shared = self.path != "plain"
-        enough = ENOUGH_ON_CPU if self.device.type == "cpu" else None
+        shared = self.scoring_form != "plain"
+        preferred_tokens = PREFERRED_TOKENS_ON_CPU if self.device.type == "cpu" else None
         if self.ranks.size == 1:
-            return cut(forest, max_tokens, shared, None, enough, whole_trees)
-        trees = deal(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
-        parts = cut(forest, max_tokens, shared, trees, enough, whole_trees)
-        return parts + [stand_in(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
+            return split_into_parts(forest, max_tokens, shared, None, preferred_tokens, whole_trees)
+        trees = balanced_shares(tree_sizes(forest), self.ranks.size)[self.ranks.rank]
+        parts = split_into_parts(forest, max_tokens, shared, trees, preferred_tokens, whole_trees)
+        return parts + [unowned_part(forest)] * (max(self.ranks.gather(len(parts))) - len(parts))
 
     def collect(self, forest: Forest, parts: Sequence[Forest], values: Sequence[Tensor]) -> Tensor:
-        """Per-token values of `parts`, those of the other processes among them, in the rows of the whole forest."""
+        """Per-token values of the parts of all processes, in the rows of the whole forest."""
         return self.ranks.sum(gather_owned(forest, parts, values))
 
     def num_positions(self, forest: Forest) -> int:
         """Token positions that the forward of a forest computes."""
-        if self.path != "plain":
-            last = int(forest.ends.sum()) if self.path == "forest" else 0  # tokens whose state nothing reads
-            return len(forest.prompt_ids) + forest.num_tokens - last
+        if self.scoring_form != "plain":
+            # The packed form leaves out the last tokens of completions: no token follows that their states predict.
+            left_out = int(forest.ends.sum()) if self.scoring_form == "forest" else 0
+            return len(forest.prompt_ids) + forest.num_tokens - left_out
         return int(forest.ends.sum()) * int(forest.path_length.max())
 
     def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""
-        if self.path == "plain":
+        if self.scoring_form == "plain":
             return plain_states(self.model, forest, wanted)
-        if self.path == "cached":
+        if self.scoring_form == "cached":
             return CachedForm(self.model).states(forest, wanted)
         packing, before = Packing.of_forest(forest, self.device)
         states = self.hidden(packing.token_ids[None], packing.position[None], ForestPlan(packing))[0]
@@ -212,23 +218,23 @@ class Policy(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """The model's logits of states, as its own forward would give them."""
         logits = self.model.get_output_embeddings()(states).float()
-        if self.rule.scale != 1.0:
-            logits = logits * self.rule.scale
-        return logits if self.rule.cap is None else self.rule.cap * torch.tanh(logits / self.rule.cap)
+        if self.logit_rule.scale != 1.0:
+            logits = logits * self.logit_rule.scale
+        return logits if self.logit_rule.cap is None else self.logit_rule.cap * torch.tanh(logits / self.logit_rule.cap)
 
     def hidden(self, token_ids: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
         """Last states [rows, length, hidden] of tokens whose attention follows a plan."""
         return self.model.base_model(
             input_ids=token_ids,
             position_ids=position,
-            # A mask of four dimensions is taken as it is, and a plan does not look at it.
+            # transformers passes on a mask of four dimensions unchanged, and a plan does not read it.
             attention_mask=torch.zeros(1, 1, 1, 1, device=token_ids.device),
             use_cache=False,
             plan=plan,
         ).last_hidden_state
 
 
-def _at(rows: Tensor, values: Tensor, size: int) -> Tensor:
+def _scatter(rows: Tensor, values: Tensor, size: int) -> Tensor:
     """[size] fp32: `values` at `rows`, 0 elsewhere."""
     return values.new_zeros(size, dtype=torch.float32).index_copy(0, rows.to(values.device), values.float())
 
@@ -236,52 +242,52 @@ def _at(rows: Tensor, values: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -> TokenScores:
     """Score a whole forest without gradients, part by part; results on the CPU."""
-    pieces = policy.parts(forest, max_tokens)
-    with policy.ranks.named():
-        scores = [policy(piece, temperature) for piece in pieces]
+    parts = policy.parts(forest, max_tokens)
+    with policy.ranks.name_missing():
+        scores = [policy(part, temperature) for part in parts]
     return TokenScores(
-        policy.collect(forest, pieces, [part.logprobs for part in scores]),
-        policy.collect(forest, pieces, [part.entropy for part in scores]),
+        policy.collect(forest, parts, [score.logprobs for score in scores]),
+        policy.collect(forest, parts, [score.entropy for score in scores]),
     )
 
 
 @torch.no_grad()
 def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
-    """Compare with the model's own logits on a small random tree and keep the fastest path that can be trusted.
+    """Compare the scoring forms with the model's own logits on a small random tree and take the fastest that agrees.
 
-    Sets `policy.path`. Where neither the packed nor the cached form gives the model's own logits (a cap or scale that
-    its config does not name, attention of another kind), the plain path is taken and the log says so.
+    Sets `policy.scoring_form`. Where neither the packed nor the cached form gives the model's own logits (a cap or
+    scale that its config does not name, attention of another kind), the plain form is taken and the log says so.
 
     Returns:
-        The largest difference of log-probabilities of the chosen path in fp32; infinite for the plain path.
+        The largest difference of log-probabilities of the chosen form in fp32; infinite for the plain form.
     """
     forest = random_forest(policy.model.get_input_embeddings().weight.shape[0])
     autocast, policy.autocast = policy.autocast, None
     if next(policy.model.parameters()).dtype != torch.float32:
         tolerance = max(tolerance, 0.1)
     try:
-        policy.path = "plain"
+        policy.scoring_form = "plain"
         plain = policy(forest).logprobs
-        for path in _paths(policy.model):
-            policy.path = path
+        for form in _forms_to_try(policy.model):
+            policy.scoring_form = form
             try:
                 difference = float((policy(forest).logprobs - plain).abs().max())
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                log.warning("the %s form does not run on this model (%s)", path, error)
+                log.warning("the %s form does not run on this model (%s)", form, error)
                 continue
             if difference <= tolerance:
-                log.info("scoring each token once (%s form; within %.1e of the model's own logits)", path, difference)
+                log.info("scoring each token once (%s form; within %.1e of the model's own logits)", form, difference)
                 return difference
-            log.warning("the %s form differs from the model's own logits by %.2g", path, difference)
+            log.warning("the %s form differs from the model's own logits by %.2g", form, difference)
     finally:
         policy.autocast = autocast
-    policy.path = "plain"
+    policy.scoring_form = "plain"
     log.warning("scoring one row per completion; prompts are computed again for every completion")
     return float("inf")
 
 
-def _steady_length(config: Any) -> int | None:
-    """Up to where a rotary embedding is one and the same; None: everywhere."""
+def _rope_limit(config: Any) -> int | None:
+    """Tokens of a row up to which the rotary embedding does not change with the row's length; None: it never does."""
     given = getattr(config, "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
     original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
@@ -293,8 +299,8 @@ def _steady_length(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _paths(model: PreTrainedModel) -> list[Path]:
-    """The forms to try. The cached one does not hold for windows: padding after a prompt would shift them."""
+def _forms_to_try(model: PreTrainedModel) -> list[ScoringForm]:
+    """The forms to try. The cached one is wrong for sliding windows: padding after a prompt would shift them."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     window = any(kind != "full_attention" for kind in kinds) if kinds else bool(getattr(config, "sliding_window", None))

@@ -159,19 +159,19 @@ def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tens
 def _logits(
     states: Tensor, head: tuple[Tensor, Tensor | None], rule: LogitRule, temperature: float, slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits over temperature [n, vocabulary] in fp32, and, when asked, the slope that a cap gives them."""
+    """Logits / temperature [n, vocabulary] in fp32, and, with `slope`, the derivative of the cap."""
     logits = nn.functional.linear(states.to(head[0].dtype), *head).float()
     if rule.scale != 1.0:
         logits.mul_(rule.scale)
-    bent = None
+    cap_slope = None
     if rule.cap is not None:
         logits.div_(rule.cap).tanh_()
         if slope:
-            bent = 1 - logits * logits
+            cap_slope = 1 - logits * logits
         logits.mul_(rule.cap)
     if temperature != 1.0:
         logits.div_(temperature)
-    return logits, bent
+    return logits, cap_slope
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Heads beside the output layer: what reads the states of a policy."""
+"""Heads beside the output layer, which read the states of a policy."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def load_heads(policy: Policy, folder: Path) -> None:
     """Give a policy the heads that a folder has, with their weights.
 
     Raises:
-        UserError: they are not of this model.
+        UserError: they do not fit this model.
     """
     state = saved_heads(folder)
     for name in {key.split(".")[0] for key in state} - set(policy.heads):

@@ -1,9 +1,9 @@
 """`Packing`: a forest as one row of tokens, each prompt and each segment once, with what each token may attend to.
 
-The last token of a completion is not among them: nothing comes after it that its state could predict.
+The last token of a completion is left out: no token follows that its state could predict.
 
-Trees stand one after the other and every tree in depth-first order, so that what follows a run of tokens on any path is
-one range behind it. A *run* is a prompt or segment together with its only children: tokens attend causally inside their
+Trees come one after the other and every tree in depth-first order, so that what follows a run of tokens on any path is
+one range after it. A *run* is a prompt or segment together with its only children: tokens attend causally inside their
 run, and to all of every run above it. Those are two kinds of blocks of the score matrix, and no other part of it is
 computed:
 
@@ -31,15 +31,15 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import Forest
-from stepcredit.policy.batching import cheapest_runs
+from stepcredit.policy.batching import cheapest_batches, children_of
 
-ALONE = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
-ALONE_ELSEWHERE = 1 << 20
+UNBATCHED_SCORES = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
+UNBATCHED_SCORES_ELSEWHERE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows of tokens the queries, or the keys, of some blocks are.
+class RowIndex:
+    """Which rows of tokens are the queries, or the keys, of a batch of blocks.
 
     One block is a slice; several are row numbers, the shorter ones padded with their first row.
     """
@@ -48,7 +48,7 @@ class Rows:
     filled: Tensor | None = None  # [blocks, longest] False where padded; None: nothing is padded
 
     @classmethod
-    def of(cls, spans: list[tuple[int, int]]) -> "Rows":
+    def of(cls, spans: list[tuple[int, int]]) -> "RowIndex":
         if len(spans) == 1:
             return cls(slice(*spans[0]))
         bounds = torch.tensor(spans)
@@ -60,7 +60,7 @@ class Rows:
 
     @cached_property
     def places(self) -> Tensor | None:
-        """[n] where the real rows stand in the flattened index; None: all are real."""
+        """[n] places of the real rows in the flattened index; None: all are real."""
         return None if self.filled is None else self.filled.flatten().nonzero().squeeze(1)
 
     @cached_property
@@ -84,24 +84,24 @@ class Rows:
         return values if self.places is None else values.index_select(0, self.places)
 
     def add(self, values: Tensor, to: Tensor) -> None:
-        """Add what `take` would give to the rows it came from."""
+        """Add values of the shape that `take` gives to the rows that they came from."""
         if isinstance(self.index, slice):
             to[self.index] += self.flat(values)
         else:
             to.index_add_(0, self.real, self.flat(values).to(to.dtype))
 
-    def to(self, device: torch.device | str) -> "Rows":
+    def to(self, device: torch.device | str) -> "RowIndex":
         if isinstance(self.index, slice):
             return self
-        return Rows(self.index.to(device), None if self.filled is None else self.filled.to(device))
+        return RowIndex(self.index.to(device), None if self.filled is None else self.filled.to(device))
 
 
 @dataclass(frozen=True)
 class Block:
     """Squares (causal) or rectangles of the score matrix that are computed in one call."""
 
-    queries: Rows
-    keys: Rows
+    queries: RowIndex
+    keys: RowIndex
     causal: bool
     reach: int  # the largest distance between the positions of a query and a key
 
@@ -112,7 +112,7 @@ class Packing:
     Args:
         token_ids, position: [num_positions]; positions count from the start of the prompt.
         squares: (start, end) of the runs.
-        rectangles: (start, end, last) of the runs that others continue, in lists of which none holds a query twice.
+        rectangles: (start, end, last) of the runs that others continue, in lists that each hold a query once at most.
         device: of the tensors.
 
     Attributes:
@@ -129,10 +129,10 @@ class Packing:
     ) -> None:
         self.squares, self.rectangles = squares, rectangles
         self.token_ids, self.position = token_ids.to(device), position.to(device)
-        alone = ALONE.get(torch.device(device).type, ALONE_ELSEWHERE)
+        unbatched = UNBATCHED_SCORES.get(torch.device(device).type, UNBATCHED_SCORES_ELSEWHERE)
         self.blocks = [
             Block(block.queries.to(device), block.keys.to(device), block.causal, block.reach)
-            for block in self._blocks(position, alone)
+            for block in self._blocks(position, unbatched)
         ]
 
     @classmethod
@@ -146,20 +146,17 @@ class Packing:
     @classmethod
     def of_forest(cls, forest: Forest, device: torch.device | str = "cpu") -> tuple["Packing", Tensor]:
         """The packing of a forest and, for each of its tokens, the position whose state predicts it [num_tokens]."""
-        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
-        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-        for segment, (parent, tree) in enumerate(rows):
-            children[parent if parent >= 0 else -1 - tree].append(segment)
+        children = children_of(forest)
         length, prompt_length = forest.segment["length"].tolist(), forest.tree["prompt_length"].tolist()
         squares: list[tuple[int, int]] = []
         rectangles: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         prompt_start = [0] * forest.num_trees
         start, above = [0] * forest.num_segments, [0] * forest.num_segments  # first position; last one of the parent
-        open_runs: list[tuple[int, int]] = []  # on the path to here
+        open_runs: list[tuple[int, int]] = []  # on the path to the current node
         at = 0
 
         def close(level: int) -> None:
-            """The runs from this level on end here: everything after their own tokens continues them."""
+            """End the runs from this level on: everything after their own tokens continues them."""
             for number, (first, end) in enumerate(open_runs[level:], level):
                 if end > first:
                     squares.append((first, end))
@@ -180,7 +177,7 @@ class Packing:
                     at += prompt_length[tree]
                 else:
                     start[node], above[node] = at, last
-                    at += length[node] - (not children[node])
+                    at += length[node] if children[node] else length[node] - 1
                 below = children[node]
                 only_child = len(below) == 1
                 if not only_child:
@@ -205,17 +202,17 @@ class Packing:
         token_ids[row[read]], position[row[read]] = forest.token["token_ids"][read], position_of[read]
         return cls(token_ids, position, squares, list(rectangles.values()), device), before.to(device)
 
-    def _blocks(self, position: Tensor, alone: int) -> Iterator[Block]:
-        """Large blocks one by one, small ones batched with others of like size; squares first."""
+    def _blocks(self, position: Tensor, unbatched: int) -> Iterator[Block]:
+        """Large blocks one by one, small ones batched with others of similar size; squares first."""
         where = position.tolist()
         groups = [[((a, b), (a, b)) for a, b in self.squares]]
         groups += [[((b, c), (a, b)) for a, b, c in level] for level in self.rectangles]
         for number, spans in enumerate(groups):
             sizes = [(q[1] - q[0], k[1] - k[0]) for q, k in spans]
-            large = [index for index, (height, width) in enumerate(sizes) if height * width >= alone]
-            small = [index for index, (height, width) in enumerate(sizes) if height * width < alone]
-            batches = cheapest_runs([sizes[index] for index in small])
+            large = [index for index, (height, width) in enumerate(sizes) if height * width >= unbatched]
+            small = [index for index, (height, width) in enumerate(sizes) if height * width < unbatched]
+            batches = cheapest_batches([sizes[index] for index in small])
             for batch in [*([index] for index in large), *([small[index] for index in batch] for batch in batches)]:
                 queries, keys = [spans[index][0] for index in batch], [spans[index][1] for index in batch]
                 reach = max(max(where[slice(*q)]) - where[k[0]] for q, k in zip(queries, keys, strict=True))
-                yield Block(Rows.of(queries), Rows.of(keys), number == 0, reach)
+                yield Block(RowIndex.of(queries), RowIndex.of(keys), number == 0, reach)

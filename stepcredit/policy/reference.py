@@ -1,11 +1,10 @@
-"""Two other ways to score a forest: what the packed form is tested against, and what takes over where it does not hold.
+"""Two other forms of scoring, against which the packed form is tested and which replace it where it does not hold.
 
 cached  level by level, each token once: children attend to their parents' keys and values in a transformers
         `DynamicCache`, which is copied for every child.
-plain   one row per completion through the model's own logits, as everybody does it. Holds for every model.
+plain   one row per completion through the model's own logits, the usual way. Holds for every model.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -17,14 +16,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
-from stepcredit.policy.batching import length_buckets
+from stepcredit.policy.batching import children_of, length_buckets
 from stepcredit.policy.head import score_logits
 
 MAX_POSITIONS = 1 << 16  # token positions of one forward call of the cached form
 
 
 @dataclass
-class _Rows:
+class _EncodedRows:
     """Encoded rows that children can continue: prompts, or the segments of one bucket."""
 
     ids: list[int]  # tree rows for prompts, segment rows otherwise
@@ -55,10 +54,7 @@ class CachedForm:
 
     def _walk(self, forest: Forest) -> Iterator[tuple[Tensor, Tensor]]:
         """The state that predicts each token, in batches: ([n, hidden], [n] rows of the token table)."""
-        children: dict[int, list[int]] = defaultdict(list)  # of a segment row, or of a prompt as -1 - tree
-        rows = zip(forest.segment["parent"].tolist(), forest.segment["tree"].tolist(), strict=True)
-        for segment, (parent, tree) in enumerate(rows):
-            children[parent if parent >= 0 else -1 - tree].append(segment)
+        children = children_of(forest)
         start, length = forest.segment["start"].tolist(), forest.segment["length"].tolist()
         token_ids = forest.token["token_ids"]
         prompts = forest.tree["prompt_length"].tolist()
@@ -70,14 +66,13 @@ class CachedForm:
                 above = [pairs[index][0] for index in bucket]
                 segments = [pairs[index][1] for index in bucket]
                 ids = [token_ids[start[s] : start[s] + length[s]] for s in segments]
-                keep = any(children[segment] for segment in segments)
                 rows_below, before = self._continue(rows_above, above, segments, ids)
                 valid = rows_below.mask[:, -before.shape[1] :].bool()
                 yield before[valid], torch.cat([torch.arange(start[s], start[s] + length[s]) for s in segments])
-                if keep:
+                if any(children[segment] for segment in segments):
                     stack.append(rows_below)
 
-    def _encode_prompts(self, forest: Forest, trees: list[int]) -> _Rows:
+    def _encode_prompts(self, forest: Forest, trees: list[int]) -> _EncodedRows:
         lengths = forest.tree["prompt_length"][trees]
         prompts = forest.prompt_ids.split(forest.tree["prompt_length"].tolist())
         ids, mask = _pad([prompts[tree] for tree in trees], self.device)
@@ -85,12 +80,14 @@ class CachedForm:
         hidden = self._hidden(ids, mask, mask.cumsum(1) - 1, cache)
         last = lengths.to(self.device) - 1
         state = hidden[torch.arange(len(ids), device=self.device), last]
-        return _Rows([-1 - tree for tree in trees], cache, mask, last + 1, state)
+        return _EncodedRows([-1 - tree for tree in trees], cache, mask, last + 1, state)
 
-    def _continue(self, rows: _Rows, above: list[int], segments: list[int], ids: list[Tensor]) -> tuple[_Rows, Tensor]:
+    def _continue(
+        self, rows: _EncodedRows, above: list[int], segments: list[int], ids: list[Tensor]
+    ) -> tuple[_EncodedRows, Tensor]:
         """Encode one segment after each row `above`; also give the states before its tokens [rows, length, hidden]."""
         index = torch.tensor(above, device=self.device)
-        slots = int(rows.mask[index].sum(0).nonzero().max()) + 1  # drop the padding that these rows do not need
+        slots = int(rows.mask[index].sum(0).nonzero().max()) + 1  # without the padding that these rows do not need
         cache = _select(rows.cache, index, slots)
         own_ids, own_mask = _pad(ids, self.device)
         mask = torch.cat([rows.mask[index, :slots], own_mask], 1)
@@ -99,7 +96,7 @@ class CachedForm:
         before = torch.cat([rows.state[index][:, None], hidden[:, :-1]], 1)
         length = own_mask.sum(1)
         state = hidden[torch.arange(len(ids), device=self.device), length - 1]
-        return _Rows(segments, cache, mask, position + length, state), before
+        return _EncodedRows(segments, cache, mask, position + length, state), before
 
     def _hidden(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
         out = self.model.base_model(

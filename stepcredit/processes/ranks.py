@@ -1,4 +1,4 @@
-"""The processes of a run and what they say to each other, over gloo, so that it works beside any device."""
+"""The processes of a run and their communication, over gloo, so that it works beside any device."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,10 @@ T = TypeVar("T")
 TIMEOUT_S = 1800.0
 
 
-class Elsewhere(UserError):
-    """An error that the first process has met, and says."""
+class OtherProcessError(UserError):
+    """An error raised in the main process, which reports it."""
 
-    said = True
+    already_reported = True
 
 
 class Ranks:
@@ -30,7 +30,7 @@ class Ranks:
     Attributes:
         rank, size: of this process, and how many there are.
         local_rank, local_size: the same on this machine.
-        main: this is the first process, which writes and shows.
+        main: this is the main process (rank 0), which writes and prints.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
@@ -42,36 +42,36 @@ class Ranks:
 
     @classmethod
     def join(cls, timeout_s: float = TIMEOUT_S, device: str = "auto") -> "Ranks":
-        """Meet the other processes that torchrun has started; alone where it has not.
+        """Connect to the other processes that torchrun has started; a single process without torchrun.
 
         Args:
             timeout_s: seconds after which a process that does not answer ends the run.
             device: "cuda" or "auto" take a GPU for each process, where there are any.
         """
         if "RANK" not in os.environ:
-            return ALONE
+            return SINGLE_PROCESS
         number = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        found = cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"])
+        ranks = cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"])
         on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
         if on_gpu:
-            if found.local_rank >= torch.cuda.device_count():
+            if ranks.local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"torchrun: {found.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; take "
+                    f"torchrun: {ranks.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; take "
                     f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
                 )
-            torch.cuda.set_device(found.local_rank)
+            torch.cuda.set_device(ranks.local_rank)
         limit = timedelta(seconds=timeout_s)
-        found.timeout_s = timeout_s
+        ranks.timeout_s = timeout_s
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("run", store), rank=rank, world_size=size, timeout=limit
         )
-        found._host = dist.new_group(backend="gloo", timeout=limit)
-        found._watch = Watch(dist.PrefixStore("watch", store), rank, size, timeout_s)
-        found.wait()
-        return found
+        ranks._host = dist.new_group(backend="gloo", timeout=limit)
+        ranks._watch = Watch(dist.PrefixStore("watch", store), rank, size, timeout_s)
+        ranks.barrier()
+        return ranks
 
     def leave(self) -> None:
         """The end of a run that went well."""
@@ -82,36 +82,36 @@ class Ranks:
         return self
 
     @property
-    def grouped(self) -> bool:
-        """Whether torchrun has started this process, be it the only one."""
+    def distributed(self) -> bool:
+        """Whether torchrun has started this process, even if it is the only one."""
         return self._host is not None
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a sequence that all have: every `size`-th."""
+        """This process's part of a sequence that all have: every `size`-th item."""
         return list(items[self.rank :: self.size])
 
-    def wait(self) -> None:
-        """Wait for all.
+    def barrier(self) -> None:
+        """Wait for all processes.
 
         Raises:
-            UserError: one does not answer in time, with its number, or has gone.
+            UserError: one does not answer in time, with its number, or has ended.
         """
         if self._watch is not None and self.size > 1:
-            self._watch.pass_by()
-            with self.named():
+            self._watch.arrive()
+            with self.name_missing():
                 dist.monitored_barrier(self._host, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """A collective that fails inside the block, because another process is missing, says which.
+    def name_missing(self) -> Iterator[None]:
+        """When a collective inside the block fails because another process is missing, say which.
 
         Raises:
-            UserError: in its place.
+            UserError: in place of the collective's error.
         """
         try:
             yield
         except RuntimeError as error:
-            if self._watch is None or not is_lost(error):
+            if self._watch is None or not means_missing_process(error):
                 raise
             missing = self._watch.missing()
             which = f"process {' and '.join(map(str, missing))}" if missing else "another process"
@@ -121,34 +121,34 @@ class Ranks:
             ) from error
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, by rank."""
+        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
-        self.wait()
-        found: list[Any] = [None] * self.size
-        with self.named():
-            dist.all_gather_object(found, value, self._host)
-        return found
+        self.barrier()
+        values: list[Any] = [None] * self.size
+        with self.name_missing():
+            dist.all_gather_object(values, value, self._host)
+        return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one process at least."""
+        """Whether the flag is set in at least one process."""
         return any(self.gather(flag))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes of a tensor on the CPU."""
         if self.size == 1:
             return values
-        self.wait()
+        self.barrier()
         total = values.clone()
-        with self.named():
+        with self.name_missing():
             dist.all_reduce(total, group=self._host)
         return total
 
-    def first(self, function: Callable[[], T]) -> T:
-        """What the first process's call gives; only that one makes it.
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function in the main process alone; its result in every process.
 
         Raises:
-            Elsewhere: on the others, where it raised.
+            OtherProcessError: in the other processes, where the function raised.
         """
         if self.size == 1:
             return function()
@@ -158,38 +158,38 @@ class Ranks:
                 value = function()
             except Exception as error:
                 failure = error
-        value, said = self.gather((value, None if failure is None else str(failure)))[0]
+        value, message = self.gather((value, None if failure is None else str(failure)))[0]
         if failure is not None:
             raise failure
-        if said is not None:
-            raise Elsewhere(said)
+        if message is not None:
+            raise OtherProcessError(message)
         return value  # type: ignore[return-value]
 
 
-def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Deal items to so many hands, the largest first and each to the hand that has least.
+def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Distribute items over shares of similar total size: the largest item first, each to the smallest share.
 
     Returns:
-        Item numbers of each hand, ascending; a hand may stay empty.
+        Item numbers of each share, ascending; a share may be empty.
 
-    >>> deal([5, 1, 4, 3], 2)
+    >>> balanced_shares([5, 1, 4, 3], 2)
     [[0, 1], [2, 3]]
     """
-    found: list[list[int]] = [[] for _ in range(hands)]
-    load = [0] * hands
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [0] * num_shares
     for item in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
-        hand = load.index(min(load))
-        found[hand].append(item)
-        load[hand] += sizes[item]
-    return [sorted(items) for items in found]
+        smallest = totals.index(min(totals))
+        shares[smallest].append(item)
+        totals[smallest] += sizes[item]
+    return [sorted(items) for items in shares]
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether an error is a collective's that waits for a process in vain."""
+def means_missing_process(error: Exception) -> bool:
+    """Whether an error is that of a collective which another process has not joined."""
     words = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         sign in words for sign in ("gloo", "nccl", "connection closed", "connection reset", "timed out", "barrier")
     )
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()

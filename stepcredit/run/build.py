@@ -14,7 +14,7 @@ from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.growth.table import build_growth
 from stepcredit.imports import by_name
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.plan.memory import fits_whole
@@ -64,7 +64,7 @@ def build_parts(config: Config) -> Parts:
     return Parts(task, rewards, weights, config.sampler, shapers, credit, assign, objective, seen)
 
 
-def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Placement = WHOLE) -> Rollouts:
+def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Placement = UNSHARDED) -> Rollouts:
     """The parts that sampling and judging need, bound to a model that is still whole."""
     given = config.task
     encode = PromptFormat(
@@ -85,7 +85,7 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
 
 
 def build_estimators(
-    config: Config, parts: Parts, policy: Policy, rollouts: Rollouts | None = None, placement: Placement = WHOLE
+    config: Config, parts: Parts, policy: Policy, rollouts: Rollouts | None = None, placement: Placement = UNSHARDED
 ) -> dict[str, Estimator]:
     """What adds the columns that credit and objective read, in the order in which they observe.
 
@@ -124,8 +124,8 @@ def build_placement(config: Config, ranks: Ranks) -> Placement:
     given = config.distributed
     if given.cpu_offload and given.strategy != "fsdp":
         raise UserError("distributed.cpu_offload goes with --distributed.strategy fsdp")
-    if not ranks.grouped:
-        return WHOLE
+    if not ranks.distributed:
+        return UNSHARDED
     device = pick_device(config.train.device)
     strategy = given.strategy
     if strategy == "auto":

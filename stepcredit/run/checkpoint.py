@@ -1,10 +1,10 @@
 """Checkpoints: a folder that `from_pretrained` loads, plus `trainer_state/` and a manifest of checksums.
 
 The optimisers' state is written by torch.distributed.checkpoint in safetensors files, each process its shards, so that
-a run can go on with another number of processes; everything else is written by the first.
+a run can continue with another number of processes; everything else is written by the main process.
 
-A checkpoint is written beside the others, synced, renamed, and only then named in `latest`; older ones go afterwards.
-So a run that is killed at any moment has a whole checkpoint, and one that was damaged later is found by its checksums.
+A checkpoint is written to a temporary folder, synced, renamed, and only then named in `latest`; older ones are removed
+afterwards. So a run that is killed at any moment has a complete checkpoint, and later damage shows in the checksums.
 """
 
 import errno
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import has_adapters, load_adapters
 from stepcredit.learn.learner import Learner
-from stepcredit.learn.placement import full_state, heads_state, put_heads, put_state
+from stepcredit.learn.placement import full_heads_state, full_state, load_full_heads, load_full_state
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
 from stepcredit.processes.ranks import Ranks
@@ -41,7 +41,7 @@ log = logging.getLogger("stepcredit")
 
 STATE = "trainer_state/state"
 MANIFEST = "manifest.json"
-SEAL = "manifest.sha256"
+MANIFEST_DIGEST = "manifest.sha256"
 BEST = "best"
 
 
@@ -63,93 +63,95 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/NAME`, point `latest` to it, then remove all but the `keep` last written and the best.
 
-    All processes of a run call this; they see one file system.
+    All processes of a run call this; they share one file system.
 
     Args:
-        learners: what learns, by the folder inside the checkpoint; "" is the checkpoint itself.
-        state: whatever `load_checkpoint` should give back.
+        learners: the models that are trained, by the folder inside the checkpoint; "" is the checkpoint itself.
+        state: what `load_checkpoint` should return.
         score: of this model; the checkpoint with the highest one is named in `best` and kept too.
 
     Raises:
         UserError: it could not be written; the checkpoints before it are untouched.
     """
     root = run_dir / "checkpoints"
-    final, beside, aside = root / name, root / f".{name}.part", root / f".{name}.old"
+    final, partial, replaced = root / name, root / f".{name}.part", root / f".{name}.old"
     ranks = next(iter(learners.values())).placement.ranks
 
     def begin() -> None:
-        _tidy(root)
-        (beside / STATE).parent.mkdir(parents=True)
+        _remove_leftovers(root)
+        (partial / STATE).parent.mkdir(parents=True)
 
     def end() -> None:
         nonlocal score
-        save_state(state, beside / STATE)
-        if score is None and final.exists():  # written anew with the same weights
+        save_state(state, partial / STATE)
+        if score is None and final.exists():  # written again with the same weights
             score = _score(final)
-        _write_manifest(beside, score)
-        for path in [*beside.rglob("*"), beside]:
+        _write_manifest(partial, score)
+        for path in [*partial.rglob("*"), partial]:
             _sync(path)
-        if final.exists():  # of a run that went back: out of the way, but there until the new one stands
-            final.rename(aside)
-        beside.rename(final)
+        if final.exists():  # the run was resumed from an older checkpoint: removed once the new one is in place
+            final.rename(replaced)
+        partial.rename(final)
         _sync(root)
-        _point(run_dir, "latest", final)
+        _write_pointer(run_dir, "latest", final)
         if score is not None and score >= _best_score(run_dir):
-            _point(run_dir, BEST, final)
-        shutil.rmtree(aside, ignore_errors=True)
-        spared = {final, pointed(run_dir, BEST)}
-        older = [path for path in checkpoints(run_dir) if path not in spared]
+            _write_pointer(run_dir, BEST, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        protected = {final, read_pointer(run_dir, BEST)}
+        older = [path for path in checkpoints(run_dir) if path not in protected]
         older.sort(key=lambda path: path.stat().st_mtime)
         for old in older[: max(0, len(older) + 1 - keep)]:
             shutil.rmtree(old)
 
-    with _space(run_dir, beside, ranks):
-        ranks.first(begin)
+    with _explain_write_error(run_dir, partial, ranks):
+        ranks.on_main(begin)
         for folder, learner in learners.items():
-            _save_learner(learner, beside, folder)
-        ranks.first(end)
+            _save_learner(learner, partial, folder)
+        ranks.on_main(end)
     return final
 
 
 def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
-    """Bring a model and its optimiser to where a checkpoint has them; all processes call this.
+    """Load a model and its optimiser state from a checkpoint; all processes call this.
 
     Args:
         folder: inside the checkpoint; "" for the policy.
     """
-    policy, place = learner.policy, checkpoint / folder
+    policy, model_folder = learner.policy, checkpoint / folder
     if has_adapters(policy):
-        load_adapters(policy, place)
+        load_adapters(policy, model_folder)
     else:
-        saved = type(policy.model).from_pretrained(place, dtype=torch.float32)
-        put_state(policy, saved.state_dict())
-    put_heads(policy, saved_heads(place))
-    place = _optimizer_folder(checkpoint, folder)
-    if not place.is_dir():
+        saved = type(policy.model).from_pretrained(model_folder, dtype=torch.float32)
+        load_full_state(policy, saved.state_dict())
+    load_full_heads(policy, saved_heads(model_folder))
+    optimizer_folder = _optimizer_folder(checkpoint, folder)
+    if not optimizer_folder.is_dir():
         return  # it had not taken a step
-    wanted = learner.tensors(fill=True)
-    with _quiet():
+    tensors = learner.tensors(fill=True)
+    with _without_warnings():
         dcp.load(
-            wanted, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not learner.placement.ranks.grouped
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(optimizer_folder)),
+            no_dist=not learner.placement.ranks.distributed,
         )
 
 
 def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
     ranks = learner.placement.ranks
-    state = full_state(learner.policy, keep=ranks.main)
-    heads = heads_state(learner.policy)
+    state = full_state(learner.policy, collect=ranks.main)
+    heads = full_heads_state(learner.policy)
 
     def write() -> None:
         save_policy(learner.policy, checkpoint / folder, state)
         save_heads(heads, checkpoint / folder)
 
-    ranks.first(write)
+    ranks.on_main(write)
     tensors = learner.tensors()
     if tensors:
         writer = HuggingFaceStorageWriter(str(_optimizer_folder(checkpoint, folder)), save_distributed=True)
-        with _quiet():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.grouped)
-    ranks.wait()
+        with _without_warnings():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.distributed)
+    ranks.barrier()
 
 
 def _optimizer_folder(checkpoint: Path, folder: str) -> Path:
@@ -157,8 +159,8 @@ def _optimizer_folder(checkpoint: Path, folder: str) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks of torch that tell a user nothing."""
+def _without_warnings() -> Iterator[None]:
+    """Without warnings of torch that do not concern a user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -170,32 +172,32 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in root.glob("[0-9]*") if path.is_dir()) if root.is_dir() else []
 
 
-def pointed(run_dir: Path, pointer: str) -> Path | None:
+def read_pointer(run_dir: Path, pointer: str) -> Path | None:
     """The checkpoint that the file `latest` or `best` of a run names; None when there is none."""
     file = run_dir / pointer
     return run_dir / file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named in the log and passed over.
+    """The newest complete checkpoint of a run; damaged ones are named in the log and skipped.
 
     Raises:
         UserError: there are checkpoints and all of them are damaged.
     """
-    _tidy(run_dir / "checkpoints")
-    latest = pointed(run_dir, "latest")
+    _remove_leftovers(run_dir / "checkpoints")
+    latest = read_pointer(run_dir, "latest")
     candidates = sorted(checkpoints(run_dir), key=lambda path: (path == latest, path.stat().st_mtime), reverse=True)
     damages: list[Damage] = []
     for folder in candidates:
         damage = verify(folder)
         if damage is None:
             if damages:
-                log.warning("going on from %s instead", folder)
+                log.warning("continuing from %s instead", folder)
             return folder
         damages.append(damage)
         log.warning("checkpoint %s is damaged: %s", damage.folder, damage.reason)
     if damages:
-        raise UserError(f"--resume: no checkpoint of {run_dir} is whole ({damages[0].reason}); start a new run")
+        raise UserError(f"--resume: every checkpoint of {run_dir} is damaged ({damages[0].reason}); start a new run")
     return None
 
 
@@ -203,8 +205,8 @@ def verify(folder: Path) -> Damage | None:
     """Compare a checkpoint with its manifest, byte for byte."""
     try:
         body = (folder / MANIFEST).read_bytes()
-        if (folder / SEAL).read_bytes() != _digest(body).encode():
-            return Damage(folder, f"{MANIFEST} or {SEAL} has changed")
+        if (folder / MANIFEST_DIGEST).read_bytes() != _digest(body).encode():
+            return Damage(folder, f"{MANIFEST} or {MANIFEST_DIGEST} has changed")
     except FileNotFoundError as error:
         return Damage(folder, f"{Path(error.filename).name} is missing")
     files = json.loads(body)["files"]
@@ -223,7 +225,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The state that was saved with a checkpoint.
 
     Raises:
-        UserError: it is no checkpoint, or a damaged one.
+        UserError: it is not a checkpoint, or a damaged one.
     """
     if not folder.joinpath(STATE).with_suffix(".json").is_file():
         raise UserError(f"--resume: {folder} is not a checkpoint (no {STATE}.json)")
@@ -234,22 +236,22 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was made with."""
+    """The versions of Python and packages with which a checkpoint is written."""
     names = ("stepcredit", "torch", "transformers", "safetensors")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 @contextmanager
-def _space(run_dir: Path, beside: Path, ranks: Ranks) -> Iterator[None]:
-    """A full disk or another fault of the place leaves the run as it was, with a line that says so."""
+def _explain_write_error(run_dir: Path, partial: Path, ranks: Ranks) -> Iterator[None]:
+    """On a full disk or another write error remove the partial checkpoint and raise a `UserError` that says so."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         if ranks.main:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         number = error.errno if isinstance(error, OSError) else None
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        latest = pointed(run_dir, "latest")
+        latest = read_pointer(run_dir, "latest")
         stays = f"{latest.name} stays" if latest else "there is none before it"
         raise UserError(
             f"cannot write a checkpoint into {run_dir} ({'the disk is full' if full else error}); {stays}. Make room, "
@@ -257,12 +259,12 @@ def _space(run_dir: Path, beside: Path, ranks: Ranks) -> Iterator[None]:
         ) from error
 
 
-def _tidy(root: Path) -> None:
-    """Clear away what a run left behind that was killed while it saved."""
-    for aside in root.glob(".*.old"):
-        final = root / aside.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():  # it was killed between taking the old one away and putting the new one there
-            aside.rename(final)
+def _remove_leftovers(root: Path) -> None:
+    """Remove what a run left that was killed while it saved."""
+    for replaced in root.glob(".*.old"):
+        final = root / replaced.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():  # it was killed between renaming the old one and renaming the new one
+            replaced.rename(final)
     for rest in [*root.glob(".*.old"), *root.glob(".*.part")]:
         shutil.rmtree(rest, ignore_errors=True)
 
@@ -276,11 +278,11 @@ def _write_manifest(folder: Path, score: float | None) -> None:
     manifest = {"version": 1, "files": files, "score": score, "versions": versions()}
     body = json.dumps(manifest, indent=1).encode()
     (folder / MANIFEST).write_bytes(body)
-    (folder / SEAL).write_bytes(_digest(body).encode())
+    (folder / MANIFEST_DIGEST).write_bytes(_digest(body).encode())
 
 
 def _best_score(run_dir: Path) -> float:
-    best = pointed(run_dir, BEST)
+    best = read_pointer(run_dir, BEST)
     if best is None or not (best / MANIFEST).is_file():
         return float("-inf")
     score = _score(best)
@@ -292,12 +294,12 @@ def _score(folder: Path) -> float | None:
     return None if score is None else float(score)
 
 
-def _point(run_dir: Path, name: str, folder: Path) -> None:
-    """Let a pointer file name a checkpoint, in one step."""
-    beside = run_dir / f".{name}.part"
-    beside.write_text(f"checkpoints/{folder.name}\n", encoding="utf-8")
-    _sync(beside)
-    beside.replace(run_dir / name)
+def _write_pointer(run_dir: Path, name: str, folder: Path) -> None:
+    """Let a pointer file name a checkpoint, atomically."""
+    partial = run_dir / f".{name}.part"
+    partial.write_text(f"checkpoints/{folder.name}\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(run_dir / name)
     _sync(run_dir)
 
 

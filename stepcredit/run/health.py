@@ -1,4 +1,4 @@
-"""Runs that look alive and go wrong: what is watched for, and what a user is told to do."""
+"""Warnings about runs that go wrong without an error, and what to do about them."""
 
 import io
 import math
@@ -29,12 +29,12 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that a user should know while the run goes on.
+    """A condition that a user should know of during the run.
 
     Attributes:
-        holds: whether it is so, from an iteration's metrics and the run's first ones.
-        say: what it is and what to do.
-        after: iterations in a row before it is said; once until it has ceased to be so.
+        holds: whether the condition holds, from an iteration's metrics and the run's first ones.
+        say: the warning: what is wrong and what to do.
+        after: iterations in a row before the warning; it is given again only after the condition has ended.
     """
 
     holds: Callable[[Metrics, Metrics], bool]
@@ -44,8 +44,8 @@ class Alarm:
 
 def _value(metrics: Metrics, name: str, default: float = 0.0) -> float:
     """A metric, or the default where it is absent or was not finite."""
-    found = metrics.get(name)
-    return default if found is None or not math.isfinite(found) else float(found)
+    value = metrics.get(name)
+    return default if value is None or not math.isfinite(value) else float(value)
 
 
 ALARMS: dict[str, Alarm] = {
@@ -78,7 +78,7 @@ ALARMS: dict[str, Alarm] = {
         lambda now, first: _value(now, "reward/timeout") + _value(now, "reward/error") > 0.05,
         lambda now, first: (
             f"reward functions failed on {_value(now, 'reward/timeout'):.1%} of the completions by time-out and on "
-            f"{_value(now, 'reward/error'):.1%} by an error; the first of each kind is in the log above. Mend the "
+            f"{_value(now, 'reward/error'):.1%} by an error; the first of each kind is in the log above. Repair the "
             "function, raise --reward.timeout-s, or choose with --reward.on-failure what such completions get"
         ),
         after=1,
@@ -150,25 +150,27 @@ ALARMS: dict[str, Alarm] = {
 
 
 class Health:
-    """Watches for runs that look alive and go wrong."""
+    """Watches the metrics of a run for the conditions of `ALARMS`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.iterations = self.idle = 0
+        self.iterations = 0
+        self.idle = 0  # iterations without two different rewards in a group
         self.rewards: set[float] = set()
-        self.seen: dict[str, float] = {}  # sums of the metrics that tell why nothing is learnt
-        self.first: dict[str, float] = {}  # of the first iteration that had them
+        self.reason_sums: dict[str, float] = {}  # of the metrics in `REASONS`
+        self.first: dict[str, float] = {}  # metrics of the first iteration that had them
         self.in_a_row = dict.fromkeys(ALARMS, 0)
         self.warned: dict[str, int] = {}  # how often
 
     def count(self, metrics: dict[str, Any]) -> list[str]:
-        """Take an iteration into account; the names of the warnings that are due now."""
+        """Add an iteration; returns the names of the warnings that are due now."""
         self.iterations += 1
         for name in REASONS:
-            self.seen[name] = self.seen.get(name, 0.0) + metrics[name]
+            self.reason_sums[name] = self.reason_sums.get(name, 0.0) + metrics[name]
         if len(self.rewards) < 3:
             self.rewards.add(round(metrics["reward/mean"], 6))
-        self.idle += metrics["credit/outcome_rms"] == 0.0
+        if metrics["credit/outcome_rms"] == 0.0:
+            self.idle += 1
         for name in ("policy/entropy", "completion/length"):
             if metrics.get(name) is not None:
                 self.first.setdefault(name, metrics[name])
@@ -181,18 +183,18 @@ class Health:
         return due
 
     def observe(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Take an iteration into account and warn where a run goes wrong."""
+        """Add an iteration and print the warnings that are due."""
         for name in self.count(metrics):
             self._warn(f"iteration {iteration}: {ALARMS[name].say(metrics, self.first)}")
 
     def verdict(self) -> bool:
-        """Say whether anything was learnt, why not, and what was warned of."""
+        """Print whether anything was learnt, why not, and which warnings there were; False: nothing was learnt."""
         if self.iterations and self.idle == self.iterations:
             if len(self.rewards) == 1:
                 mean = f"the mean reward was {min(self.rewards):g}"
             else:
                 mean = "but not all groups the same"
-            always = [reason for name, reason in REASONS.items() if self.seen[name] >= 0.999 * self.iterations]
+            always = [reason for name, reason in REASONS.items() if self.reason_sums[name] >= 0.999 * self.iterations]
             reason = always[0] if always else EQUAL_REWARDS.format(mean=mean)
             self._warn(f"nothing was learnt: in all {self.iterations} iterations {reason}")
             return False
@@ -208,12 +210,12 @@ class Health:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a run's alarms have said.
+    """The warnings of a finished run.
 
     Attributes:
-        warnings: iteration, name of the alarm, what it said.
+        warnings: iteration, name of the alarm, its warning.
         verdict: why nothing was learnt, "" otherwise.
-        idle, iterations: those without two different rewards in a group, and all.
+        idle, iterations: the number of iterations without two different rewards in a group, and of all.
     """
 
     warnings: list[tuple[int, str, str]]
@@ -223,15 +225,18 @@ class Replay:
 
 
 def replay(rows: Iterable[Metrics]) -> Replay:
-    """The alarms over the lines of a metrics.jsonl; what older versions lack counts as if nothing were wrong."""
-    told = io.StringIO()
-    health = Health(Console(file=told, width=10_000))
-    found = []
+    """The warnings from the lines of a metrics.jsonl; metrics that an older version lacks count as unremarkable."""
+    printed = io.StringIO()
+    health = Health(Console(file=printed, width=10_000))
+    warnings = []
     for row in rows:
         if row.get("iteration") and "reward/mean" in row:
-            known = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-            unknown = dict.fromkeys(REASONS, 0.0) | {"reward/mean": 0.0, "credit/outcome_rms": 1.0}
-            seen = {name: None for name, value in row.items() if value is None} | unknown | known
-            found += [(row["iteration"], name, ALARMS[name].say(seen, health.first)) for name in health.count(seen)]
-    nothing = bool(health.iterations) and not health.verdict()
-    return Replay(found, told.getvalue().partition(": ")[2].strip() if nothing else "", health.idle, health.iterations)
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            defaults = dict.fromkeys(REASONS, 0.0) | {"reward/mean": 0.0, "credit/outcome_rms": 1.0}
+            metrics = {name: None for name, value in row.items() if value is None} | defaults | numbers
+            for name in health.count(metrics):
+                warnings.append((row["iteration"], name, ALARMS[name].say(metrics, health.first)))
+    verdict = ""
+    if health.iterations and not health.verdict():
+        verdict = printed.getvalue().partition(": ")[2].strip()
+    return Replay(warnings, verdict, health.idle, health.iterations)

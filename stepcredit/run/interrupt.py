@@ -1,27 +1,27 @@
-"""SIGINT and SIGTERM: the optimiser step at hand is finished and saved, then the program ends."""
+"""SIGINT and SIGTERM: the current optimiser step is finished and saved, then the program ends."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; what it had is to be saved."""
+    """The run was asked to stop; its state is to be saved."""
 
 
 class StopRequest:
-    """Remembers that a signal came, from `with` to the end of its block; a second one interrupts at once.
+    """Records signals inside its `with` block; a second signal interrupts at once.
 
-    Outside the main thread, where Python takes no signals, it never asks. Several processes stop at the same place once
-    one was asked; there a second signal changes nothing, because torchrun passes on what the terminal has sent already.
+    Outside the main thread, where Python handles no signals, none is recorded. Several processes stop at the same place
+    once one of them was asked; there a second signal is ignored, because torchrun repeats the one of the terminal.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.asked = False
         self.ranks = ranks
         self._before: dict[int, Any] = {}
@@ -41,11 +41,11 @@ class StopRequest:
         self.asked = True
 
     def check(self) -> None:
-        """Raise `Interrupted` once a signal has come. Stands where nothing would be lost, and all processes come by."""
+        """Raise `Interrupted` after a signal. All processes call this, at places where no work would be lost."""
         if self.ranks.any(self.asked):
             raise Interrupted
 
-    def check_here(self, *_: object) -> None:
-        """The same inside the work of one process, when there are no others."""
+    def check_if_alone(self, *_: object) -> None:
+        """`check` inside the work of one process; does nothing when there are others."""
         if self.ranks.size == 1:
             self.check()

@@ -1,4 +1,4 @@
-"""Numbers about one iteration, read off the finished forest."""
+"""Metrics of one iteration, computed from its finished forest."""
 
 import torch
 
@@ -42,12 +42,15 @@ def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, fl
     metrics["credit/std"] = _std(advantages)
     process = forest.token["process"][forest.active] if "process" in forest.token else torch.zeros_like(advantages)
     outcome = advantages - process
-    size = float(outcome.square().mean().sqrt()) if len(outcome) else 0.0
-    metrics["credit/outcome_rms"] = size
+    outcome_rms = _rms(outcome)
+    metrics["credit/outcome_rms"] = outcome_rms
     if "process" in forest.token:
-        spread = float(process.square().mean().sqrt()) if len(process) else 0.0
-        metrics["credit/process_rms"] = spread
-        metrics["credit/process_ratio"] = spread / size if size > 0 else (float("inf") if spread > 0 else 0.0)
+        process_rms = _rms(process)
+        metrics["credit/process_rms"] = process_rms
+        if outcome_rms > 0:
+            metrics["credit/process_ratio"] = process_rms / outcome_rms
+        else:
+            metrics["credit/process_ratio"] = float("inf") if process_rms > 0 else 0.0
     return metrics
 
 
@@ -87,19 +90,19 @@ def _siblings(forest: Forest) -> dict[str, float]:
     sampled, token_segment = forest.token_sampled.float(), forest.token["segment"]
     tokens = segment_sum(sampled, token_segment, forest.num_segments).clamp(min=1)
     advantage = segment_sum(forest.token["advantages"] * sampled, token_segment, forest.num_segments) / tokens
-    found = {
+    metrics = {
         "tree/segments": forest.num_segments / max(1, forest.num_trees),
         "tree/leaves": float(forest.segment["is_leaf"].sum()) / max(1, forest.num_trees),
         "group/siblings": float(first.sum()),
         "group/kept": _mean(kept_groups[first].float()),
     }
     for level in range(int(depth.max()) + 1 if len(depth) else 0):
-        here = depth == level
-        found[f"group/siblings_{level + 1}"] = float((first & here).sum())
-        found[f"group/kept_{level + 1}"] = _mean(kept_groups[first & here].float())
-        found[f"value/std_{level + 1}"] = _std(forest.segment["value"][judged & here])
-        found[f"credit/std_{level + 1}"] = _std(advantage[kept & here])
-    return found
+        at_level = depth == level
+        metrics[f"group/siblings_{level + 1}"] = float((first & at_level).sum())
+        metrics[f"group/kept_{level + 1}"] = _mean(kept_groups[first & at_level].float())
+        metrics[f"value/std_{level + 1}"] = _std(forest.segment["value"][judged & at_level])
+        metrics[f"credit/std_{level + 1}"] = _std(advantage[kept & at_level])
+    return metrics
 
 
 def _lengths(forest: Forest) -> torch.Tensor:
@@ -148,6 +151,10 @@ def _has_kl_ref(forest: Forest, config: Config | None) -> bool:
         return True
     given = config.prm
     return given.model is None and given.reference == "start" and config.sampler.temperature == 1
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
 
 
 def _std(values: torch.Tensor) -> float:

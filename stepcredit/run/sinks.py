@@ -1,6 +1,6 @@
-"""Other places that metrics go to: TensorBoard and Weights & Biases. `metrics.jsonl` has them all in any case.
+"""Further outputs for metrics: TensorBoard and Weights & Biases. `metrics.jsonl` always has all of them.
 
-A sink that fails is named once and left out from then on; it never stops a run.
+A sink that fails is logged once and left out from then on; it never stops a run.
 """
 
 import logging
@@ -24,7 +24,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files under `RUN/tensorboard`; a resumed run hides what it does anew."""
+    """Event files under `RUN/tensorboard`; a resumed run replaces the iterations that it repeats."""
 
     def __init__(self, config: Config, run_dir: Path, reported: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -47,8 +47,8 @@ class WeightsAndBiases:
     def __init__(self, config: Config, run_dir: Path, reported: int | None) -> None:
         import wandb
 
-        known = run_dir / "wandb_id"
-        identity = known.read_text(encoding="utf-8").strip() if known.is_file() else None
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self.run = wandb.init(
             project=config.track.project,
@@ -56,10 +56,10 @@ class WeightsAndBiases:
             dir=str(run_dir),
             config=config.model_dump(mode="json"),
             mode=mode,
-            id=identity,
+            id=run_id,
             resume="allow",
         )
-        known.write_text(self.run.id, encoding="utf-8")
+        id_file.write_text(self.run.id, encoding="utf-8")
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         self.run.log(dict(metrics), step=iteration)
@@ -71,8 +71,8 @@ class WeightsAndBiases:
 SINKS: dict[str, Callable[[Config, Path, int | None], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-class Guarded:
-    """A sink whose failures are told once and go no further."""
+class GuardedSink:
+    """A sink whose first failure is logged and closes it for good."""
 
     def __init__(self, name: str, sink: Sink) -> None:
         self.name, self.sink = name, sink
@@ -84,21 +84,21 @@ class Guarded:
     def close(self) -> None:
         self._try(self.sink.close)
 
-    def _try(self, call: Callable[..., None], *given: Any) -> None:
+    def _try(self, method: Callable[..., None], *arguments: Any) -> None:
         if self.failed:
             return
         try:
-            call(*given)
+            method(*arguments)
         except Exception as error:
             self.failed = True
-            log.warning("%s failed and is left out from now on (%s); metrics.jsonl goes on", self.name, error)
+            log.warning("%s failed and is left out from now on (%s); metrics.jsonl is still written", self.name, error)
 
 
-def open_sinks(config: Config, run_dir: Path, reported: int | None) -> list[Guarded]:
+def open_sinks(config: Config, run_dir: Path, reported: int | None) -> list[GuardedSink]:
     """The sinks that a config names.
 
     Args:
-        reported: the last iteration that the run has reported before, None for a new one.
+        reported: the last iteration that the run has already reported; None for a new run.
 
     Raises:
         UserError: the package of a sink is not installed.
@@ -106,11 +106,11 @@ def open_sinks(config: Config, run_dir: Path, reported: int | None) -> list[Guar
     sinks = []
     for name in config.track.sinks:
         try:
-            sinks.append(Guarded(name, SINKS[name](config, run_dir, reported)))
+            sinks.append(GuardedSink(name, SINKS[name](config, run_dir, reported)))
         except ImportError as error:
             raise UserError(
                 f"track.sinks: {name} is not installed ({error}); pip install 'stepcredit[track]'"
             ) from error
         except Exception as error:
-            log.warning("%s could not be opened and is left out (%s); metrics.jsonl goes on", name, error)
+            log.warning("%s could not be opened and is left out (%s); metrics.jsonl is still written", name, error)
     return sinks

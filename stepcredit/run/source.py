@@ -19,7 +19,7 @@ from stepcredit.run.clock import Clock
 from stepcredit.run.metrics import judging_counts, judging_shares
 from stepcredit.seeds import TRAINING, sampling_seed
 from stepcredit.shaping.options import FilterOptions
-from stepcredit.shaping.window import REASONS, refused
+from stepcredit.shaping.window import REASONS, rejected
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def collect(position: Position, count: int, window: FilterOptions | None, sample
         numbers += range(drawn, drawn + fresh)
         forest = sample(numbers, range(sampled, sampled + size))
         drawn, sampled, trees = drawn + fresh, sampled + size, trees + size
-        reasons = refused(forest, window)
+        reasons = rejected(forest, window)
         for reason, holds in reasons.items():
             left_out[reason] += int(holds.sum())
         fitting = (~torch.stack(list(reasons.values())).any(0)).nonzero().squeeze(1)

@@ -71,7 +71,7 @@ def open_tracker(
         trackers.append(Tracker(run_dir, console, config, done, tokenizer))
         return trackers[0].reported
 
-    reported = ranks.first(open_first)
+    reported = ranks.on_main(open_first)
     return trackers[0] if trackers else Silent(run_dir, reported)
 
 

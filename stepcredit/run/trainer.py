@@ -10,7 +10,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import adapt
-from stepcredit.learn.placement import WHOLE, Placement
+from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
 from stepcredit.policy.forward import Policy
@@ -38,7 +38,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = WHOLE
+        self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = UNSHARDED
     ) -> None:
         self.config, self.parts, self.policy, self.console = config, parts, policy, console
         self.sampling = check_training(config)
@@ -69,7 +69,7 @@ class Trainer:
         started, done = time.monotonic(), self.done if self.resumed else None
         tokenizer = self.policy.tokenizer
         with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, tokenizer) as tracker:
-            self.rollouts.sampler.on_progress = self.stop.check_here
+            self.rollouts.sampler.on_progress = self.stop.check_if_alone
             try:
                 if tracker.reported is None:
                     tracker.report(0, self.evaluate())
@@ -90,7 +90,7 @@ class Trainer:
             except Interrupted:
                 self.save(run_dir)
                 raise
-        return self.ranks.first(lambda: tracker.summary(time.monotonic() - started))
+        return self.ranks.on_main(lambda: tracker.summary(time.monotonic() - started))
 
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
@@ -136,7 +136,7 @@ class Trainer:
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: the weights and everything else."""
-        state = self.ranks.first(lambda: load_checkpoint(checkpoint))
+        state = self.ranks.on_main(lambda: load_checkpoint(checkpoint))
         for name, learner in self.learners().items():
             load_learner(learner, checkpoint, name)
         restore(self, state)

@@ -1,6 +1,6 @@
-"""The Sampler seam: token ids in, completions out; and what a run knows of a sampler before it builds one.
+"""The Sampler interface: token ids in, completions out; and what a run knows of a sampler before it builds one.
 
-A builder is `build(config, policy, placement, **options) -> Sampler`. `@sampler` declares what its sampler gives.
+A builder is `build(config, policy, placement, **options) -> Sampler`. `@sampler` declares what its sampler provides.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class Sampler(Protocol):
 
     on_progress: Callable[[int], None]
     max_rows: int
-    metrics: dict[str, float]  # of its own, since the last `sync`
+    metrics: dict[str, float]  # of the sampler itself, since the last `sync`
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]: ...
@@ -34,7 +34,7 @@ class Sampler(Protocol):
         params: SamplingParams,
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
-        keep: Callable[[list[int]], int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]: ...
 
     def sync(self, policy: "Policy") -> None: ...
@@ -46,19 +46,19 @@ Builder = Callable[..., Sampler]
 
 
 def always_there(options: SamplerOptions) -> str:
-    """Of samplers whose segments have their columns whatever the options are."""
+    """`why_no_logprobs` of samplers whose segments have them whatever the options are: no reason."""
     return ""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a sampler gives; the defaults are those of a builder that declares nothing.
+    """What a sampler provides; the defaults are those of a builder that declares nothing.
 
     Attributes:
-        columns: token columns that its segments bring.
+        columns: token columns that its segments have.
         elsewhere: it computes in another program, so that its log-probabilities differ from the trainer's by rounding:
             the trainer computes its own, and compares them with the column `rollout_logprobs`.
-        copies_when_sharded: it holds a whole copy of the policy on each GPU when the policy is in shards.
+        copies_when_sharded: it holds an unsharded copy of the policy on each GPU when the policy is sharded.
         why_no_logprobs: from the options, why segments come without `rollout_logprobs`, and what to do; else empty.
         other_model: what to look for when its log-probabilities are not the trainer's.
     """
@@ -89,5 +89,5 @@ def sampler(
 
 def traits_of(builder: Builder) -> Traits:
     """What a builder declared."""
-    found = getattr(builder, "traits", None)
-    return found if isinstance(found, Traits) else Traits()
+    traits = getattr(builder, "traits", None)
+    return traits if isinstance(traits, Traits) else Traits()

@@ -1,9 +1,8 @@
 """Sampling with a transformers model: a decode loop of our own.
 
 Every prompt is encoded once for its group, and its keys and values are read once per token for all rows of the group
-(`ForestRows`). Finished rows give their place to others, and waiting prompts join while others are still being decoded.
-Each completion has random numbers of its own, drawn from its problem's seed, so its tokens do not depend on the rest of
-the batch.
+(`ForestRows`). Finished rows are replaced by waiting prompts while others are still being decoded. Each completion has
+random numbers of its own, drawn from its problem's seed, so its tokens do not depend on the rest of the batch.
 """
 
 from collections import deque
@@ -22,12 +21,12 @@ from stepcredit.policy.decoding import CachedRows, ForestRows, Prefix
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.head import LEAST
 from stepcredit.samplers.base import sampler
-from stepcredit.samplers.kept import Kept
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.prefix_cache import PrefixCache
 
 DROP_SHARE = 16  # finished rows are dropped once they are more than 1/16 of the batch
 JOIN_SHARE = 4  # prompts join once a quarter of the rows is free
-CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended: elsewhere a look waits for the device
+CHECK_EVERY = {"cpu": 1}  # steps between checks of which rows have ended: elsewhere a check waits for the device
 CHECK_EVERY_ELSEWHERE = 8
 
 
@@ -35,11 +34,10 @@ class TransformersSampler:
     """Samples with the policy's own weights.
 
     Args:
-        policy: the model, or a whole copy of one in shards; `sync` brings a copy up to date and lets go of what was
-            kept.
+        policy: the model, or an unsharded copy of a sharded one; `sync` updates the copy and clears the prefix cache.
         max_rows: completions decoded at once.
         on_progress: called with the number of completions that finished since the last call.
-        keep_mb: memory for keys and values that are held from one call to the next.
+        keep_mb: memory of the prefix cache: keys and values that are reused by later calls.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class TransformersSampler:
         self.policy = policy
         self.max_rows = max_rows
         self.on_progress = on_progress or (lambda _: None)
-        self.kept = Kept(keep_mb * 2**20)
+        self.prefix_cache = PrefixCache(keep_mb * 2**20)
         self.metrics: dict[str, float] = {}
 
     @property
@@ -61,13 +59,13 @@ class TransformersSampler:
         return tuple(self.policy.stop_token_ids)
 
     def sync(self, policy: Policy) -> None:
-        """Take over new weights; what was kept came from the old ones."""
+        """Take over new weights, and clear the prefix cache, which came from the old ones."""
         if policy is not self.policy:
             copy_weights(policy, self.policy)
-        self.kept.clear()
+        self.prefix_cache.clear()
 
     def close(self) -> None:
-        self.kept.clear()
+        self.prefix_cache.clear()
 
     @torch.inference_mode()
     def sample(
@@ -77,7 +75,7 @@ class TransformersSampler:
         params: SamplingParams,
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
-        keep: Callable[[list[int]], int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]:
         """Draw `n` completions of each prompt.
 
@@ -85,19 +83,21 @@ class TransformersSampler:
             prompts: token ids, none empty.
             seeds: one for each prompt; the same seed, prompt and weights give the same completions.
             limits: most new tokens of each prompt's completions, in place of `params.max_new_tokens`.
-            keep: from the token ids of a completion, how many of them, from its first on, later prompts may have behind
-                this one's prompt. Their keys and values are held until `sync`, so that such a prompt is not encoded
-                again. Only on the forest path; elsewhere it changes nothing.
+            num_reusable: from the token ids of a completion, how many of them (from its first on) later prompts may
+                begin with, after this prompt. Their keys and values are cached until `sync`, so that such a prompt is
+                not encoded again. Only with scoring form "forest"; otherwise it has no effect.
 
         Returns:
             For each prompt `n` segments with the stop token included, and the columns `rollout_logprobs` (of the full
             distribution at the temperature, before top-p/top-k; at temperature 0 of temperature 1) and `entropy`.
         """
         limits = [params.max_new_tokens] * len(prompts) if limits is None else limits
-        kept, keep = (self.kept, keep) if self.policy.path == "forest" else (Kept(), None)
+        prefix_cache = self.prefix_cache
+        if self.policy.scoring_form != "forest":
+            prefix_cache, num_reusable = PrefixCache(), None
         with self.policy.autocast_context():
             decoding = _Decoding(self.policy, prompts, n, params, seeds, limits, self.max_rows, self.on_progress)
-            return decoding.run(kept, keep)
+            return decoding.run(prefix_cache, num_reusable)
 
 
 class _Decoding:
@@ -121,9 +121,13 @@ class _Decoding:
         stop = policy.stop_token_ids if params.stop_token_ids is None else list(params.stop_token_ids)
         self.stop = torch.tensor(stop, dtype=torch.long, device=self.device)
         total = len(prompts) * n
-        self.begun: dict[tuple[int, ...], Prefix] = {}  # the last prompt: the rest of its group may be waiting
+        self.begun: dict[
+            tuple[int, ...], Prefix
+        ] = {}  # the last prompt that began: the rest of its group may be waiting
         self.batch: ForestRows | CachedRows = (
-            ForestRows(policy, min(max_rows, total), self.longest) if policy.path == "forest" else CachedRows(policy)
+            ForestRows(policy, min(max_rows, total), self.longest)
+            if policy.scoring_form == "forest"
+            else CachedRows(policy)
         )
         self.last = torch.tensor(limits, dtype=torch.long, device=self.device).repeat_interleave(n) - 1
         shape = (total, self.longest)
@@ -134,17 +138,18 @@ class _Decoding:
         self.count = torch.zeros(total, dtype=torch.long, device=self.device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=self.device)
         mixes = self.batch.mixes_lengths
-        self.waiting = deque(sorted(range(total), key=lambda row: 0 if mixes else len(prompts[row // n])))
+        waiting = range(total) if mixes else sorted(range(total), key=lambda row: len(prompts[row // n]))
+        self.waiting = deque(waiting)
         # The rows that are being decoded:
         self.row = torch.zeros(0, dtype=torch.long, device=self.device)  # number of the completion, prompt * n + sample
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)
         self.logits: Tensor | None = None  # [rows, vocabulary] of the next token
 
-    def run(self, kept: Kept, keep: Callable[[list[int]], int] | None) -> list[list[Segment]]:
-        self.kept, self.keep = kept, keep
-        for prompt in self.prompts:  # now: what rows go on from must not be split
-            if kept.cut(prompt) is None:
-                kept.cut(prompt[:-1])
+    def run(self, prefix_cache: PrefixCache, num_reusable: Callable[[list[int]], int] | None) -> list[list[Segment]]:
+        self.prefix_cache, self.num_reusable = prefix_cache, num_reusable
+        for prompt in self.prompts:  # now, because a prefix that rows continue must not be split
+            if prefix_cache.find(prompt) is None:
+                prefix_cache.find(prompt[:-1])
         every = CHECK_EVERY.get(self.device.type, CHECK_EVERY_ELSEWHERE)
         for step in count(1):
             if not len(self.row) and not self.waiting:
@@ -156,7 +161,7 @@ class _Decoding:
                 token = token[self._drop(alive)]
             if len(self.row):
                 self.logits = self.batch.step(token)
-        for prefix in kept:
+        for prefix in prefix_cache:
             prefix.detach()
         return self._segments()
 
@@ -184,35 +189,39 @@ class _Decoding:
         self.alive = torch.cat([self.alive, self.alive.new_ones(len(rows))])
 
     def _begin(self, prompts: list[tuple[int, ...]], copies: list[int]) -> Tensor:
-        """Encode what is not kept, and let rows go on from it; `copies` numbers the prompt of each row."""
+        """Encode the prompts that are not cached and begin rows; `copies` has the number of the prompt of each row."""
         if isinstance(self.batch, CachedRows):
             return self.batch.begin(prompts, copies)
         distinct = list(dict.fromkeys(prompts))
-        known = {prompt: self._known(prompt) for prompt in distinct}
-        prefixes = {prompt: one for prompt, one in known.items() if one and (one.logits is not None or len(prompt) > 1)}
+        cached = {prompt: self._cached(prompt) for prompt in distinct}
+        prefixes = {
+            prompt: prefix
+            for prompt, prefix in cached.items()
+            if prefix is not None and (prefix.logits is not None or len(prompt) > 1)
+        }
         unread = [prompt for prompt in prefixes if prefixes[prompt].logits is None]
         if unread:
             self.batch.read_last([prefixes[prompt] for prompt in unread], [prompt[-1] for prompt in unread])
         missing = [prompt for prompt in distinct if prompt not in prefixes]
-        shorter = {prompt: end for prompt in missing if (end := self._known(prompt[:-1])) is not None}
+        shorter = {prompt: end for prompt in missing if (end := self._cached(prompt[:-1])) is not None}
         if shorter:
             extended = self.batch.extend(list(shorter.values()), [prompt[-1] for prompt in shorter])
             prefixes |= zip(shorter, extended, strict=True)
-            for end, whole in zip(shorter.values(), extended, strict=True):
-                if end.logits is None:  # no second copy of what the longer one has
-                    end.keys, end.values = ([one[:, :-1] for one in pair] for pair in (whole.keys, whole.values))
+            for end, longer in zip(shorter.values(), extended, strict=True):
+                if end.logits is None:  # views of the longer prefix instead of a second copy
+                    end.keys, end.values = ([one[:, :-1] for one in pair] for pair in (longer.keys, longer.values))
         if fresh := [prompt for prompt in missing if prompt not in shorter]:
             prefixes |= zip(fresh, self.batch.encode(fresh), strict=True)
-        if self.keep is not None:
+        if self.num_reusable is not None:
             for prompt, prefix in prefixes.items():
-                self.kept.add(prompt, prefix)
+                self.prefix_cache.add(prompt, prefix)
         self.begun = {prompts[-1]: prefixes[prompts[-1]]}
         chosen = [prefixes[prompts[copy]] for copy in copies]
         self.batch.begin(chosen)
         return torch.stack([prefix.next_logits() for prefix in chosen])
 
-    def _known(self, prompt: tuple[int, ...]) -> Prefix | None:
-        return self.begun.get(prompt) or self.kept.get(prompt)
+    def _cached(self, prompt: tuple[int, ...]) -> Prefix | None:
+        return self.begun.get(prompt) or self.prefix_cache.get(prompt)
 
     def _next_rows(self, free: int, must: bool) -> list[int]:
         """Completions to start now: whole groups, so that a prompt is encoded once, unless one alone is too large."""
@@ -249,7 +258,7 @@ class _Decoding:
         return token
 
     def _ended(self) -> np.ndarray | None:
-        """The rows to keep, once enough of them have ended."""
+        """[rows] True for rows that go on, once enough others have ended; None before."""
         alive = self.alive.cpu().numpy()
         ended = len(alive) - int(alive.sum())
         if ended == 0 or (ended < len(alive) and ended * DROP_SHARE < len(alive)):
@@ -257,26 +266,26 @@ class _Decoding:
         self.on_progress(ended)
         return alive
 
-    def _drop(self, keep: np.ndarray) -> Tensor:
-        """Let go of ended rows; the numbers that the others had."""
-        if self.keep is not None:
-            self._keep((~keep).nonzero()[0])
-        order = torch.from_numpy(self.batch.drop(keep)).to(self.device)
+    def _drop(self, alive: np.ndarray) -> Tensor:
+        """Remove the ended rows; returns the old numbers of the others."""
+        if self.num_reusable is not None:
+            self._cache_ended((~alive).nonzero()[0])
+        order = torch.from_numpy(self.batch.drop(alive)).to(self.device)
         self.row, self.alive = self.row[order], self.alive[order]
         return order
 
-    def _keep(self, ended: np.ndarray) -> None:
-        """Hold the keys and values of ended rows. Those of a row's last token are not computed yet."""
-        assert isinstance(self.batch, ForestRows) and self.keep is not None
+    def _cache_ended(self, ended: np.ndarray) -> None:
+        """Cache the keys and values of ended rows. Those of a row's last token are not computed yet."""
+        assert isinstance(self.batch, ForestRows) and self.num_reusable is not None
         rows, count = self.row.tolist(), self.count.tolist()
         for place in ended.tolist():
             row = rows[place]
             tokens = self.tokens[row, : count[row]].tolist()
-            encoded = min(self.keep(tokens), len(tokens) - 1)
-            if encoded > 0:
-                path = (*self.prompts[row // self.n], *tokens[:encoded])
-                if path not in self.kept:
-                    self.kept.add(path, self.batch.take(place, encoded))
+            reusable = min(self.num_reusable(tokens), len(tokens) - 1)
+            if reusable > 0:
+                path = (*self.prompts[row // self.n], *tokens[:reusable])
+                if path not in self.prefix_cache:
+                    self.prefix_cache.add(path, self.batch.take(place, reusable))
 
     def _segments(self) -> list[list[Segment]]:
         count, stopped = self.count.tolist(), self.stopped.tolist()
@@ -301,7 +310,7 @@ class _Decoding:
 
 @sampler(columns=("rollout_logprobs", "entropy"), elsewhere=False, copies_when_sharded=True)
 def build(config: Config, policy: Policy, placement: Placement) -> TransformersSampler:
-    """The decode loop, with the policy itself or, where that will be in shards, a whole copy of it."""
+    """The decode loop, with the policy itself or, if that will be sharded, an unsharded copy of it."""
     given = config.sampler
     return TransformersSampler(placement.sampling_copy(policy), given.max_rows, keep_mb=given.keep_mb)
 

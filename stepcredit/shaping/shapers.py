@@ -1,4 +1,4 @@
-"""Shapers: `Forest -> Forest`, changing rewards or masking completions before credit is assigned."""
+"""Shapers: `Forest -> Forest`; they change rewards or mask completions before credit is assigned."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Shaper = Callable[[Forest], Forest]
 def mask_truncated(forest: Forest) -> Forest:
     """Truncated completions are not trained on; their rewards stay in the baselines (DAPO's overlong filtering).
 
-    Of a segment that completions share it is enough that one of them is not truncated.
+    A segment that several completions share is masked only if all of them are truncated.
     """
     ended = forest.segment["is_leaf"] & (forest.segment["finish"] != FINISH_CODE["length"])
     for level in forest.levels_deepest_first():
@@ -22,17 +22,19 @@ def mask_truncated(forest: Forest) -> Forest:
 
 
 def drop_uniform(forest: Forest) -> Forest:
-    """Groups of equal rewards are masked: they leave the denominators too, so the step does not shrink with them."""
+    """Groups of equal rewards are masked: they are left out of the denominators too, so they do not shrink the step."""
     judged = forest.segment["has_reward"] & forest.segment["is_leaf"]
     spread = spread_by(forest.segment["reward"], forest.segment["tree"], where=judged)
     return forest.with_segment(mask=forest.segment["mask"] & (spread > 0))
 
 
 def shuffle_rewards(forest: Forest) -> Forest:
-    """A control: rewards are dealt anew among all judged completions of the batch, so they say nothing."""
+    """A control experiment: rewards are shuffled among all judged completions of the batch and carry no signal."""
     judged = (forest.segment["has_reward"] & forest.segment["is_leaf"]).nonzero().squeeze(1)
     reward = forest.segment["reward"].clone()
-    generator = torch.Generator().manual_seed(int(forest.token["token_ids"].sum()))  # of the batch: repeatable
+    generator = torch.Generator().manual_seed(
+        int(forest.token["token_ids"].sum())
+    )  # a seed from the batch, so that it is reproducible
     reward[judged] = reward[judged][torch.randperm(len(judged), generator=generator)]
     return forest.with_segment(reward=reward)
 

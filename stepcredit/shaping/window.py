@@ -10,20 +10,23 @@ from stepcredit.shaping.options import FilterOptions
 REASONS = ("hard", "easy", "truncated", "unjudged")
 
 
-def refused(forest: Forest, window: FilterOptions) -> dict[str, Tensor]:
-    """[num_trees] True where a group is not trained on, by the first reason that holds."""
+def rejected(forest: Forest, window: FilterOptions) -> dict[str, Tensor]:
+    """For each reason [num_trees] True where a group is not trained on for it; only the first reason counts."""
     leaf, tree = forest.segment["is_leaf"], forest.segment["tree"]
     judged = leaf & forest.segment["has_reward"]
     mean = torch.zeros(forest.num_trees).index_copy(0, tree, mean_by(forest.segment["reward"], tree, where=judged)[0])
     truncated = leaf & (forest.segment["finish"] == FINISH_CODE["length"])
-    found = {
+    if not window.drop_truncated:
+        truncated = torch.zeros_like(truncated)
+    holds = {
         "unjudged": segment_sum(judged.float(), tree, forest.num_trees) == 0,
-        "truncated": (segment_sum(truncated.float(), tree, forest.num_trees) > 0) & window.drop_truncated,
+        "truncated": segment_sum(truncated.float(), tree, forest.num_trees) > 0,
         "hard": mean < window.low - 1e-6,
         "easy": mean > window.high + 1e-6,
     }
-    before = torch.zeros(forest.num_trees, dtype=torch.bool)
-    for reason, holds in found.items():
-        found[reason] = holds & ~before
-        before |= holds
-    return found
+    first: dict[str, Tensor] = {}
+    seen = torch.zeros(forest.num_trees, dtype=torch.bool)
+    for reason, trees in holds.items():
+        first[reason] = trees & ~seen
+        seen = seen | trees
+    return first

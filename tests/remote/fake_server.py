@@ -106,7 +106,7 @@ class Worker(Extension):
         if self.fake.sampler and self.fake.takes and self is self.fake.workers[0]:
             with self.fake.lock:
                 self.fake.sampler.policy.model.load_state_dict(self.given, strict=False)
-                self.fake.sampler.kept.clear()
+                self.fake.sampler.prefix_cache.clear()
 
 
 class Fake:

@@ -13,7 +13,7 @@ from stepcredit.errors import UserError
 from stepcredit.estimators.frozen import OldPolicy
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.learn.placement import WHOLE
+from stepcredit.learn.placement import UNSHARDED
 from stepcredit.policy.forward import score
 from stepcredit.run.build import build_estimators, build_parts
 from stepcredit.samplers.remote import weights
@@ -90,7 +90,7 @@ def test_old_logprobs_and_entropy_come_from_the_trainer(policy):
 @pytest.mark.parametrize("options", [{}, {"urls": "http://127.0.0.1:1", "launch": True}])
 def test_servers_or_one_of_its_own(policy, options):
     with pytest.raises(UserError, match=r"needs running servers .* not both"):
-        build_sampler(config(**options), policy, WHOLE)
+        build_sampler(config(**options), policy, UNSHARDED)
 
 
 def test_options_at_which_there_are_no_logprobs(fakes, tmp_path, capsys):

@@ -21,7 +21,7 @@ from stepcredit.forest.types import Segment
 from stepcredit.learn.placement import Placement
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import source_of
-from stepcredit.processes.ranks import ALONE, Ranks
+from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.connection import Retry
 from stepcredit.samplers.remote.dialect import Completion, Dialect, Request, Start
@@ -58,7 +58,7 @@ class RemoteSampler:
         urls: Sequence[str],
         options: ServerOptions | None = None,
         max_rows: int = 256,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         local: LocalServer | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -105,9 +105,9 @@ class RemoteSampler:
         params: SamplingParams,
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
-        keep: Callable[[list[int]], int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]:
-        """As `TransformersSampler.sample`; `keep` is left to the servers' prefix caches.
+        """As `TransformersSampler.sample`; `num_reusable` is left to the servers' prefix caches.
 
         The column `rollout_logprobs` is there where the servers give log-probabilities of the full distribution
         (`Dialect.gives_full_logprobs`).
@@ -182,7 +182,7 @@ def remote_sampler(dialect: Dialect, config: Config, policy: Policy, placement: 
         return started[0].url
 
     if options.launch:
-        urls = [placement.ranks.first(start)]
+        urls = [placement.ranks.on_main(start)]
     return RemoteSampler(
         dialect,
         policy,

@@ -58,7 +58,7 @@ class Weights:
 
     def __init__(self, dialect: Dialect, policy: Policy, ranks: Ranks, way: Way, device: torch.device) -> None:
         self.dialect, self.policy, self.ranks, self.way, self.device = dialect, policy, ranks, way, device
-        self.token, self.number = ranks.first(lambda: uuid.uuid4().hex[:8]), 0
+        self.token, self.number = ranks.on_main(lambda: uuid.uuid4().hex[:8]), 0
         self.adapted = has_adapters(policy)
         self.state: dict[str, Tensor] = {}  # of the first process
         self._writing = threading.Lock()
@@ -72,7 +72,7 @@ class Weights:
 
     def open_folder(self, parent: Path | None) -> None:
         """Make the folder below a parent; None: in memory where there is a /dev/shm."""
-        self.folder = self.ranks.first(lambda: new_folder(parent))
+        self.folder = self.ranks.on_main(lambda: new_folder(parent))
         if self.ranks.main:
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
@@ -96,9 +96,9 @@ class Weights:
         Raises:
             UserError: a server does not take them.
         """
-        self.state = full_state(policy, keep=self.ranks.main)
+        self.state = full_state(policy, collect=self.ranks.main)
         self.number += 1
-        ways = self.ranks.first(lambda: self._send(servers))
+        ways = self.ranks.on_main(lambda: self._send(servers))
         for server, way in zip(servers, ways, strict=True):
             server.way = way
         if all(server.way == "folder" for server in servers) and self._version_folder.exists():

@@ -1,4 +1,4 @@
-"""Keys and values held for later calls, found by the tokens that they are of."""
+"""A cache of keys and values for later calls, looked up by token ids."""
 
 from array import array
 from bisect import bisect_left, insort
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from stepcredit.policy.decoding import Prefix
 
 
-class Kept:
-    """Prefixes by their whole path of token ids, up to a budget of memory.
+class PrefixCache:
+    """Prefixes by all their token ids from the start of the prompt, up to a budget of memory.
 
-    What is asked for may end inside of what was kept: it is split there, so that both parts are held once.
+    A look-up may end inside a cached prefix, which is then split there, so that both parts are stored once.
 
     Args:
-        max_bytes: of keys and values; what does not fit is not kept.
+        max_bytes: of keys and values; a prefix that does not fit is not stored.
     """
 
     def __init__(self, max_bytes: float = float("inf")) -> None:
@@ -22,7 +22,7 @@ class Kept:
 
     def clear(self) -> None:
         self.bytes = 0
-        self._paths: list[bytes] = []  # sorted: those that begin with one stand behind it
+        self._paths: list[bytes] = []  # sorted: a path comes before those that begin with it
         self._prefixes: dict[bytes, Prefix] = {}
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
@@ -32,11 +32,11 @@ class Kept:
         return iter(self._prefixes.values())
 
     def get(self, tokens: Sequence[int]) -> Prefix | None:
-        """The prefix of just these tokens, if there is one."""
+        """The prefix of exactly these tokens; None: there is none."""
         return self._prefixes.get(_key(tokens))
 
     def add(self, tokens: Sequence[int], prefix: Prefix) -> None:
-        """Hold a prefix, `tokens` with everything before it, if there is room."""
+        """Store a prefix if there is room; `tokens` are all from the start of the prompt to its end."""
         key = _key(tokens)
         if key not in self._prefixes:
             if self.bytes + prefix.num_bytes > self.max_bytes:
@@ -45,8 +45,8 @@ class Kept:
             insort(self._paths, key)
         self._prefixes[key] = prefix
 
-    def cut(self, tokens: Sequence[int]) -> Prefix | None:
-        """The prefix of these tokens, split off what was kept where that goes on; None where nothing has them."""
+    def find(self, tokens: Sequence[int]) -> Prefix | None:
+        """The prefix of these tokens, split off a longer one if need be; None: no cached prefix begins with them."""
         key = _key(tokens)
         place = bisect_left(self._paths, key)
         if not tokens or place == len(self._paths) or not self._paths[place].startswith(key):
