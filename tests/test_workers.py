@@ -14,7 +14,7 @@ import pytest
 
 from stepcredit.errors import UserError
 from stepcredit.verifiers import reward_function
-from stepcredit.verifiers.workers import Call, Outcome, Workers
+from stepcredit.verifiers.workers import Outcome, RewardCall, Workers
 
 TIMEOUT = 1.5
 
@@ -26,10 +26,10 @@ def workers():
     made.close()
 
 
-def calls(name: str, texts: list[str], **columns) -> list[Call]:
+def calls(name: str, texts: list[str], **columns) -> list[RewardCall]:
     reward = reward_function(f"tests.user_rewards.{name}")
     arguments = reward.select({"prompts": ["p"] * len(texts), "completions": texts, **columns})
-    return Call(reward, arguments, len(texts)).rows()
+    return RewardCall(reward, arguments, len(texts)).rows()
 
 
 def run(workers: Workers, name: str, texts: list[str], **columns) -> list[Outcome]:
@@ -163,7 +163,7 @@ def test_a_worker_killed_from_outside_is_replaced(workers) -> None:
 def test_async_functions_wait_together(workers) -> None:
     """40 calls of 0.3 s take far less than 12 s; one that hangs times out alone."""
     reward = reward_function("tests.user_rewards.waits")
-    call = Call(reward, {"completions": ["good"] * 39 + ["bad"]}, 40, together=True, separable=True)
+    call = RewardCall(reward, {"completions": ["good"] * 39 + ["bad"]}, 40, together=True, separable=True)
     started = time.monotonic()
     (found,) = workers.run([call])
     assert time.monotonic() - started < 8
@@ -172,14 +172,16 @@ def test_async_functions_wait_together(workers) -> None:
 
 def test_an_async_function_that_blocks_holds_up_no_other(workers) -> None:
     reward = reward_function("tests.user_rewards.blocks")
-    (found,) = workers.run([Call(reward, {"completions": ["good", "bad", "good"]}, 3, together=True, separable=True)])
+    (found,) = workers.run(
+        [RewardCall(reward, {"completions": ["good", "bad", "good"]}, 3, together=True, separable=True)]
+    )
     assert [outcome.failure for outcome in found] == [None, "timeout", None]
 
 
 @pytest.mark.parametrize(("name", "failure"), [("raises", "error"), ("leaves", "error"), ("sleeps", "timeout")])
 def test_one_completion_does_not_spoil_its_chunk(workers, name: str, failure: str) -> None:
     """A call of several that goes wrong is repeated one by one; where it may not be, all have failed."""
-    whole = Call(
+    whole = RewardCall(
         reward_function(f"tests.user_rewards.{name}"), {"prompts": ["p"] * 3, "completions": ["a", "bad", "b"]}, 3
     )
     (apart,), (one,) = workers.run([replace(whole, separable=True)]), workers.run([whole])
@@ -195,7 +197,7 @@ def test_from_another_thread_and_inside_asyncio(workers) -> None:
 
     async def inside():
         here = Workers(count=0)
-        call = Call(reward_function("tests.user_rewards.waits"), {"completions": ["good"]}, 1)
+        call = RewardCall(reward_function("tests.user_rewards.waits"), {"completions": ["good"]}, 1)
         return run(workers, "raises", ["good", "bad"]), here.run([call])[0]
 
     also, in_process = asyncio.run(inside())
@@ -205,12 +207,12 @@ def test_from_another_thread_and_inside_asyncio(workers) -> None:
 
 def test_options_columns_and_verl(workers) -> None:
     reward = reward_function("tests.user_rewards.with_option", {"factor": 0.25})
-    assert workers.run([Call(reward, {"completions": ["a"]}, 1)]) == [[Outcome(0.25)]]
+    assert workers.run([RewardCall(reward, {"completions": ["a"]}, 1)]) == [[Outcome(0.25)]]
     with pytest.raises(UserError, match=r"reward.options.tests.user_rewards.with_option.fator.*did you mean 'factor'"):
         reward_function("tests.user_rewards.with_option", {"fator": 1})
     verl = reward_function("verl:tests.user_rewards.compute_score")
     columns = {"prompts": ["p"] * 2, "completions": ["5", "6"], "answer": ["5", "5"], "data_source": ["d"] * 2}
-    call = Call(verl, verl.select(columns | {"extra_info": [{"index": 3}] * 2}), 2)
+    call = RewardCall(verl, verl.select(columns | {"extra_info": [{"index": 3}] * 2}), 2)
     assert workers.run([call]) == [[Outcome(1.0), Outcome(0.0)]]
     assert verl.needs_answer
 
@@ -235,4 +237,4 @@ def test_user_errors_come_through(workers) -> None:
     """A function that says that the input is wrong stops the run; it is no outcome."""
     reward = reward_function("overlong", {"max_tokens": 4, "buffer": 9})
     with pytest.raises(UserError, match="overlong"):
-        workers.run([Call(reward, {"prompts": [""], "completions": [""], "completion_ids": [[1]]}, 1)])
+        workers.run([RewardCall(reward, {"prompts": [""], "completions": [""], "completion_ids": [[1]]}, 1)])

@@ -27,9 +27,9 @@ class NoisySampler(TransformersSampler):
         params: SamplingParams,
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
-        keep: Callable[[list[int]], int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
     ) -> list[list[Segment]]:
-        groups = super().sample(prompts, n, params, seeds, limits, keep)
+        groups = super().sample(prompts, n, params, seeds, limits, num_reusable)
         for seed, group in zip(seeds, groups, strict=True):
             chance = random.Random(seed)
             for segment in group:

@@ -14,7 +14,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import Reward, RewardFunction
-from stepcredit.verifiers.workers import Call, Failure, Outcome, Workers
+from stepcredit.verifiers.workers import Failure, Outcome, RewardCall, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -253,7 +253,7 @@ class Judge:
     def _judged(self, rewards: Mapping[str, Reward], asked: Asked) -> dict[str, list[Outcome]]:
         problems = asked.problems
         found: dict[str, list[Outcome]] = {}
-        calls: dict[str, list[Call]] = {}
+        calls: dict[str, list[RewardCall]] = {}
         for name, reward in rewards.items():
             reasons = {id(problem): reward.unfit(problem) for problem in problems}
             found[name] = [
@@ -291,8 +291,8 @@ class Judge:
     def close(self) -> None:
         self.workers.close()
 
-    def _calls(self, reward: Reward, columns: dict[str, list[Any]], problems: Sequence[Problem]) -> list[Call]:
-        whole = Call(reward, reward.select(columns), len(problems))
+    def _calls(self, reward: Reward, columns: dict[str, list[Any]], problems: Sequence[Problem]) -> list[RewardCall]:
+        whole = RewardCall(reward, reward.select(columns), len(problems))
         alone = self.call_with == "row" or not reward.own
         if not problems or reward.path is None or (self.call_with == "batch" and not alone):
             return [whole]

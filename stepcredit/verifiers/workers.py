@@ -54,7 +54,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Call:
+class RewardCall:
     """One call of a reward function.
 
     Attributes:
@@ -69,7 +69,7 @@ class Call:
     together: bool = False
     separable: bool = False
 
-    def split(self, sizes: Sequence[int]) -> "list[Call]":
+    def split(self, sizes: Sequence[int]) -> "list[RewardCall]":
         """Calls of so many completions each."""
         calls = []
         for size, end in zip(sizes, accumulate(sizes), strict=True):
@@ -77,7 +77,7 @@ class Call:
             calls.append(replace(self, arguments=arguments, size=size))
         return calls
 
-    def rows(self) -> "list[Call]":
+    def rows(self) -> "list[RewardCall]":
         """A call for each completion."""
         return self.split([1] * self.size)
 
@@ -107,7 +107,7 @@ class Workers:
         self._groups = Path()  # has a file for each worker, named by its process group
         self._finalizer: weakref.finalize | None = None  # ends the pool and what it started
 
-    def run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+    def run(self, calls: Sequence[RewardCall]) -> list[list[Outcome]]:
         """The outcomes of each call, in order.
 
         A function that raises, returns what is no reward, outlives its deadline or ends its process makes outcomes with
@@ -120,7 +120,7 @@ class Workers:
         from_workers = iter(self._run_in_workers(for_workers) if for_workers else [])
         return [next(from_workers) if self._needs_worker(call) else run_here(call) for call in calls]
 
-    def _needs_worker(self, call: Call) -> bool:
+    def _needs_worker(self, call: RewardCall) -> bool:
         return call.reward.path is not None and self.count > 0
 
     def start(self, rewards: Iterable[Reward]) -> None:
@@ -156,7 +156,7 @@ class Workers:
                 _ = self._pool.active  # starts the processes
             return self._pool
 
-    def _run_in_workers(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+    def _run_in_workers(self, calls: Sequence[RewardCall]) -> list[list[Outcome]]:
         done: dict[int, list[Outcome]] = {}
         paths = sorted({call.reward.path for call in calls if call.reward.path is not None})
         for _ in range(2):  # once more with new workers, should the pool itself break
@@ -175,7 +175,7 @@ class Workers:
             "your own needs `if __name__ == '__main__':` around what it runs)"
         )
 
-    def _run_in_pool(self, pool: ProcessPool, calls: Sequence[Call], done: dict[int, list[Outcome]]) -> None:
+    def _run_in_pool(self, pool: ProcessPool, calls: Sequence[RewardCall], done: dict[int, list[Outcome]]) -> None:
         """Run the calls that are not done in the pool.
 
         About as many run at once as there are cores, so that none loses its deadline to the others; calls that take
@@ -197,7 +197,7 @@ class Workers:
                 number, _ = running.pop(finished)
                 done[number] = self._outcomes(calls[number], finished)
 
-    def _outcomes(self, call: Call, future: "Future[list[Outcome]]") -> list[Outcome]:
+    def _outcomes(self, call: RewardCall, future: "Future[list[Outcome]]") -> list[Outcome]:
         """The outcomes of a call that has finished.
 
         Raises:
@@ -214,7 +214,7 @@ class Workers:
                 return self._one_by_one(call)
             return [Outcome(None, "error", f"its process ended with {_describe_exit(error.exitcode)}")] * call.size
 
-    def _one_by_one(self, call: Call) -> list[Outcome]:
+    def _one_by_one(self, call: RewardCall) -> list[Outcome]:
         return [outcome for outcomes in self._run_in_workers(call.rows()) for outcome in outcomes]
 
 
@@ -241,7 +241,7 @@ def _set_up_worker(paths: list[str], groups: str, memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
 
 
-def _packed(call: Call, timeout_s: float) -> tuple[Any, ...]:
+def _packed(call: RewardCall, timeout_s: float) -> tuple[Any, ...]:
     """A call as it goes to a worker, which finds the function by its path."""
     rest = call.size, call.together, call.separable
     return call.reward.path, dict(call.reward.options), dict(call.arguments), rest, timeout_s
@@ -252,7 +252,7 @@ def _run_packed(
 ) -> list[Outcome]:
     pid = os.getpid()
     try:
-        return run_here(Call(replace(_reward(path), options=options), arguments, *rest), timeout_s)
+        return run_here(RewardCall(replace(_reward(path), options=options), arguments, *rest), timeout_s)
     finally:
         if os.getpid() != pid:  # a child that the function forked and that found its way back here
             os._exit(0)
@@ -268,7 +268,7 @@ def module_of(path: str) -> str:
 # ---------------------------------------------------------------------- a call, in whichever process
 
 
-def run_here(call: Call, timeout_s: float | None = None) -> list[Outcome]:
+def run_here(call: RewardCall, timeout_s: float | None = None) -> list[Outcome]:
     """Run a call in this process, and check what the function returns.
 
     Raises:
@@ -290,8 +290,8 @@ def run_here(call: Call, timeout_s: float | None = None) -> list[Outcome]:
         return [Outcome(None, "error", describe(error))] * call.size
 
 
-async def _side_by_side(call: Call, timeout_s: float | None) -> list[Outcome]:
-    async def one(row: Call) -> Outcome:
+async def _side_by_side(call: RewardCall, timeout_s: float | None) -> list[Outcome]:
+    async def one(row: RewardCall) -> Outcome:
         try:
             result = await asyncio.wait_for(row.reward.function(**row.arguments, **row.reward.options), timeout_s)
             return checked(result, 1)[0]

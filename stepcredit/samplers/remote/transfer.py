@@ -28,7 +28,7 @@ from stepcredit.samplers.remote.server.stepcredit_worker import Entry, chunks, o
 TIMEOUT_S = 60.0  # for a chunk, or for the others to come
 CHUNK = {"gloo": 1 << 24, "nccl": 1 << 28}  # bytes that are sent at once
 
-Call = Callable[..., Any]  # (method of the workers, its arguments as texts)
+WorkerMethod = Callable[..., Any]  # (method of the workers, its arguments as texts)
 
 
 class TransferError(Exception):
@@ -48,7 +48,7 @@ class Transfer:
         TransferError: the group does not come about.
     """
 
-    def __init__(self, url: str, backend: str, device: torch.device, call: Call) -> None:
+    def __init__(self, url: str, backend: str, device: torch.device, call: WorkerMethod) -> None:
         self.backend, self.call, self.key = backend, call, uuid.uuid4().hex
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.group: Any = None
