@@ -24,6 +24,7 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
 from stepcredit.policy.batching import ENOUGH_ON_CPU, cut, gather_owned, stand_in, tree_sizes
 from stepcredit.policy.head import LogitRule, score_states
+from stepcredit.policy.limits import check_positions, check_token_ids, positions_of, steady_length, vocabulary_of
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
 from stepcredit.processes.ranks import ALONE, Ranks, deal
@@ -66,7 +67,8 @@ class Policy(nn.Module):
         self.home: torch.device | None = None
         self.autocast = autocast
         self.rule = LogitRule.of(model.config.get_text_config())
-        self.steady = _steady_length(model.config.get_text_config())
+        self.steady = steady_length(model.config.get_text_config())
+        self.positions, self.vocabulary = positions_of(model), vocabulary_of(model)
         self._ordinary = model.config._attn_implementation
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self.path = path
@@ -118,6 +120,9 @@ class Policy(nn.Module):
         if len(empty):
             raise UserError(f"tree '{forest.problems[int(empty[0])].id}' has no prompt tokens to go on from")
         self.check_length(int(forest.path_length.max()))
+        for ids in (forest.prompt_ids, forest.token["token_ids"]):
+            if len(ids):
+                check_token_ids([int(ids.min()), int(ids.max())], self.vocabulary, "a row that is scored")
         wanted = forest.token_sampled
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
@@ -165,7 +170,9 @@ class Policy(nn.Module):
                 layer.training = False
 
     def check_length(self, longest: int) -> None:
-        """Refuse paths on which the model's rotary embedding would depend on what else is computed beside them."""
+        """Refuse paths that the model has no positions for, or on which its rotary embedding depends on other rows."""
+        if self.positions.fixed:
+            check_positions(self.positions, longest, "the longest prompt and completion")
         if self.steady is not None and longest > self.steady:
             raise UserError(
                 f"this model's rotary embedding changes with the longest row of a call beyond {self.steady} tokens, so "
@@ -278,19 +285,6 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
     policy.path = "plain"
     log.warning("scoring one row per completion; prompts are computed again for every completion")
     return float("inf")
-
-
-def _steady_length(config: Any) -> int | None:
-    """Up to where a rotary embedding is one and the same; None: everywhere."""
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
-    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    limits = [
-        int(kind.get("original_max_position_embeddings") or original)
-        for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=None)
 
 
 def _paths(model: PreTrainedModel) -> list[Path]:

@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -34,6 +33,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.placement import full_state, heads_state, put_heads, put_state
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
+from stepcredit.policy.weights import Names, load_network
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.state import load_state, save_state
 
@@ -116,14 +116,19 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
 
     Args:
         folder: inside the checkpoint; "" for the policy.
+
+    Raises:
+        UserError: the checkpoint lacks weights, or has some of another size or that are not finite.
     """
     policy, place = learner.policy, checkpoint / folder
     if has_adapters(policy):
-        load_adapters(policy, place)
+        load_adapters(policy, place, "--resume")
     else:
-        saved = type(policy.model).from_pretrained(place, dtype=torch.float32)
-        put_state(policy, saved.state_dict())
-    put_heads(policy, saved_heads(place))
+        put_state(policy, load_network(str(place), "--resume", type(policy.model)).state_dict())
+    heads = saved_heads(place, "--resume")
+    own = policy.heads.state_dict()
+    Names.between(heads, own).check(f"--resume: the heads of '{place}'", len(own), "they are of another run")
+    put_heads(policy, heads)
     place = _optimizer_folder(checkpoint, folder)
     if not place.is_dir():
         return  # it had not taken a step

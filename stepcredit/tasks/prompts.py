@@ -1,6 +1,7 @@
 """From a problem to prompt token ids: the tokenizer's chat template where it has one, plain text otherwise."""
 
 import string
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stepcredit.errors import UserError
@@ -25,6 +26,10 @@ class PromptFormat:
         max_tokens: a longer prompt is an error.
         chat_template_kwargs: extra arguments of the chat template (`enable_thinking: false` ...).
         template: text around a plain question, `{question}` and `{COLUMN}` filled in; lists are put line by line.
+        check: called with the problem's name and the token ids of each prompt; raises where the model cannot take them.
+
+    Attributes:
+        longest: tokens of the longest prompt so far.
     """
 
     def __init__(
@@ -34,10 +39,12 @@ class PromptFormat:
         max_tokens: int = 1024,
         chat_template_kwargs: dict[str, Any] | None = None,
         template: str | None = None,
+        check: Callable[[str, list[int]], None] | None = None,
     ) -> None:
         self.tokenizer, self.system_prompt, self.max_tokens = tokenizer, system_prompt, max_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.template = template
+        self.template, self.check = template, check
+        self.longest = 0
         if system_prompt and not tokenizer.chat_template:
             raise UserError("task.system_prompt needs a chat template, and this tokenizer has none")
         if template is not None and "question" not in _fields(template):
@@ -48,7 +55,8 @@ class PromptFormat:
 
         Raises:
             PromptTooLong: it has more than `max_tokens`.
-            UserError: it is empty, chat messages meet no chat template, or the template names a column that is absent.
+            UserError: it is empty, `check` refuses it, chat messages meet no chat template, or the template names a
+                column that is absent.
         """
         question = self._filled(problem)
         size = len(question) if isinstance(question, str) else sum(len(str(part["content"])) for part in question)
@@ -69,6 +77,9 @@ class PromptFormat:
             raise UserError(f"problem '{problem.id}': the prompt has no tokens")
         if len(ids) > self.max_tokens:
             raise self._too_long(problem, f"{len(ids)} tokens")
+        if self.check is not None:
+            self.check(problem.id, ids)
+        self.longest = max(self.longest, len(ids))
         return ids
 
     def _filled(self, problem: Problem) -> Any:
