@@ -1,6 +1,5 @@
 """The Estimator seam: what adds columns to a forest before the credit, and what its builder declares."""
 
-import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +13,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import load_model
 from stepcredit.learn.placement import WHOLE, Placement
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.limits import check_positions
-
-log = logging.getLogger("stepcredit")
+from stepcredit.policy.limits import check_positions, check_shared_vocabulary
 
 
 class Estimator:
@@ -71,14 +68,7 @@ class Context:
         start = load_model(self.config, model, self.placement, "prm.model")
         if start.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise UserError(f"prm.model: '{model}' has another vocabulary than the policy")
-        if start.vocabulary < self.policy.vocabulary:
-            log.warning(
-                "prm.model: '%s' has %d token ids and the policy %d, the others without a text; a run that samples one "
-                "of them ends with an error",
-                model,
-                start.vocabulary,
-                self.policy.vocabulary,
-            )
+        check_shared_vocabulary(start, self.policy, f"prm.model: '{model}'")
         if self.rollouts is not None:
             prompt, new = max(1, self.rollouts.encode.longest), self.config.sampler.max_new_tokens
             whose = f"prm.model: '{model}': a prompt of {prompt} tokens and sampler.max_new_tokens {new}"

@@ -111,8 +111,10 @@ def merge_adapters(folder: Path, out: Path) -> None:
     where = f"merge: '{folder}'"
     if not (folder / ADAPTER).is_file():
         raise UserError(f"{where} holds no adapters ({ADAPTER}); give a checkpoint of a run with --lora.rank")
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(f"{where} holds {ADAPTER} and no {ADAPTER_WEIGHTS[0]}; copy the whole folder")
     base = str(adapter_base(str(folder), "merge"))
-    network = load_network(base, "merge")
+    network = load_network(base, f"merge: the base of '{folder}'")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft asks transformers by an old name; missing weights are checked below

@@ -277,7 +277,9 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
                 log.warning("the %s form does not run on this model (%s)", path, error)
                 continue
             if difference <= tolerance:
-                log.info("scoring each token once (%s form; within %.1e of the model's own logits)", path, difference)
+                level = logging.INFO if path == "forest" else logging.WARNING  # the others take longer
+                form = f"{path} form; within {difference:.1e} of the model's own logits"
+                log.log(level, "scoring each token once (%s)%s", form, "" if path == "forest" else ", level by level")
                 return difference
             log.warning("the %s form differs from the model's own logits by %.2g", path, difference)
     finally:
@@ -285,6 +287,24 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
     policy.path = "plain"
     log.warning("scoring one row per completion; prompts are computed again for every completion")
     return float("inf")
+
+
+@torch.no_grad()
+def check_causal(policy: Policy, where: str) -> None:
+    """Refuse models whose tokens see those that come after them, such as BERT.
+
+    Raises:
+        UserError: it is one.
+    """
+    policy.path = "plain"
+    last = policy.vocabulary - 1
+    rows = torch.tensor([[0, last // 2, 0], [0, last // 2, last]], device=policy.device)
+    first, second = policy.model(input_ids=rows).logits[:, 1].float()
+    if float((first - second).abs().max()) > 1e-3 * float(first.std()):
+        kind = policy.model.config.model_type
+        raise UserError(
+            f"{where} ({kind}) is no causal language model: its tokens see those that come after them; give one that is"
+        )
 
 
 def _paths(model: PreTrainedModel) -> list[Path]:

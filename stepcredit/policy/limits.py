@@ -106,6 +106,35 @@ def check_vocabulary(policy: "Policy", where: str) -> None:
         )
 
 
+def check_shared_vocabulary(scorer: "Policy", policy: "Policy", where: str) -> None:
+    """Look whether a model with the policy's tokenizer can score all that the policy may sample.
+
+    Rows of padding differ between sizes of one family; a trained model hardly ever samples one, so these are a warning.
+
+    Args:
+        where: begins the message, such as "prm.model: 'my-folder'".
+
+    Raises:
+        UserError: the model lacks rows for tokens that have a text.
+    """
+    if scorer.vocabulary >= policy.vocabulary:
+        return
+    named = [number for number in policy.tokenizer.get_vocab().values() if number < policy.vocabulary]
+    lacking = sum(number >= scorer.vocabulary for number in named)
+    if lacking:
+        raise UserError(
+            f"{where} has {scorer.vocabulary} tokens and lacks {lacking} of those that the policy samples; give one "
+            "with the policy's vocabulary"
+        )
+    log.warning(
+        "%s has %d rows for tokens and the policy %d; a run whose policy samples one of the others, which have no "
+        "text, ends with an error",
+        where,
+        scorer.vocabulary,
+        policy.vocabulary,
+    )
+
+
 def check_stop_tokens(stop: Sequence[int], vocabulary: int) -> None:
     """Look whether completions can end.
 
@@ -203,6 +232,6 @@ class PromptCheck:
     def _check_length(self, whose: str, prompt: int) -> None:
         longest = prompt + self.max_new_tokens
         if not self.warned:
-            whose += f" of {prompt} tokens and sampler.max_new_tokens {self.max_new_tokens}"
+            whose += f" of {prompt} token{'s' if prompt > 1 else ''} and sampler.max_new_tokens {self.max_new_tokens}"
             self.warned = not check_positions(self.policy.positions, longest, whose)
         self.policy.check_length(longest)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
-from stepcredit.policy.forward import Policy, choose_path
+from stepcredit.policy.forward import Policy, check_causal, choose_path
 from stepcredit.policy.heads import load_heads
 from stepcredit.policy.limits import check_vocabulary
 from stepcredit.policy.weights import ADAPTER, ADAPTER_WEIGHTS, UNREADABLE, load_network, why_unreadable
@@ -73,7 +73,8 @@ def load_policy(
 
     Raises:
         UserError: the folder, the model or the tokenizer is missing or cannot be loaded; weights are missing, of
-            another size or not finite; or the embedding and the output layer have different numbers of tokens.
+            another size or not finite; embedding and output layer have different numbers of tokens; or it is not a
+            causal language model with keys and values.
     """
     source = source_of(model, option=option)
     where = pick_device(device)
@@ -93,6 +94,7 @@ def load_policy(
         network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
     policy = Policy(network, tokenizer, autocast)
     check_vocabulary(policy, f"{option}: '{model}'")
+    check_causal(policy, f"{option}: '{model}'")
     load_heads(policy, Path(source), option)
     choose_path(policy)
     return policy
@@ -106,8 +108,11 @@ def _check_folder(folder: Path, config_only: bool, option: str) -> None:
         if not holds("config.json"):
             raise UserError(f"{option}: folder '{folder}' holds no config.json")
         return
-    adapters = holds(ADAPTER) and holds(*ADAPTER_WEIGHTS)
-    if not adapters and not (holds("config.json") and holds(*WEIGHT_FILES)):
+    if holds(ADAPTER) and not holds(*ADAPTER_WEIGHTS, *WEIGHT_FILES):
+        raise UserError(
+            f"{option}: folder '{folder}' holds {ADAPTER} and no {ADAPTER_WEIGHTS[0]}; copy the whole folder"
+        )
+    if not holds("config.json", ADAPTER) or not holds(*ADAPTER_WEIGHTS, *WEIGHT_FILES):
         raise UserError(f"{option}: folder '{folder}' holds no model (config.json and *.safetensors)")
     if not holds(*TOKENIZER_FILES):
         raise UserError(f"{option}: folder '{folder}' holds no tokenizer (tokenizer.json)")

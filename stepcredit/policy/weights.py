@@ -49,6 +49,7 @@ MADE_BY = {  # parts of names that tell how a checkpoint was written
     "weight_scale": "it is quantised and config.json does not say so; give the model in full precision",
     "absmax": "it is quantised (bitsandbytes) and config.json does not say so; give the model in full precision",
 }
+OUTPUT = "lm_head.weight"
 TWO_MODELS = "weights and config.json are of two models, or weights are missing; copy or download the folder again"
 
 
@@ -97,16 +98,17 @@ class Names:
         """
         if self.missing:
             cause = self._cause(architecture) or remedy
-            raise UserError(f"{where} lacks {len(self.missing)} of {total} weights ({_some(self.missing)}); {cause}")
+            lacking = f"{len(self.missing)} of {_counted(total)} ({_some(self.missing)})"
+            raise UserError(f"{where} lacks {lacking}; {cause}")
         if self.mismatched:
             shown = _some([f"{name}: {list(read)}, not {list(own)}" for name, read, own in self.mismatched])
-            raise UserError(f"{where} has {len(self.mismatched)} weights of another size ({shown}); {remedy}")
+            raise UserError(f"{where} has {_counted(len(self.mismatched))} of another size ({shown}); {remedy}")
         if self.unexpected:
             cause = self._cause(architecture)
             log.warning(
-                "%s has %d weights that the model does not take (%s); they are left out%s",
+                "%s has %s that the model does not take (%s); left out%s",
                 where,
-                len(self.unexpected),
+                _counted(len(self.unexpected)),
                 _some(self.unexpected),
                 f"; {cause}" if cause else "",
             )
@@ -126,12 +128,21 @@ class Names:
             return f"its names lack the '{less}' that the model's begin with; save the whole model, not a part of it"
         if architecture:
             return f"config.json names {architecture}, which is another class; give a causal language model"
+        if self.missing == [OUTPUT]:
+            return (
+                "it may be a model without output layer; where that layer shares the embedding's weights, config.json "
+                'must say "tie_word_embeddings": true'
+            )
         return ""
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
     """By name, layer 2 before layer 10."""
     return sorted(names, key=lambda name: [part.zfill(8) if part.isdigit() else part for part in name.split(".")])
+
+
+def _counted(number: int) -> str:
+    return f"{number} weight" + ("" if number == 1 else "s")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -262,27 +273,39 @@ def adapter_base(source: str, option: str = "model") -> str | None:
 
 
 def why_unreadable(source: str, error: Exception) -> str:
-    """In one line why a model cannot be loaded: what is wrong with its files, else the first line of the error."""
+    """In one line why a model cannot be loaded: what is wrong with its files, else what the error says first."""
     folder = Path(source)
-    if not folder.is_dir():
-        return _first_line(error) + (
-            "; there is no folder of this name, so it was taken for a hub id: check the spelling and the network"
-            if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
-            else "; there is no folder of this name"
-        )
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
-        with file.open("rb") as opened:
-            if opened.read(len(POINTER)) == POINTER:
-                return f"{file.name} is a pointer of git-lfs, not the file itself; run 'git lfs pull' there"
+    if folder.is_dir():
+        return next((why for file in sorted(folder.iterdir()) if (why := _broken(file))), _first_line(error))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return "there is no folder of this name"
+    return (
+        f"there is no folder of this name, and as a hub id: {_first_line(error)}. Check the spelling, and the network "
+        "if it was not loaded before"
+    )
+
+
+def _broken(file: Path) -> str:
+    """What is wrong with a file of a model, as far as it can be told without loading it; "" for nothing."""
+    if file.suffix not in (".safetensors", ".bin", ".json") or not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            return f"{file.name} is a pointer of git-lfs, not the file itself; run 'git lfs pull' there"
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except SafetensorError as broken:
-                return f"{file.name} is damaged or cut off: {broken}; copy or download it again"
-    return _first_line(error)
+            with safe_open(file, "pt"):
+                pass
+    except (SafetensorError, ValueError) as broken:
+        return f"{file.name} is damaged or cut off: {broken}; copy or download it again"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    first, *rest = str(error).strip().splitlines() or [""]
+    if first.startswith("Error(s) in loading state_dict") and rest:
+        first = rest[0].strip()
+    line = first.rstrip(".:")
+    return line if line and not isinstance(error, (AttributeError, LookupError, TypeError)) else repr(error)

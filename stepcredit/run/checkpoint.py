@@ -33,7 +33,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.placement import full_state, heads_state, put_heads, put_state
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
-from stepcredit.policy.weights import Names, load_network
+from stepcredit.policy.weights import ADAPTER, Names, load_network
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.state import load_state, save_state
 
@@ -121,6 +121,9 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
         UserError: the checkpoint lacks weights, or has some of another size or that are not finite.
     """
     policy, place = learner.policy, checkpoint / folder
+    if has_adapters(policy) != (place / ADAPTER).is_file():
+        have, rank = ("no adapters", "--lora.rank 0") if has_adapters(policy) else ("adapters", "its --lora.rank")
+        raise UserError(f"--resume: '{place}' has {have}; continue with {rank}, or start a new run")
     if has_adapters(policy):
         load_adapters(policy, place, "--resume")
     else:
