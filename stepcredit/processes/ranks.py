@@ -74,10 +74,10 @@ class Ranks:
         found._host = dist.new_group(backend="gloo", timeout=limit)
         found._watch = Watch(dist.PrefixStore("watch", store), rank, size, timeout_s)
         found.wait()
-        found.first(lambda: found._check_device(device))
+        found.first(lambda: found.check_device(device))
         return found
 
-    def _check_device(self, device: str) -> None:
+    def check_device(self, device: str) -> None:
         """Each process has a GPU of its own, numbered by torchrun; a number in the config would be that of all."""
         kind, _, number = device.partition(":")
         if kind != "cuda" or not number or (self.local_size == 1 and number == "0"):
