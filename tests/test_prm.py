@@ -287,7 +287,7 @@ def test_it_is_saved_with_every_checkpoint(tmp_path):
         ),
         ("--prm.update sometimes", "prm.update: 'sometimes' is not known"),
         ("--filter.enabled true --filter.low 0.9", "filter.low (0.9) is above filter.high (0.8)"),
-        ("--prm.model nowhere", "model: 'nowhere'"),
+        ("--prm.model nowhere", "--prm: 'nowhere'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, said, capsys, tmp_path):
@@ -370,7 +370,7 @@ def odd_models(tmp_path_factory):
         ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl", "has token id 900"),
         ("--prm embedded --ref embedded --in bare.jsonl --out out.jsonl", "has no prompt_ids"),
         ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl --beta -1", "--beta must be a number above 0"),
-        ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "model: 'nowhere'"),
+        ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "--prm: 'nowhere'"),
         (
             "--prm nan --ref embedded --in fine.jsonl --out out.jsonl",
             "--prm: 'nan' gives log-probabilities that are not",
