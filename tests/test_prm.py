@@ -287,7 +287,7 @@ def test_it_is_saved_with_every_checkpoint(tmp_path):
         ),
         ("--prm.update sometimes", "prm.update: 'sometimes' is not known"),
         ("--filter.enabled true --filter.low 0.9", "filter.low (0.9) is above filter.high (0.8)"),
-        ("--prm.model nowhere", "model: 'nowhere'"),
+        ("--prm.model nowhere", "prm.model: 'nowhere'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, said, capsys, tmp_path):
@@ -346,13 +346,13 @@ def test_token_rewards_of_saved_rollouts(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def odd_models(tmp_path_factory):
-    """The embedded model with weights that are no numbers, and with two tokens of its vocabulary exchanged."""
+    """The embedded model with weights that are NaN, with ones that overflow, and with two tokens exchanged."""
     folder, policy = tmp_path_factory.mktemp("models"), load_policy("embedded", "cpu")
-    for name in ("other", "nan"):
+    for name, weight in (("other", 1.0), ("huge", 5e37), ("nan", torch.nan)):
+        with torch.no_grad():
+            policy.model.get_parameter("model.norm.weight").mul_(weight)
         policy.model.save_pretrained(folder / name)
         policy.tokenizer.save_pretrained(folder / name)
-        with torch.no_grad():
-            next(policy.model.parameters()).fill_(torch.nan)
     file = folder / "other" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -370,15 +370,17 @@ def odd_models(tmp_path_factory):
         ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl", "has token id 900"),
         ("--prm embedded --ref embedded --in bare.jsonl --out out.jsonl", "has no prompt_ids"),
         ("--prm embedded --ref embedded --in ids.jsonl --out out.jsonl --beta -1", "--beta must be a number above 0"),
-        ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "model: 'nowhere'"),
+        ("--prm nowhere --ref embedded --in fine.jsonl --out out.jsonl", "--prm: 'nowhere'"),
         (
-            "--prm nan --ref embedded --in fine.jsonl --out out.jsonl",
-            "--prm: 'nan' gives log-probabilities that are not",
+            "--prm huge --ref embedded --in fine.jsonl --out out.jsonl",
+            "--prm: 'huge' gives log-probabilities that are not",
         ),
         (
-            "--prm embedded --ref nan --in fine.jsonl --out out.jsonl",
-            "--ref: 'nan' gives log-probabilities that are not",
+            "--prm embedded --ref huge --in fine.jsonl --out out.jsonl",
+            "--ref: 'huge' gives log-probabilities that are not",
         ),
+        ("--prm nan --ref embedded --in fine.jsonl --out out.jsonl", "--prm: 'nan' has NaN or infinity in model.norm"),
+        ("--prm embedded --ref nan --in fine.jsonl --out out.jsonl", "--ref: 'nan' has NaN or infinity in model.norm"),
         ("--prm embedded --ref other --in fine.jsonl --out out.jsonl", "--ref: 'other' has another vocabulary"),
         *(
             (f"--prm embedded --ref embedded --in fine.jsonl --out out.jsonl {word}", f"go with {word.split()[0]}")

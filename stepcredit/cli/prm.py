@@ -18,6 +18,7 @@ def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
     from stepcredit.forest import Forest
     from stepcredit.forest.records import read_trees, write_trees
     from stepcredit.policy.forward import score
+    from stepcredit.policy.limits import check_positions
     from stepcredit.policy.loading import load_policy
 
     source = own["in"]
@@ -40,9 +41,15 @@ def score_prm(config: Config, own: Mapping[str, str], out: Path) -> int:
     vocabulary: dict[str, int] = {}
     highest = max(int(forest.token["token_ids"].max()), int(forest.prompt_ids.max()))
     for column, option in (("prm_logprobs", "prm"), ("ref_logprobs", "ref")):
-        model = load_policy(own[option], config.train.device, config.train.dtype, config.trust_remote_code)
-        if highest >= (size := model.model.get_input_embeddings().weight.shape[0]):
-            raise UserError(f"{source}: has token id {highest}; the vocabulary of --{option} ends at {size - 1}")
+        model = load_policy(
+            own[option], config.train.device, config.train.dtype, config.trust_remote_code, option=f"--{option}"
+        )
+        if highest >= model.vocabulary:
+            raise UserError(
+                f"{source}: has token id {highest}; the vocabulary of --{option} ends at {model.vocabulary - 1}"
+            )
+        longest = f"{source}: the longest prompt and completion, of --{option},"
+        check_positions(model.positions, int(forest.path_length.max()), longest, "leave them out of --in")
         vocabulary = vocabulary or model.tokenizer.get_vocab()
         if model.tokenizer.get_vocab() != vocabulary:
             raise UserError(f"--{option}: '{own[option]}' has another vocabulary than --prm")

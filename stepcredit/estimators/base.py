@@ -13,6 +13,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import load_model
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.limits import check_positions, check_shared_vocabulary
 
 
 class Estimator:
@@ -59,14 +60,19 @@ class Context:
         """What the process reward model starts from: a model of its own, or the policy.
 
         Raises:
-            UserError: it has another vocabulary.
+            UserError: it has another vocabulary, or too few positions.
         """
         model = self.config.prm.model
         if "prm_logprobs" not in self.needed or model is None:
             return self.policy
-        start = load_model(self.config, model, self.placement)
+        start = load_model(self.config, model, self.placement, "prm.model")
         if start.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise UserError(f"prm.model: '{model}' has another vocabulary than the policy")
+        check_shared_vocabulary(start, self.policy, f"prm.model: '{model}'")
+        if self.rollouts is not None:
+            prompt, new = max(1, self.rollouts.encode.longest), self.config.sampler.max_new_tokens
+            whose = f"prm.model: '{model}': a prompt of {prompt} tokens and sampler.max_new_tokens {new}"
+            check_positions(start.positions, prompt + new, whose)
         return start
 
 

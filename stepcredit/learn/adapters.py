@@ -7,16 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 from stepcredit.errors import UserError
 from stepcredit.learn.placement import copy_into
 from stepcredit.policy.forward import Policy
-
-ADAPTER = "adapter_config.json"
+from stepcredit.policy.weights import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    UNREADABLE,
+    Names,
+    adapter_base,
+    check_adapters,
+    check_finite,
+    load_network,
+    why_unreadable,
+)
 
 
 def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -49,15 +60,25 @@ def has_adapters(policy: Policy) -> bool:
     return bool(getattr(policy.model, "_hf_peft_config_loaded", False))
 
 
-def load_adapters(policy: Policy, folder: Path) -> None:
-    """Load the adapters of a folder into a policy that has adapters."""
-    file = load_file(folder / "adapter_model.safetensors")
-    saved = {name.removeprefix("base_model.model."): value for name, value in file.items()}
-    weights = {name.replace(".default.", "."): value for name, value in policy.model.named_parameters()}
+def load_adapters(policy: Policy, folder: Path, option: str = "model") -> None:
+    """Bring a policy's adapters to where a folder has them.
+
+    Raises:
+        UserError: they cannot be read, are not all those of the policy, or are not finite.
+    """
+    where = f"{option}: '{folder}'"
+    try:
+        saved = load_file(folder / ADAPTER_WEIGHTS[0])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where} has no adapters that can be read ({why_unreadable(str(folder), error)})") from error
+    given = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
+    named = {name.replace(".default.", "."): value for name, value in policy.model.named_parameters()}
+    learning = {name: value for name, value in named.items() if value.requires_grad}
+    check_adapters(Names.between(given, learning), where, len(learning), policy.model.name_or_path)
+    check_finite(given, where)
     with torch.no_grad():
-        for name, value in weights.items():
-            if value.requires_grad:
-                copy_into(value, saved[name])
+        for name, value in learning.items():
+            copy_into(value, given[name])
 
 
 @contextmanager
@@ -85,21 +106,24 @@ def merge_adapters(folder: Path, out: Path) -> None:
     """Merge a folder's adapters into their base model and write it as a folder that `from_pretrained` loads.
 
     Raises:
-        UserError: the folder holds no adapters, or their base cannot be loaded.
+        UserError: the folder holds no adapters, or not all of them, or their base cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
+    where = f"merge: '{folder}'"
     if not (folder / ADAPTER).is_file():
-        raise UserError(f"merge: '{folder}' holds no adapters ({ADAPTER}); give a checkpoint of a run with --lora.rank")
-    config = LoraConfig.from_pretrained(str(folder))
-    base = str(config.base_model_name_or_path)
+        raise UserError(f"{where} holds no adapters ({ADAPTER}); give a checkpoint of a run with --lora.rank")
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(f"{where} holds {ADAPTER} and no {ADAPTER_WEIGHTS[0]}; copy the whole folder")
+    base = str(adapter_base(str(folder), "merge"))
+    network = load_network(base, f"merge: the base of '{folder}'")
     try:
-        network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            merged = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
-        merged.save_pretrained(out)
+            warnings.simplefilter("ignore")  # peft asks transformers by an old name; missing weights are checked below
+            adapted = PeftModel.from_pretrained(network, str(folder))
+        read, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(adapted)
+        check_adapters(Names.between(read, wanted), where, len(wanted), base)
+        check_finite(read, where)
+        adapted.merge_and_unload().save_pretrained(out)
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
-    except (OSError, ValueError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
+    except UNREADABLE as error:
+        why = why_unreadable(str(folder), error)
         raise UserError(f"merge: cannot put the adapters of '{folder}' onto '{base}' ({why})") from error

@@ -8,10 +8,10 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import load_policy
 
 
-def load_model(config: Config, model: str, placement: Placement) -> Policy:
-    """A model of the config, on the device; one that will be sharded in the CPU's memory."""
+def load_model(config: Config, model: str, placement: Placement, option: str = "model") -> Policy:
+    """A model of the config, which `option` names, on the device; one that will be sharded in the CPU's memory."""
     device, home = ("cpu", placement.device) if placement.sharded else (config.train.device, None)
-    policy = load_policy(model, device, config.train.dtype, config.trust_remote_code, home)
+    policy = load_policy(model, device, config.train.dtype, config.trust_remote_code, home, option)
     if config.train.gradient_checkpointing:
         policy.checkpoint_layers()
     return policy

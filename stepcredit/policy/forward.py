@@ -24,6 +24,7 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
 from stepcredit.policy.batching import PREFERRED_TOKENS_ON_CPU, gather_owned, split_into_parts, tree_sizes, unowned_part
 from stepcredit.policy.head import LogitRule, score_states
+from stepcredit.policy.limits import check_positions, check_token_ids, positions_of, steady_length, vocabulary_of
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks, balanced_shares
@@ -67,7 +68,8 @@ class Policy(nn.Module):
         self.compute_device: torch.device | None = None
         self.autocast = autocast
         self.logit_rule = LogitRule.of(model.config.get_text_config())
-        self.rope_limit = _rope_limit(model.config.get_text_config())
+        self.rope_limit = steady_length(model.config.get_text_config())
+        self.positions, self.vocabulary = positions_of(model), vocabulary_of(model)
         self._ordinary = model.config._attn_implementation
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self.scoring_form = scoring_form
@@ -121,6 +123,9 @@ class Policy(nn.Module):
         if len(empty):
             raise UserError(f"tree '{forest.problems[int(empty[0])].id}' has no prompt tokens to go on from")
         self.check_length(int(forest.path_length.max()))
+        for ids in (forest.prompt_ids, forest.token["token_ids"]):
+            if len(ids):
+                check_token_ids([int(ids.min()), int(ids.max())], self.vocabulary, "a row that is scored")
         wanted = forest.token_sampled
         if "owned" in forest.token:
             wanted = wanted & forest.token["owned"]
@@ -170,7 +175,9 @@ class Policy(nn.Module):
                 layer.training = False
 
     def check_length(self, longest: int) -> None:
-        """Refuse paths whose rotary embedding would depend on the other rows of the call."""
+        """Refuse paths that the model has no positions for, or whose rotary embedding depends on the other rows."""
+        if self.positions.fixed:
+            check_positions(self.positions, longest, "the longest prompt and completion")
         if self.rope_limit is not None and longest > self.rope_limit:
             raise UserError(
                 f"this model's rotary embedding changes with the longest row of a call beyond {self.rope_limit} tokens,"
@@ -276,7 +283,9 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
                 log.warning("the %s form does not run on this model (%s)", form, error)
                 continue
             if difference <= tolerance:
-                log.info("scoring each token once (%s form; within %.1e of the model's own logits)", form, difference)
+                level = logging.INFO if form == "forest" else logging.WARNING  # the others take longer
+                text = f"{form} form; within {difference:.1e} of the model's own logits"
+                log.log(level, "scoring each token once (%s)%s", text, "" if form == "forest" else ", level by level")
                 return difference
             log.warning("the %s form differs from the model's own logits by %.2g", form, difference)
     finally:
@@ -286,17 +295,22 @@ def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
     return float("inf")
 
 
-def _rope_limit(config: Any) -> int | None:
-    """Tokens of a row up to which the rotary embedding does not change with the row's length; None: it never does."""
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
-    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    limits = [
-        int(kind.get("original_max_position_embeddings") or original)
-        for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=None)
+@torch.no_grad()
+def check_causal(policy: Policy, where: str) -> None:
+    """Refuse models whose tokens see those that come after them, such as BERT.
+
+    Raises:
+        UserError: it is one.
+    """
+    policy.scoring_form = "plain"
+    last = policy.vocabulary - 1
+    rows = torch.tensor([[0, last // 2, 0], [0, last // 2, last]], device=policy.device)
+    first, second = policy.model(input_ids=rows).logits[:, 1].float()
+    if float((first - second).abs().max()) > 1e-3 * float(first.std()):
+        kind = policy.model.config.model_type
+        raise UserError(
+            f"{where} ({kind}) is no causal language model: its tokens see those that come after them; give one that is"
+        )
 
 
 def _forms_to_try(model: PreTrainedModel) -> list[ScoringForm]:

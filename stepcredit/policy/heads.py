@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.weights import check_finite
 
 FILE = "heads.safetensors"
 
@@ -39,21 +41,33 @@ def save_heads(state: dict[str, Tensor], folder: Path) -> None:
         save_file({name: value.contiguous() for name, value in state.items()}, folder / FILE)
 
 
-def saved_heads(folder: Path) -> dict[str, Tensor]:
-    """The weights that `save_heads` wrote; none where there is no file."""
-    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
+def saved_heads(folder: Path, option: str = "model") -> dict[str, Tensor]:
+    """The weights that `save_heads` wrote; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged, or a weight is not finite.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{option}: {file} is damaged or cut off ({error}); copy it again") from error
+    check_finite(state, f"{option}: {file}")
+    return state
 
 
-def load_heads(policy: Policy, folder: Path) -> None:
+def load_heads(policy: Policy, folder: Path, option: str = "model") -> None:
     """Give a policy the heads that a folder has, with their weights.
 
     Raises:
-        UserError: they do not fit this model.
+        UserError: they are damaged, or not of this model.
     """
-    state = saved_heads(folder)
+    state = saved_heads(folder, option)
     for name in {key.split(".")[0] for key in state} - set(policy.heads):
         add_head(policy, name)
     try:
         policy.heads.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"model: {folder / FILE} does not fit the model ({str(error).splitlines()[-1]})") from error
+        raise UserError(f"{option}: {folder / FILE} does not fit the model ({str(error).splitlines()[-1]})") from error

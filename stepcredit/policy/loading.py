@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
-from stepcredit.policy.forward import Policy, choose_path
+from stepcredit.policy.forward import Policy, check_causal, choose_path
 from stepcredit.policy.heads import load_heads
+from stepcredit.policy.limits import check_vocabulary
+from stepcredit.policy.weights import ADAPTER, ADAPTER_WEIGHTS, UNREADABLE, load_network, why_unreadable
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -31,11 +33,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def source_of(model: str, config_only: bool = False) -> str:
+def source_of(model: str, config_only: bool = False, option: str = "model") -> str:
     """The folder or hub id that a model's name stands for.
 
     Args:
         config_only: a folder needs neither weights nor tokenizer.
+        option: that named it, for messages.
 
     Raises:
         UserError: it is neither, or the folder lacks a model or a tokenizer.
@@ -43,10 +46,10 @@ def source_of(model: str, config_only: bool = False) -> str:
     source = str(EMBEDDED_MODEL) if model == "embedded" else model
     folder = Path(source)
     if folder.is_dir():
-        _check_folder(folder, config_only)
+        _check_folder(folder, config_only, option)
     elif folder.exists() or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(
-            f"model: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
+            f"{option}: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
         )
     return source
 
@@ -57,28 +60,32 @@ def load_policy(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     home: torch.device | None = None,
+    option: str = "model",
 ) -> Policy:
-    """A policy with fp32 weights, checked against the model's own logits.
+    """A policy with fp32 weights, all of them read, checked against the model's own logits.
 
     Args:
         model: "embedded", a folder with model and tokenizer, or a hub id.
         dtype: of the computation, by autocast: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
         trust_remote_code: run code that comes with the model.
         home: the device that it will compute on, where it is not to be loaded there.
+        option: that named it, for messages.
 
     Raises:
-        UserError: the folder, the model or the tokenizer is missing or cannot be loaded.
+        UserError: the folder, the model or the tokenizer is missing or cannot be loaded; weights are missing, of
+            another size or not finite; embedding and output layer have different numbers of tokens; or it is not a
+            causal language model with keys and values.
     """
-    source = source_of(model)
+    source = source_of(model, option=option)
     where = pick_device(device)
+    network = load_network(source, option, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model: cannot load '{model}' ({str(error).strip().splitlines()[0]})") from error
+    except UNREADABLE as error:
+        raise UserError(f"{option}: '{model}' has no tokenizer to load ({why_unreadable(source, error)})") from error
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):
         raise UserError(
-            f"model: '{model}' ({network.config.model_type}) keeps states other than keys and values (recurrent or "
+            f"{option}: '{model}' ({network.config.model_type}) keeps states other than keys and values (recurrent or "
             "convolution layers); choose a model of attention layers only"
         )
     network.to(where)  # type: ignore[arg-type]
@@ -86,23 +93,29 @@ def load_policy(
     if network.generation_config is not None and network.can_generate():
         network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
     policy = Policy(network, tokenizer, autocast)
-    load_heads(policy, Path(source))
+    check_vocabulary(policy, f"{option}: '{model}'")
+    check_causal(policy, f"{option}: '{model}'")
+    load_heads(policy, Path(source), option)
     choose_path(policy)
     return policy
 
 
-def _check_folder(folder: Path, config_only: bool) -> None:
+def _check_folder(folder: Path, config_only: bool, option: str) -> None:
     def holds(*patterns: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in patterns)
 
     if config_only:
         if not holds("config.json"):
-            raise UserError(f"model: folder '{folder}' holds no config.json")
+            raise UserError(f"{option}: folder '{folder}' holds no config.json")
         return
-    if not holds("config.json", "adapter_config.json") or not holds(*WEIGHT_FILES):
-        raise UserError(f"model: folder '{folder}' holds no model (config.json and *.safetensors)")
+    if holds(ADAPTER) and not holds(*ADAPTER_WEIGHTS, *WEIGHT_FILES):
+        raise UserError(
+            f"{option}: folder '{folder}' holds {ADAPTER} and no {ADAPTER_WEIGHTS[0]}; copy the whole folder"
+        )
+    if not holds("config.json", ADAPTER) or not holds(*ADAPTER_WEIGHTS, *WEIGHT_FILES):
+        raise UserError(f"{option}: folder '{folder}' holds no model (config.json and *.safetensors)")
     if not holds(*TOKENIZER_FILES):
-        raise UserError(f"model: folder '{folder}' holds no tokenizer (tokenizer.json)")
+        raise UserError(f"{option}: folder '{folder}' holds no tokenizer (tokenizer.json)")
 
 
 def frozen_copy(policy: Policy) -> Policy:

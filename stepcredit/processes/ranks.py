@@ -47,6 +47,9 @@ class Ranks:
         Args:
             timeout_s: seconds after which a process that does not answer ends the run.
             device: "cuda" or "auto" take a GPU for each process, where there are any.
+
+        Raises:
+            UserError: the device is one GPU for all processes, or there are fewer GPUs than processes.
         """
         if "RANK" not in os.environ:
             return SINGLE_PROCESS
@@ -71,7 +74,18 @@ class Ranks:
         ranks._host = dist.new_group(backend="gloo", timeout=limit)
         ranks._watch = Watch(dist.PrefixStore("watch", store), rank, size, timeout_s)
         ranks.barrier()
+        ranks.on_main(lambda: ranks.check_device(device))
         return ranks
+
+    def check_device(self, device: str) -> None:
+        """Each process has a GPU of its own, numbered by torchrun; a number in the config would be that of all."""
+        kind, _, number = device.partition(":")
+        if kind != "cuda" or not number or (self.local_size == 1 and number == "0"):
+            return
+        raise UserError(
+            f"train.device: {device} names one GPU, and torchrun gives each of its {self.size} processes its own; take "
+            "--device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
 
     def leave(self) -> None:
         """The end of a run that went well."""

@@ -19,6 +19,7 @@ from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.plan.memory import fits_whole
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.limits import PromptCheck, check_stop_tokens
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.samplers.params import SamplingParams
@@ -67,6 +68,7 @@ def build_parts(config: Config) -> Parts:
 def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Placement = UNSHARDED) -> Rollouts:
     """The parts that sampling and judging need, bound to a model that is still whole."""
     given = config.task
+    check = PromptCheck(policy, config.sampler.max_new_tokens)
     encode = PromptFormat(
         policy.tokenizer,
         given.system_prompt,
@@ -74,12 +76,17 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
         given.chat_template_kwargs,
         given.prompt_template,
         given.chat_template,
+        check,
     )
     ranks = placement.ranks
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, ranks.local_size)
     judge.start()  # while the prompts are checked
     parts.task.fit(encode, given.long_prompts)
     sampler = build_sampler(config, policy, placement)
+    check_stop_tokens(
+        sampler.stop_token_ids if parts.params.stop_token_ids is None else parts.params.stop_token_ids,
+        policy.vocabulary,
+    )
     grow = build_growth(config, parts.task, policy.tokenizer)
     return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, ranks)
 

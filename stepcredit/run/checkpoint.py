@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -34,6 +33,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.placement import full_heads_state, full_state, load_full_heads, load_full_state
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
+from stepcredit.policy.weights import ADAPTER, Names, load_network
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.state import load_state, save_state
 
@@ -116,14 +116,23 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
 
     Args:
         folder: inside the checkpoint; "" for the policy.
+
+    Raises:
+        UserError: the checkpoint lacks weights, or has some of another size or that are not finite.
     """
     policy, model_folder = learner.policy, checkpoint / folder
+    if has_adapters(policy) != (model_folder / ADAPTER).is_file():
+        have, rank = ("no adapters", "--lora.rank 0") if has_adapters(policy) else ("adapters", "its --lora.rank")
+        raise UserError(f"--resume: '{model_folder}' has {have}; continue with {rank}, or start a new run")
     if has_adapters(policy):
-        load_adapters(policy, model_folder)
+        load_adapters(policy, model_folder, "--resume")
     else:
-        saved = type(policy.model).from_pretrained(model_folder, dtype=torch.float32)
+        saved = load_network(str(model_folder), "--resume", type(policy.model))
         load_full_state(policy, saved.state_dict())
-    load_full_heads(policy, saved_heads(model_folder))
+    heads = saved_heads(model_folder, "--resume")
+    own = policy.heads.state_dict()
+    Names.between(heads, own).check(f"--resume: the heads of '{model_folder}'", len(own), "they are of another run")
+    load_full_heads(policy, heads)
     optimizer_folder = _optimizer_folder(checkpoint, folder)
     if not optimizer_folder.is_dir():
         return  # it had not taken a step

@@ -3,7 +3,7 @@
 import logging
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepcredit.errors import UserError
@@ -46,6 +46,10 @@ class PromptFormat:
         template: text around a question, `{question}` and `{COLUMN}` filled in; lists are put line by line. Of chat
             messages the user's last one is the question.
         chat_template: "off" takes questions as prompts that are rendered already.
+        check: called with the problem's name and the token ids of each prompt; raises where the model cannot take them.
+
+    Attributes:
+        longest: tokens of the longest prompt so far.
 
     Raises:
         UserError: options that this tokenizer or the template have no use for.
@@ -59,10 +63,12 @@ class PromptFormat:
         chat_template_kwargs: dict[str, Any] | None = None,
         template: str | None = None,
         chat_template: Literal["auto", "off"] = "auto",
+        check: Callable[[str, list[int]], None] | None = None,
     ) -> None:
         self.tokenizer, self.system_prompt, self.max_tokens = tokenizer, system_prompt, max_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.template = template
+        self.template, self.check = template, check
+        self.longest = 0
         self.chat = bool(tokenizer.chat_template) and chat_template == "auto"
         self._why_no_chat = (
             "task.chat_template is off" if chat_template == "off" else "the tokenizer has no chat template"
@@ -81,8 +87,8 @@ class PromptFormat:
 
         Raises:
             PromptTooLong: it has more than `max_tokens`.
-            UserError: it is empty, chat messages meet no chat template, the template fails, or the prompt template
-                names a column that is absent.
+            UserError: it is empty, `check` refuses it, chat messages meet no chat template, the template fails, or the
+                prompt template names a column that is absent.
         """
         question = self._filled(problem)
         texts = [question] if isinstance(question, str) else [each.get("content") or "" for each in question]
@@ -101,6 +107,9 @@ class PromptFormat:
         if len(ids) > self.max_tokens:
             raise self._too_long(problem, f"{len(ids)} tokens")
         self._check_end(problem, ids)
+        if self.check is not None:
+            self.check(problem.id, ids)
+        self.longest = max(self.longest, len(ids))
         return ids
 
     def _check_kwargs(self) -> None:
