@@ -148,7 +148,7 @@ def test_loaded_models_keep_the_packed_form(family, tmp_path):
     fresh(family).model.save_pretrained(tmp_path)
     load_policy("embedded", "cpu").tokenizer.save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), "cpu")
-    assert choose_path(policy) < 1e-4 and policy.path == "forest"
+    assert choose_path(policy) < 1e-4 and policy.scoring_form == "forest"
 
 
 # ---------------------------------------------------------------------- values and files
