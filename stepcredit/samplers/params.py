@@ -8,8 +8,8 @@ class SamplingParams:
     """
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely token.
-        top_p: keep the smallest set of tokens with at least this probability (1 keeps all).
-        top_k: keep the k most likely tokens (0 keeps all).
+        top_k: keep the k most likely tokens and those as likely as the last of them (0 keeps all).
+        top_p: keep the smallest set of tokens with at least this probability among those that top_k left (1 keeps all).
         max_new_tokens: a completion that has not stopped by then is truncated (finish "length").
         stop_token_ids: ids that end a completion; None takes the model's own.
     """

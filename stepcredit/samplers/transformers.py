@@ -316,20 +316,41 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
         token, its log-probability under the full distribution at the temperature, and that distribution's entropy.
     """
     greedy = params.temperature == 0
-    logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else params.temperature), -1)
+    scaled = logits.float() / (1.0 if greedy else params.temperature)
+    logprobs = torch.log_softmax(scaled, -1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.clamp(min=LEAST)).sum(-1)
     if greedy:
         token = logprobs.argmax(-1)
     elif params.truncates:
-        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < params.top_p)
-        if params.top_k > 0:
-            ordered[:, params.top_k :] = 0
-        token = index.gather(-1, _invert(ordered, uniform)[:, None]).squeeze(-1)
+        kept, index = truncate(scaled, params)
+        token = index.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
     else:
         token = _invert(probs, uniform)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1), entropy
+
+
+def truncate(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """What top-k and then top-p leave: the sets of TopKLogitsWarper and TopPLogitsWarper of transformers, and of vLLM.
+
+    Tokens that tie with the last of the top k stay. Top-p acts on what top-k left, scaled to sum to 1; of tokens that
+    tie where it cuts, those with higher ids stay.
+
+    Args:
+        scaled: [rows, vocabulary] logits over the temperature.
+
+    Returns:
+        Weights of the tokens from the most likely on, 0 where left out, and their ids; both [rows, vocabulary].
+    """
+    ordered, index = scaled.sort(dim=-1, stable=True)
+    if 0 < params.top_k < ordered.shape[-1]:
+        ordered = ordered.masked_fill(ordered < ordered[:, -params.top_k, None], -torch.inf)
+    weights = ordered.softmax(-1)
+    if params.top_p < 1.0:
+        left_out = weights.cumsum(-1) <= 1 - params.top_p
+        left_out[:, -1] = False
+        weights = weights.masked_fill(left_out, 0.0)
+    return weights.flip(-1), index.flip(-1)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
