@@ -24,6 +24,7 @@ from stepcredit.policy.head import LEAST
 from stepcredit.samplers.base import sampler
 from stepcredit.samplers.kept import Kept
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.seeds import generator
 
 DROP_SHARE = 16  # finished rows are dropped once they are more than 1/16 of the batch
 JOIN_SHARE = 4  # prompts join once a quarter of the rows is free
@@ -83,7 +84,7 @@ class TransformersSampler:
 
         Args:
             prompts: token ids, none empty.
-            seeds: one for each prompt; the same seed, prompt and weights give the same completions.
+            seeds: one for each prompt, 0 or above; the same seed, prompt and weights give the same completions.
             limits: most new tokens of each prompt's completions, in place of `params.max_new_tokens`.
             keep: from the token ids of a completion, how many of them, from its first on, later prompts may have behind
                 this one's prompt. Their keys and values are held until `sync`, so that such a prompt is not encoded
@@ -173,9 +174,8 @@ class _Decoding:
             return
         prompts = sorted({row // self.n for row in rows})
         for prompt in prompts:
-            generator = torch.Generator().manual_seed(self.seeds[prompt])
-            noise = torch.rand(self.longest, self.n, generator=generator)
-            self.uniform[prompt * self.n : (prompt + 1) * self.n] = noise.T.to(self.device)
+            noise = generator(self.seeds[prompt]).random((self.longest, self.n), dtype=np.float32)
+            self.uniform[prompt * self.n : (prompt + 1) * self.n] = torch.from_numpy(noise).T.to(self.device)
         place = {prompt: number for number, prompt in enumerate(prompts)}
         copies = [place[row // self.n] for row in rows]
         logits = self._begin([tuple(self.prompts[prompt]) for prompt in prompts], copies)
