@@ -208,7 +208,7 @@ def test_what_later_prompts_may_have_is_kept_and_no_more():
     """`keep` says how many tokens of each completion; a completion that nothing may follow is not held."""
     policy = fresh("qwen3")
     sampler, params = TransformersSampler(policy), SamplingParams(max_new_tokens=8, stop_token_ids=())
-    rows = sampler.sample([[5, 6]], 4, params, [1], num_reusable=lambda ids: 3 if ids[0] % 2 else 0)[0]
+    rows = sampler.sample([[5, 6]], 4, params, [3], num_reusable=lambda ids: 3 if ids[0] % 2 else 0)[0]
     paths = {(5, 6), *((5, 6, *row.token_ids[:3]) for row in rows if row.token_ids[0] % 2)}
     assert 1 < len(paths) < 5
     assert all(path in sampler.prefix_cache for path in paths) and len(list(sampler.prefix_cache)) == len(paths)

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 COMMON = "--eval.num-problems 10 --sampler.max-new-tokens 48 --optim.schedule constant --learning-rate 1e-4"
 COMMON += " --train.problems-per-iteration 5 --eval-every 5 --save-every 1"
 RUNS = {
-    "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2",
+    "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2 --optim.weight-decay 0.1",
     "spro": "--algorithm spro --group-size 4",
     "treerpo": "--algorithm treerpo --growth.depth 3 --objective.kl.coef 0.01 --optim.num-minibatches 2",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"

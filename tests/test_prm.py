@@ -135,7 +135,7 @@ def test_frozen_stays():
 def test_it_learns_the_outcomes():
     """Many rounds on one batch: loss near 0 for 0/1 outcomes, chances near the fraction for others."""
     forest = observed("flat", seed=5, num_trees=3, unjudged=0.0)
-    model = prm(learning_rate=5e-3, num_minibatches=2)
+    model = prm(learning_rate=5e-3, num_minibatches=2, seed=2)
     for _ in range(80):
         found = model.observe(forest)
     leaf = forest.segment["is_leaf"].nonzero().squeeze(1)

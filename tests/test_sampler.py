@@ -3,17 +3,18 @@
 import pytest
 import torch
 from tiny_models import FAMILIES, OTHERS, STOP, VOCABULARY, fresh, tiny
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers import transformers
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler, draw
+from stepcredit.samplers.transformers import TransformersSampler, draw, truncate
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23]]
 STOPS = tuple(range(12))  # many stop tokens: completions of many lengths
-SEEDS = [11, 22, 33, 44, 55]
+SEEDS = [12, 23, 34, 45, 56]
 families = pytest.mark.parametrize("family", FAMILIES)
 paths = pytest.mark.parametrize("path", ["forest", "cached", "plain"])
 
@@ -199,13 +200,14 @@ def test_top_k_of_one_is_greedy(family):
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 4), (0.6, 3), (1e-6, 0)])
 def test_truncation_keeps_to_its_set(temperature, top_p, top_k):
-    """First tokens are in the smallest set of probability top_p and among the top_k; all of that set come up."""
+    """First tokens are in the smallest set with the share top_p of the top_k's probability; all of that set come up."""
     policy, prompt = tiny("qwen3"), PROMPTS[0]
     groups = sample(policy, [prompt], n=4000, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=1)
     probs = torch.softmax(next_logits(policy, prompt) / temperature, -1)
     order = probs.argsort(descending=True).tolist()
     size, mass = 0, 0.0
-    while mass < top_p and size < (top_k or VOCABULARY):
+    whole = float(probs[order[: top_k or VOCABULARY]].sum())
+    while mass < top_p * whole and size < (top_k or VOCABULARY):
         mass += float(probs[order[size]])
         size += 1
     kept = order[:size]
@@ -218,6 +220,49 @@ def test_truncation_keeps_to_its_set(temperature, top_p, top_k):
     for segment in groups[0][:20]:
         expected = float(probs[segment.token_ids[0]].log())
         assert segment.columns["rollout_logprobs"][0] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 10, 40, VOCABULARY, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.6, 0.3, 1e-3])
+def test_truncation_is_that_of_transformers(temperature, top_k, top_p):
+    """The same tokens with the same probabilities as its warpers leave, top-k first, on logits with many ties.
+
+    Which of several equally likely tokens top-p cuts off depends on their sort, which is not stable, so where there are
+    ties the probabilities are compared.
+    """
+    generator = torch.Generator().manual_seed(top_k)
+    logits = torch.randn(300, VOCABULARY, generator=generator)
+    logits[100:200] = (logits[100:200] * 2).round() / 2  # ties
+    logits[200:] = logits[200:].bfloat16().float()
+    scaled = logits / temperature
+    expected = TopKLogitsWarper(top_k)(None, scaled) if top_k else scaled
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+    weights, index = truncate(scaled, SamplingParams(temperature, top_p, top_k))
+    found = torch.zeros_like(weights).scatter(1, index, weights)
+    untied = slice(None) if top_p == 1 else slice(100)
+    assert torch.equal(found[untied] > 0, expected[untied].isfinite())
+    assert torch.equal(scaled.masked_fill(found == 0, -torch.inf).sort().values, expected.sort().values)
+    found = found / found.sum(-1, keepdim=True)
+    torch.testing.assert_close(found.sort().values, expected.softmax(-1).sort().values)
+    torch.testing.assert_close(found[untied], expected[untied].softmax(-1))
+    uniform = torch.linspace(0, 1, 300)
+    token, _, _ = draw(logits, uniform, SamplingParams(temperature, top_p, top_k))
+    assert found.gather(1, token[:, None]).min() > 0
+
+
+def test_top_p_acts_on_what_top_k_left():
+    """Example: 0.4, 0.3, 0.2, 0.1 with top_k 2 leave 4/7 and 3/7; of these top_p 0.5 keeps the first alone."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    weights, index = truncate(logits, SamplingParams(top_p=0.5, top_k=2))
+    assert index[weights > 0].tolist() == [0]
+    assert truncate(logits, SamplingParams(top_p=0.5))[0].count_nonzero() == 2
+
+
+def test_ties_with_the_last_of_the_top_k_stay():
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]]).log()
+    weights, index = truncate(logits, SamplingParams(top_k=2))
+    assert sorted(index[weights > 0].tolist()) == [0, 1, 2]
 
 
 @paths

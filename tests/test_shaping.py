@@ -29,6 +29,12 @@ def test_rewards_of_truncated_completions_stay_in_the_baseline():
     assert run(masked, "rloo").equal(run(forest, "rloo"))
 
 
+def test_rewards_that_differ_by_rounding_are_uniform():
+    """0.1 + 0.2 and 0.3 are one reward, as fp32 has them and a hundredth more is another."""
+    forest = drop_uniform(flat_forest([[1, 1], [1, 1]], [[0.3, 0.3000001], [0.3, 0.31]]))
+    assert forest.segment["mask"].tolist() == [False, False, True, True]
+
+
 def test_truncated_leaves_of_a_branching_tree():
     """A truncated leaf is masked, its siblings are not; an inner segment is where all its leaves are truncated."""
     leaf = {"reward": 0.0, "finish": "length"}

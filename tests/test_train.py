@@ -110,7 +110,7 @@ def test_config_is_the_resolved_one(runs):
     config = yaml.safe_load((runs("spro") / "config.yaml").read_text())
     assert config["run_dir"] == str(runs("spro"))
     assert (config["train"]["iterations"], config["growth"]["group_size"], config["eval"]["num_problems"]) == (2, 4, 8)
-    assert config["credit"]["beta"] == 0.003 and config["objective"]["surrogate"] == "clip"
+    assert config["credit"]["beta"] == 0.003 and config["loss"]["name"] == "clip"
 
 
 def test_checkpoint_loads_with_transformers(runs):

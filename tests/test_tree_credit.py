@@ -223,6 +223,14 @@ def test_what_is_unjudged_is_in_no_mean():
     assert not forest.segment["kept"][others].any() and not forest.active[others].any()
 
 
+def test_advantages_of_rounding_are_pruned():
+    """Leaves worth 0.1, 0.2 and 0.3: the middle one is worth their mean, but for rounding."""
+    leaves = [Segment([number], reward=number / 10) for number in (1, 2, 3)]
+    forest = assign(Forest.from_trees([Tree(Problem(), [1], leaves)]), "spo_tree", CREDIT["spo_tree"], {})
+    assert forest.segment["kept"].tolist() == [True, False, True]
+    assert forest.token["advantages"][1] == 0
+
+
 @both
 def test_singletons_and_uniform_groups_are_pruned_with_exactly_zero(name, options):
     """No sibling, no judged sibling, or equal values; 0.1 and 0.7, whose means round, too. The others keep theirs."""

@@ -10,6 +10,7 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.growth.base import Encode
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
+from stepcredit.seeds import mixed
 
 
 def dialogue(
@@ -29,10 +30,7 @@ def dialogue(
             [*prompts[number // group_size], *(token for segment in one for token in segment.token_ids)]
             for number, one in enumerate(dialogues)
         ]
-        own = [
-            seeds[number // group_size] + (turn * group_size + number % group_size) * 7919
-            for number in range(len(starts))
-        ]
+        own = [mixed(seeds[number // group_size], turn, number % group_size) for number in range(len(starts))]
         for one, (said,) in zip(dialogues, sampler.sample(starts, 1, params, own), strict=True):
             last = turn == turns - 1
             one.append(Segment(said.token_ids, len(one) - 1, said.finish if last else "cut", columns=said.columns))

@@ -12,7 +12,9 @@ from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by
 from stepcredit.forest.types import Segment, Tree
 from stepcredit.growth.rollouts import Rollouts
-from stepcredit.seeds import TRAINING, sampling_seed
+from stepcredit.seeds import mixed
+
+STREAM = 100  # of seeds: another than those of stepcredit.seeds
 
 
 class PrefixValues(Estimator):
@@ -29,7 +31,7 @@ class PrefixValues(Estimator):
                 half = list(segment.token_ids[: max(1, len(segment.token_ids) // 2)])
                 before.append((tree, half))
         self.calls += 1
-        seeds = [sampling_seed(self.seed, TRAINING, -self.calls * 1_000_000 - row) for row in range(len(before))]
+        seeds = [mixed(self.seed, STREAM, self.calls, row) for row in range(len(before))]
         prompts = [[*tree.prompt_ids, *half] for tree, half in before]
         sampled = rollouts.sampler.sample(prompts, self.samples, rollouts.params, seeds)
         for (tree, half), group in zip(before, sampled, strict=True):

@@ -44,14 +44,14 @@ def sample(words: Sequence[str]) -> int:
     config, out = looking(given), output_file(own)
     from stepcredit.forest.records import write_trees
     from stepcredit.forest.types import Problem
-    from stepcredit.seeds import sampling_seed
+    from stepcredit.seeds import EVALUATION, sampling_seed
 
     console, (policy, rollouts) = Console(), load(config)
     if "prompt" in own:
         problems = [Problem(own["prompt"], id="prompt")]
     else:
         problems = rollouts.task.held_out(config.eval.num_problems)
-    seeds = [sampling_seed(config.train.seed, 1, number) for number in range(len(problems))]
+    seeds = [sampling_seed(config.train.seed, EVALUATION, number) for number in range(len(problems))]
     forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
     if "prompt" not in own:
         forest = rollouts.judge(forest)

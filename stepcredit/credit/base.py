@@ -14,7 +14,7 @@ from torch import Tensor
 from stepcredit import section
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.forest.ops import mean_by, segment_sum, spread_by
+from stepcredit.forest.ops import SAME, mean_by, segment_sum, spread_by
 
 STD_EPS = 1e-6
 
@@ -120,7 +120,7 @@ class Completions:
 
     Attributes:
         leaf: [n] row of the segment table; tree: [n] the group; returns: [n] outcome reward plus the token rewards of
-        the path; length: [n] sampled tokens.
+        the path, summed in fp64; length: [n] sampled tokens.
     """
 
     leaf: Tensor
@@ -130,7 +130,10 @@ class Completions:
 
     @property
     def varied(self) -> Tensor:
-        """[n] False for singletons and for groups of equal returns, whose outcome credit is exactly 0."""
+        """[n] False for singletons and for groups of returns that differ by no more than rounding (`spread_by`).
+
+        Their outcome credit is exactly 0.
+        """
         return spread_by(self.returns, self.tree) > 0
 
 
@@ -138,11 +141,12 @@ def completions(forest: Forest) -> Completions:
     """The completions that have a reward; the others are left out of every baseline."""
     leaf = (forest.segment["is_leaf"] & forest.segment["has_reward"]).nonzero().squeeze(1)
     token_leaf = forest.leaf[forest.token["segment"]]
-    returns = forest.segment["reward"].clone()
+    returns = forest.segment["reward"].double()
     if "token_rewards" in forest.token:
-        returns += segment_sum(forest.token["token_rewards"] * forest.token_sampled, token_leaf, forest.num_segments)
+        rewards = forest.token["token_rewards"].double() * forest.token_sampled
+        returns += segment_sum(rewards, token_leaf, forest.num_segments)
     length = segment_sum(forest.token_sampled.float(), token_leaf, forest.num_segments)
-    return Completions(leaf, forest.segment["tree"][leaf], returns[leaf], length[leaf])
+    return Completions(leaf, forest.segment["tree"][leaf], returns[leaf].float(), length[leaf])
 
 
 def outcome_credit(forest: Forest, rows: Completions, values: Tensor) -> Tensor:
@@ -173,8 +177,11 @@ def group_std(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor, where: Tensor) -> Tensor:
-    """(values - mean) / (std + 1e-6) over the rows of `where`, std unbiased; 0 elsewhere and when all are equal."""
+    """(values - mean) / (std + 1e-6) over the rows of `where`, std unbiased; 0 elsewhere and when all are equal.
+
+    Values are equal when they differ by no more than `SAME` times the largest size among them.
+    """
     counted = values[where]
-    if len(counted) < 2 or bool((counted == counted[0]).all()):
+    if len(counted) < 2 or bool(counted.max() - counted.min() <= SAME * counted.abs().max()):
         return torch.zeros_like(values)
     return torch.where(where, (values - counted.mean()) / (counted.std() + STD_EPS), 0.0)

@@ -13,8 +13,8 @@ from stepcredit.forest.ops import mean_by, sum_to_end
 
 
 def rewards_by_token(forest: Forest) -> Tensor:
-    """[num_tokens] the token rewards, plus the outcome reward on the last sampled token of each judged completion."""
-    rewards = torch.zeros(forest.num_tokens)
+    """[num_tokens] fp64, token rewards, plus the outcome reward on the last sampled token of each judged completion."""
+    rewards = torch.zeros(forest.num_tokens, dtype=torch.float64)
     if "token_rewards" in forest.token:
         rewards += forest.token["token_rewards"] * judged_tokens(forest)
     sampled = judged_tokens(forest).nonzero().squeeze(1)
@@ -22,14 +22,14 @@ def rewards_by_token(forest: Forest) -> Tensor:
     last = torch.full((forest.num_segments,), -1, dtype=torch.long)
     last = last.scatter_reduce(0, leaf, forest.token["position"][sampled], "amax")
     at_end = sampled[forest.token["position"][sampled] == last[leaf]]
-    rewards[at_end] += forest.segment["reward"][forest.leaf[forest.token["segment"][at_end]]]
+    rewards[at_end] += forest.segment["reward"][forest.leaf[forest.token["segment"][at_end]]].double()
     return rewards
 
 
 def _returns(forest: Forest, gamma: float) -> Tensor:
     if not 0.0 <= gamma <= 1.0:
         raise UserError(f"credit.gamma must lie in [0, 1], got {gamma}")
-    return sum_to_end(forest, rewards_by_token(forest), gamma) * judged_tokens(forest)
+    return sum_to_end(forest, rewards_by_token(forest), gamma).float() * judged_tokens(forest)
 
 
 @credit()

@@ -10,8 +10,6 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
 
-SAME = 1e-6  # smaller differences are rounding: of rewards such as 0.1, or of means over branches of different shape
-
 
 def values(forest: Forest) -> Tensor:
     """[num_segments] fp64, the mean outcome below each segment; 0 where unjudged.
@@ -39,8 +37,7 @@ def sibling_mean(forest: Forest, value: Tensor) -> Tensor:
 
 def sibling_range(forest: Forest, value: Tensor) -> Tensor:
     """[num_segments] largest minus smallest value of the judged siblings; exactly 0 for equal values and singletons."""
-    spread = spread_by(value, forest.siblings, where=forest.judged)
-    return torch.where(spread > SAME, spread, 0.0)
+    return spread_by(value, forest.siblings, where=forest.judged)
 
 
 def to_tokens(forest: Forest, by_segment: Tensor) -> Tensor:

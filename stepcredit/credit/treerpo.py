@@ -9,7 +9,7 @@ from stepcredit.credit import tree
 from stepcredit.credit.base import STD_EPS, CreditParts, credit
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.forest.ops import mean_by
+from stepcredit.forest.ops import SAME, mean_by
 
 
 @credit(forests="tree")
@@ -49,7 +49,7 @@ def treerpo(
         _refuse_outside(forest, value, scale)
     mean = tree.sibling_mean(forest, value)
     spread = tree.sibling_range(forest, value)
-    least = max(0.0, tau - tree.SAME) if at_tau == "keep" else tau + tree.SAME
+    least = max(0.0, tau - SAME) if at_tau == "keep" else tau + SAME
     kept = judged & (spread > least)
     centred = torch.where(judged & (spread > 0), value - mean, 0.0)
     return CreditParts(tree.to_tokens(forest, centred / _divisor(forest, value, mean, scale)), value=value, kept=kept)

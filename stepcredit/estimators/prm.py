@@ -23,6 +23,7 @@ from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.batching import with_source
 from stepcredit.policy.forward import Policy, score
+from stepcredit.seeds import REWARD_MODEL, generator, mixed
 
 log = logging.getLogger("stepcredit")
 
@@ -132,8 +133,8 @@ class ImplicitPRM(Estimator):
         return binary_cross_entropy_with_logits(self.beta * total, label, reduction="sum")
 
     def _minibatches(self, forest: Forest) -> Iterator[Forest]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batches)
-        order = torch.randperm(forest.num_trees, generator=generator)
+        shuffle = generator(mixed(self.seed, REWARD_MODEL, self.batches))
+        order = torch.from_numpy(shuffle.permutation(forest.num_trees))
         for trees in order.tensor_split(self.options.num_minibatches):
             if len(trees):
                 yield forest.select_trees(trees)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stepcredit.forest import Forest
 
+SAME = (
+    1e-6  # smaller differences are rounding: of rewards such as 0.1, of sums of many, or of means over unlike branches
+)
 MAX_LOG_RATIO = 20.0  # beyond it exp() of a log-ratio only overflows: the ratio is 5e8
 
 
@@ -59,14 +62,19 @@ def mean_by(values: Tensor, *keys: Tensor, where: Tensor | None = None) -> tuple
 def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tensor:
     """Largest minus smallest value of the rows that share the key, given back at every row; 0 where none counts.
 
-    Exactly 0 for equal values, which a standard deviation is not.
+    Exactly 0 for equal values, which a standard deviation is not, and where `SAME` times the largest size among them,
+    or times 1 where that is smaller, is not exceeded: sums that are equal differ by their rounding.
+
+    >>> spread_by(torch.tensor([0.1 + 0.2, 0.3, 5.0, 7.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])).tolist()
+    [0.0, 0.0, 2.0, 2.0]
     """
     group, num_groups = _group_ids((key,))
     rows = torch.ones_like(key, dtype=torch.bool) if where is None else where
     empty = torch.full((num_groups,), -torch.inf, dtype=values.dtype)
     high = empty.scatter_reduce(0, group[rows], values[rows], "amax")
     low = -empty.scatter_reduce(0, group[rows], -values[rows], "amax")
-    return (high - low).clamp(min=0)[group]
+    spread, size = (high - low).clamp(min=0), torch.maximum(high.abs(), low.abs())
+    return torch.where(spread > SAME * size.clamp(min=1), spread, 0.0)[group]
 
 
 def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
@@ -79,25 +87,31 @@ def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
 
 
 def cumsum_along_path(forest: Forest, values: Tensor) -> Tensor:
-    """Sum of `values` over the path from the prompt to each token, that token included, in fp32.
+    """Sum of `values` over the path from the prompt to each token, that token included.
 
     Args:
-        values: [num_tokens].
+        values: [num_tokens]; summed in fp64 where they are, else in fp32.
 
     Returns:
         [num_tokens].
     """
-    return _scan(values.float(), forest.previous_token, torch.ones(forest.num_tokens))
+    values = _at_least_fp32(values)
+    return _scan(values, forest.previous_token, torch.ones_like(values))
 
 
 def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
-    """Discounted sum of `values` from each token to the end of its completion, in fp32.
+    """Discounted sum of `values` from each token to the end of its completion, in fp64 where they are, else in fp32.
 
     G_t = x_t + discount * G_{t+1}; the discount counts sampled tokens only, as positions do. Flat forests only (a token
     of a branching tree has several ends).
     """
-    factor = torch.where(forest.token_sampled, discount, 1.0)
-    return _scan(values.float(), forest.next_token, factor)
+    values = _at_least_fp32(values)
+    factor = torch.where(forest.token_sampled, discount, 1.0).to(values.dtype)
+    return _scan(values, forest.next_token, factor)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _scan(values: Tensor, link: Tensor, factor: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from stepcredit.growth.options import TreeOptions
 from stepcredit.growth.steps import StepRule
 from stepcredit.samplers.base import Sampler
 from stepcredit.samplers.params import SamplingParams
-
-SPACING = 0x9E3779B97F4A7C15  # between the seeds of a tree's nodes; odd, so that no two are equal
+from stepcredit.seeds import mixed
 
 
 def check_limits(shape: TreeOptions, max_new_tokens: int) -> None:
@@ -81,7 +80,7 @@ class _GrowingTree:
     def next_seed(self) -> int:
         """The seed of the next node; that of the root is the tree's own, so that trees of depth 1 are groups."""
         self.branched += 1
-        return (self.seed + (self.branched - 1) * SPACING) % 2**62
+        return self.seed if self.branched == 1 else mixed(self.seed, self.branched)
 
     def nodes(self) -> list[tuple[_Node, int]]:
         """All nodes but the root with the index of their parent, parents first, a path's nodes together."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from stepcredit.learn.placement import Placement, full_tensor
 from stepcredit.policy.forward import Policy
 
 log = logging.getLogger("stepcredit")
+
+NOT_DECAYING = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)")  # names, as in the Trainer of transformers
 
 T = TypeVar("T")
 
@@ -44,9 +47,8 @@ class Learner:
         self.policy, self.placement, self.grad_clip = policy, placement, options.grad_clip
         self.max_tokens, self.where = max_tokens, where
         self.wrapped = placement.wrap(policy)
-        trained = [value for value in policy.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+            parameter_groups(policy), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
         )
 
     def accumulate(
@@ -117,9 +119,9 @@ class Learner:
         return norm, taken
 
     def set(self, **options: Any) -> None:
-        """Change options of the optimiser, such as `lr`."""
+        """Change options of the optimiser, such as `lr`; `weight_decay` stays 0 for what does not decay."""
         for group in self.optimizer.param_groups:
-            group.update(options)
+            group.update(options if group["decays"] else {**options, "weight_decay": 0.0})
 
     def tensors(self, fill: bool = False) -> dict[str, Tensor]:
         """The optimiser's state by the name of the weight; empty before its first step.
@@ -139,3 +141,20 @@ class Learner:
                 }
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in self.optimizer.state.get(value, {}).items()}
         return tensors
+
+
+def parameter_groups(policy: Policy) -> list[dict[str, Any]]:
+    """What is trained, for AdamW: first what decays, then norms, biases and other vectors, which do not.
+
+    The same as the Trainer of transformers does. A group without parameters is left out.
+    """
+    trained = [(name, value) for name, value in policy.named_parameters() if value.requires_grad]
+    decaying = [value for name, value in trained if decays(name, value)]
+    others = [value for name, value in trained if not decays(name, value)]
+    groups = [{"params": decaying, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def decays(name: str, value: Tensor) -> bool:
+    """Whether weight decay acts on a parameter: on matrices, embeddings among them, outside norms and biases."""
+    return value.ndim >= 2 and not NOT_DECAYING.search(name.lower())

@@ -11,7 +11,7 @@ class AdamWOptions(Section):
     """Of one model that learns."""
 
     learning_rate: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)  # of matrices; norms and biases have none
     betas: Annotated[tuple[Decay, Decay], BeforeValidator(split)] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0)  # largest norm of the gradient
     num_minibatches: int = Field(1, ge=1)  # optimiser steps a batch; trees are shuffled into them
@@ -19,7 +19,7 @@ class AdamWOptions(Section):
 
 class OptimOptions(AdamWOptions):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(0, ge=0)  # iterations
+    warmup: int = Field(0, ge=0)  # iterations whose rates rise in equal steps to learning_rate, the first above 0
     num_epochs: int = Field(1, ge=1)
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     max_nonfinite: int = Field(5, ge=1)  # optimiser steps in a row without a finite gradient, then the run stops

@@ -11,7 +11,7 @@ from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.options import OptimOptions
 from stepcredit.losses.objective import Objective, Sums
 from stepcredit.policy.batching import unshared_positions
-from stepcredit.seeds import TRAINING, sampling_seed
+from stepcredit.seeds import MINIBATCHES, generator, mixed
 
 
 class PolicyUpdate:
@@ -40,8 +40,8 @@ class PolicyUpdate:
             if given.num_minibatches == 1:
                 yield self.weighted(forest)
                 continue
-            shuffle = sampling_seed(self.seed, TRAINING, -1 - iteration * 1000 - epoch)
-            order = torch.randperm(forest.num_trees, generator=torch.Generator().manual_seed(shuffle))
+            shuffle = generator(mixed(self.seed, MINIBATCHES, iteration, epoch))
+            order = torch.from_numpy(shuffle.permutation(forest.num_trees))
             for trees in order.tensor_split(given.num_minibatches):
                 if len(trees):
                     yield self.weighted(forest.select_trees(trees))

@@ -22,6 +22,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.limits import PromptCheck, check_stop_tokens
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
+from stepcredit.run.checks import check_combination
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.shapers import SHAPERS, Shaper
@@ -59,6 +60,7 @@ def build_parts(config: Config) -> Parts:
     config.growth.check(flat, config.credit.name, fitting, len(config.objective.depth_weights))
     config.filter.check()
     objective = build_objective(config, flat)
+    check_combination(config, credit, objective)
     seen = run_observers(config, credit, objective)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)

@@ -3,11 +3,16 @@
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from stepcredit.config import Config
+from stepcredit.credit import CreditFunction, needs_of
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.forest.made_up import made_up_forest
 from stepcredit.forest.types import Problem
 from stepcredit.growth.rollouts import Rollouts
+from stepcredit.losses.objective import Objective
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.base import Traits
 from stepcredit.tasks.base import Task
@@ -15,6 +20,72 @@ from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.options import RewardOptions
 
 log = logging.getLogger("stepcredit")
+
+
+def check_combination(config: Config, credit: CreditFunction, objective: Objective) -> None:
+    """Refuse parts that each are right and together are not, and say what a combination changes.
+
+    Raises:
+        UserError: the credit is exactly on-policy and there are several optimiser steps, or it does not take a penalty
+            in the reward.
+    """
+    _check_steps(config, objective)
+    if objective.kl_in_reward:
+        _check_penalty(config, credit)
+    _check_warmup(config)
+
+
+def _check_steps(config: Config, objective: Objective) -> None:
+    """A loss without a ratio takes the samples for the policy's own, which they are for the first step alone."""
+    optim = config.optim
+    steps = optim.num_epochs * min(optim.num_minibatches, config.train.problems_per_iteration)
+    if steps == 1 or objective.needs.ratio:
+        return
+    name = config.loss.name
+    several = (
+        f"optim.num_epochs {optim.num_epochs}, optim.num_minibatches {optim.num_minibatches}: {steps} optimiser steps "
+        f"on a batch, and loss '{name}' has no ratio to the policy that sampled it"
+    )
+    if config.credit.name == "opo":
+        raise UserError(
+            f"{several}; OPO is exactly on-policy: take --optim.num-epochs 1 --optim.num-minibatches 1, or a loss with "
+            "a ratio (--loss.name clip)"
+        )
+    log.warning(
+        "%s. Steps after the first take the samples for the moved policy's own, so their gradient is biased; take one "
+        "step, a loss with a ratio (clip), or, if your own loss has one, declare it with @loss(ratio=True)",
+        several,
+    )
+
+
+def _check_penalty(config: Config, credit: CreditFunction) -> None:
+    """Let the credit see token rewards of a size that the k1 penalty of a policy that has moved may have."""
+    needs = needs_of(credit)
+    forest = made_up_forest([*needs.columns, "token_rewards"], needs.forests == "tree")
+    forest = forest.with_token(token_rewards=forest.token["token_rewards"] - forest.token_sampled.float())
+    name = config.credit.name
+    try:
+        with torch.no_grad():
+            credit(forest, **config.credit.options)
+    except UserError as error:
+        raise UserError(
+            f"objective.kl.estimator k1: its penalty is taken from the rewards, which credit '{name}' does not allow "
+            f"({error}); take --objective.kl.estimator k3 or k2, which act in the loss"
+        ) from error
+    except Exception as error:  # it may rely on what only real rollouts have
+        log.debug("credit '%s' failed on made-up rollouts (%s)", name, error)
+
+
+def _check_warmup(config: Config) -> None:
+    warmup, iterations = config.optim.warmup, config.train.iterations
+    if warmup >= iterations:
+        log.warning(
+            "optim.warmup %d is not below train.iterations %d: the learning rate rises to the end and does not reach "
+            "optim.learning_rate %g",
+            warmup,
+            iterations,
+            config.optim.learning_rate,
+        )
 
 
 def check_gold(judge: Judge, task: Task, given: RewardOptions) -> None:

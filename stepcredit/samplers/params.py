@@ -9,8 +9,8 @@ class SamplingParams(Section):
     model_config = ConfigDict(frozen=True)
 
     temperature: float = Field(1.0, ge=0)  # logits are divided by it; 0 takes the most likely token
-    top_p: float = Field(1.0, gt=0, le=1)  # the smallest set of tokens with at least this probability; 1 keeps all
-    top_k: int = Field(0, ge=0)  # the k most likely tokens; 0 keeps all
+    top_k: int = Field(0, ge=0)  # the k most likely tokens, and those as likely as the last of them; 0 keeps all
+    top_p: float = Field(1.0, gt=0, le=1)  # of these the smallest set with at least this probability; 1 keeps all
     max_new_tokens: int = Field(128, ge=1)  # a completion that has not stopped by then is truncated (finish "length")
     stop_token_ids: Ids = None  # ids that end a completion; None: the model's own
 

@@ -23,6 +23,7 @@ from stepcredit.policy.head import LEAST
 from stepcredit.samplers.base import sampler
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.prefix_cache import PrefixCache
+from stepcredit.seeds import generator
 
 DROP_SHARE = 16  # finished rows are dropped once they are more than 1/16 of the batch
 JOIN_SHARE = 4  # prompts join once a quarter of the rows is free
@@ -81,7 +82,7 @@ class TransformersSampler:
 
         Args:
             prompts: token ids, none empty.
-            seeds: one for each prompt; the same seed, prompt and weights give the same completions.
+            seeds: one for each prompt, 0 or above; the same seed, prompt and weights give the same completions.
             limits: most new tokens of each prompt's completions, in place of `params.max_new_tokens`.
             num_reusable: from the token ids of a completion, how many of them (from its first on) later prompts may
                 begin with, after this prompt. Their keys and values are cached until `sync`, so that such a prompt is
@@ -178,9 +179,8 @@ class _Decoding:
             return
         prompts = sorted({row // self.n for row in rows})
         for prompt in prompts:
-            generator = torch.Generator().manual_seed(self.seeds[prompt])
-            noise = torch.rand(self.longest, self.n, generator=generator)
-            self.uniform[prompt * self.n : (prompt + 1) * self.n] = noise.T.to(self.device)
+            noise = generator(self.seeds[prompt]).random((self.longest, self.n), dtype=np.float32)
+            self.uniform[prompt * self.n : (prompt + 1) * self.n] = torch.from_numpy(noise).T.to(self.device)
         place = {prompt: number for number, prompt in enumerate(prompts)}
         copies = [place[row // self.n] for row in rows]
         logits = self._begin([tuple(self.prompts[prompt]) for prompt in prompts], copies)
@@ -325,20 +325,41 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
         token, its log-probability under the full distribution at the temperature, and that distribution's entropy.
     """
     greedy = params.temperature == 0
-    logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else params.temperature), -1)
+    scaled = logits.float() / (1.0 if greedy else params.temperature)
+    logprobs = torch.log_softmax(scaled, -1)
     probs = logprobs.exp()
     entropy = -(probs * logprobs.clamp(min=LEAST)).sum(-1)
     if greedy:
         token = logprobs.argmax(-1)
     elif params.truncates:
-        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < params.top_p)
-        if params.top_k > 0:
-            ordered[:, params.top_k :] = 0
-        token = index.gather(-1, _invert(ordered, uniform)[:, None]).squeeze(-1)
+        kept, index = truncate(scaled, params)
+        token = index.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
     else:
         token = _invert(probs, uniform)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1), entropy
+
+
+def truncate(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """What top-k and then top-p leave: the sets of TopKLogitsWarper and TopPLogitsWarper of transformers, and of vLLM.
+
+    Tokens that tie with the last of the top k stay. Top-p acts on what top-k left, scaled to sum to 1; of tokens that
+    tie where it cuts, those with higher ids stay.
+
+    Args:
+        scaled: [rows, vocabulary] logits over the temperature.
+
+    Returns:
+        Weights of the tokens from the most likely on, 0 where left out, and their ids; both [rows, vocabulary].
+    """
+    ordered, index = scaled.sort(dim=-1, stable=True)
+    if 0 < params.top_k < ordered.shape[-1]:
+        ordered = ordered.masked_fill(ordered < ordered[:, -params.top_k, None], -torch.inf)
+    weights = ordered.softmax(-1)
+    if params.top_p < 1.0:
+        left_out = weights.cumsum(-1) <= 1 - params.top_p
+        left_out[:, -1] = False
+        weights = weights.masked_fill(left_out, 0.0)
+    return weights.flip(-1), index.flip(-1)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:

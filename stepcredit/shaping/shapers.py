@@ -22,7 +22,10 @@ def mask_truncated(forest: Forest) -> Forest:
 
 
 def drop_uniform(forest: Forest) -> Forest:
-    """Groups of equal rewards are masked: they are left out of the denominators too, so they do not shrink the step."""
+    """Groups of equal rewards are masked: they are left out of the denominators too, so they do not shrink the step.
+
+    Rewards are equal when they differ by no more than rounding (`spread_by`).
+    """
     judged = forest.segment["has_reward"] & forest.segment["is_leaf"]
     spread = spread_by(forest.segment["reward"], forest.segment["tree"], where=judged)
     return forest.with_segment(mask=forest.segment["mask"] & (spread > 0))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stepcredit.forest import FINISH_CODE, Forest
-from stepcredit.forest.ops import mean_by, segment_sum
+from stepcredit.forest.ops import SAME, mean_by, segment_sum
 from stepcredit.shaping.options import FilterOptions
 
 REASONS = ("hard", "easy", "truncated", "unjudged")
@@ -21,8 +21,8 @@ def rejected(forest: Forest, window: FilterOptions) -> dict[str, Tensor]:
     holds = {
         "unjudged": segment_sum(judged.float(), tree, forest.num_trees) == 0,
         "truncated": segment_sum(truncated.float(), tree, forest.num_trees) > 0,
-        "hard": mean < window.low - 1e-6,
-        "easy": mean > window.high + 1e-6,
+        "hard": mean < window.low - SAME,
+        "easy": mean > window.high + SAME,
     }
     first: dict[str, Tensor] = {}
     seen = torch.zeros(forest.num_trees, dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
+from stepcredit.seeds import ROWS, generator, mixed
 from stepcredit.tasks.base import Task, canonical
 from stepcredit.tasks.messages import question_of
 from stepcredit.tasks.prompts import PromptTooLong
@@ -48,8 +49,8 @@ class DatasetTask(Task):
         for number in range(start, start + count):
             epoch, index = divmod(number, len(self.train))
             if epoch not in self._orders:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self._orders = {epoch: torch.randperm(len(self.train), generator=generator).tolist()}
+                shuffle = generator(mixed(self.seed, ROWS, epoch))
+                self._orders = {epoch: shuffle.permutation(len(self.train)).tolist()}
             drawn.append(self.train[self._orders[epoch][index]])
         return drawn
 

@@ -24,7 +24,9 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; other devices ignore them
 ALWAYS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
 
-SPACING = 0xD1342543DE82EF95  # a server draws completion i with seed + i; odd, so that seeds stay apart and distinct
+# A server draws completion i with seed + i. Odd, so that other seeds stay others, and seeds that follow each other come
+# to lie far apart. On GPUs a server reads all of a seed, on CPUs, as torch does there, the lower 32 bits.
+SPACING = 0xD1342543DE82EF95
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 
 RPC, RESET = "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true"
