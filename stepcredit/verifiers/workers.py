@@ -20,6 +20,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +143,7 @@ class Workers:
             if self._pool is None or not self._pool.active:
                 if self._finalizer is not None:
                     self._finalizer()
-                context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+                context: Any = LastingLocks() if sys.platform != "win32" else multiprocessing.get_context("spawn")
                 if sys.platform != "win32":  # imported once, shared by all workers
                     context.set_forkserver_preload(["__main__", __name__, *(module_of(path) for path in paths)])
                 self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
@@ -216,6 +218,23 @@ class Workers:
 
     def _one_by_one(self, call: Call) -> list[Outcome]:
         return [outcome for outcomes in self._run_in_workers(call.rows()) for outcome in outcomes]
+
+
+class LastingLocks(ForkServerContext):
+    """Locks that keep their names until the pool has gone.
+
+    A pool that stops lets go of its locks first and of its workers then; a worker that is still starting would not find
+    the locks any more, and say so with a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks: list[RLock] = []
+
+    def RLock(self) -> RLock:
+        lock = super().RLock()
+        self.locks.append(lock)
+        return lock
 
 
 # ---------------------------------------------------------------------- inside a worker
