@@ -2,9 +2,11 @@
 
 import math
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -185,3 +187,21 @@ def test_a_stop_between_the_reward_model_and_the_policy(tmp_path, monkeypatch) -
     one, two = (folder / "checkpoints" / "000002" for folder in (whole, run))
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
     assert load_checkpoint(one)["position"] == load_checkpoint(two)["position"]
+
+
+def test_runs_of_one_seed_draw_alike(tmp_path) -> None:
+    """Every global generator is the same at the end, whatever it was before; another seed makes others."""
+    states = []
+    for number, seed in enumerate(("3", "3", "4")):
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        assert train(tmp_path / str(number), "--iterations", "1", "--seed", seed) in (0, 1)
+        states.append(load_checkpoint(tmp_path / str(number) / "checkpoints" / "000001")["random"])
+
+    def drawn(state) -> list[object]:
+        return [state["python"], state["numpy"][1].tolist(), state["numpy"][2:], state["torch"].tolist()]
+
+    same, again, other = map(drawn, states)
+    assert same == again
+    assert all(one != two for one, two in zip(same[:2], other[:2], strict=True))

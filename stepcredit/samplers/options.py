@@ -5,11 +5,11 @@ from typing import Any
 from pydantic import Field
 
 from stepcredit.samplers.remote.options import ServerOptions
-from stepcredit.section import Ids, Section
+from stepcredit.section import Ids, Place, Section
 
 
 class SamplerOptions(Section):
-    name: str = "transformers"  # a name of samplers/table.py, or the dotted path of a builder of your own
+    name: Place = "transformers"  # a name of samplers/table.py, or the dotted path of a builder of your own
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)

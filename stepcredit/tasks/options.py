@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stepcredit.section import Section
+from stepcredit.section import Place, Section
 
 
 class TaskOptions(Section):
-    data: str = "embedded"  # embedded | file (.jsonl .json .csv .parquet) | hub id
+    data: Place = "embedded"  # embedded | file (.jsonl .json .csv .parquet) | hub id
     split: str = "train"
-    eval_data: str | None = None  # held-out problems; None holds out a share of `data`
+    eval_data: Place | None = None  # held-out problems; None holds out a share of `data`
     eval_split: str = "test"
     held_out: float = Field(0.1, ge=0, lt=1)
     columns: dict[str, str] = {}  # question, answer, id -> name of the column

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stepcredit.section import Names, Numbers, Section
+from stepcredit.section import Numbers, Places, Section
 
 
 class RewardOptions(Section):
-    functions: Names = []  # empty: the task's own
+    functions: Places = []  # empty: the task's own
     weights: Numbers = []  # empty: all 1
     options: dict[str, dict[str, Any]] = {}  # by function: further arguments
     timeout_s: float = Field(10.0, gt=0)  # of a call; its worker process is killed then

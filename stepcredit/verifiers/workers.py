@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache
 from itertools import accumulate
 from multiprocessing.context import ForkServerContext
@@ -28,7 +29,8 @@ from typing import Any, Literal
 from pebble import ProcessExpired, ProcessPool
 
 from stepcredit.errors import UserError
-from stepcredit.verifiers import Reward, reward_function
+from stepcredit.imports import module_of
+from stepcredit.verifiers import VERL, Reward, reward_function
 from stepcredit.verifiers.reaper import sweep
 
 log = logging.getLogger("stepcredit")
@@ -145,7 +147,7 @@ class Workers:
                     self._finalizer()
                 context: Any = LastingLocks() if sys.platform != "win32" else multiprocessing.get_context("spawn")
                 if sys.platform != "win32":  # imported once, shared by all workers
-                    context.set_forkserver_preload(["__main__", __name__, *(module_of(path) for path in paths)])
+                    context.set_forkserver_preload(["__main__", __name__, *_modules(paths)])
                 self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
                 setup = (list(paths), str(self._groups), self.memory_mb)
                 self._pool = ProcessPool(self.count, initializer=_set_up_worker, initargs=setup, context=context)
@@ -155,7 +157,14 @@ class Workers:
                     start_new_session=True,
                 )
                 self._finalizer = weakref.finalize(self, _end_workers, self._pool, reaper)
-                _ = self._pool.active  # starts the processes
+                try:
+                    _ = self._pool.active  # starts the processes
+                except RuntimeError as error:
+                    raise UserError(
+                        "the worker processes of reward functions cannot start (what Python says is above); a file of "
+                        f"a name such as random.py in {os.getcwd()} hides Python's own, so rename it; or set "
+                        "--reward.workers 0 to do without"
+                    ) from error
             return self._pool
 
     def _run_in_workers(self, calls: Sequence[Call]) -> list[list[Outcome]]:
@@ -280,8 +289,10 @@ def _run_packed(
 _reward = cache(reward_function)
 
 
-def module_of(path: str) -> str:
-    return path.rpartition(":")[2].rpartition(".")[0]
+def _modules(paths: Iterable[str]) -> list[str]:
+    """The modules of functions that have dotted paths; each worker loads files itself."""
+    found = [module_of(path.removeprefix(VERL)) for path in paths]
+    return [module for module in found if module is not None]
 
 
 # ---------------------------------------------------------------------- a call, in whichever process
@@ -365,7 +376,7 @@ def _outcome(value: Any) -> Outcome:
 
 def _number(value: Any) -> float:
     value = value.item() if hasattr(value, "item") else value  # numpy, torch
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real | Decimal):
         raise TypeError(f"returned {value!r:.40}; expected a number or None")
     number = float(value)
     if not abs(number) <= MAX_REWARD:
