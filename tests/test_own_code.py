@@ -144,9 +144,24 @@ def test_worker_processes_find_it_too(folder, name, form):
 
 
 def test_a_file_that_hides_a_module_of_pythons_from_the_workers(folder):
+    """The current folder comes first for workers, whatever it is for the command."""
     (folder / "random.py").write_text(HIDES_PYTHONS)
-    with pytest.raises(UserError, match=r"cannot start .*random\.py"):
+    (folder / "scripts").mkdir()
+    (folder / "scripts" / "run.py").write_text("""
+from stepcredit.errors import UserError
+from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.workers import Workers
+if __name__ == "__main__":
+    try:
         Workers(60, count=1).start([reward_function("own_rewards.right")])
+    except UserError as error:
+        print(error)
+""")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "scripts/run.py"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "cannot start" in done.stdout and "random.py" in done.stdout, done.stderr
 
 
 RUN = ["--iterations", "1", "--group-size", "2", "--train.problems-per-iteration", "2", "--max-new-tokens", "4"]
@@ -163,7 +178,7 @@ def test_a_run_finds_code_beside_its_config_and_goes_on_elsewhere(folder, tmp_pa
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run(
             [sys.executable, "-m", "stepcredit", "train", *words],
-            cwd=tmp_path / place, env=environment, capture_output=True, text=True,
+            cwd=tmp_path / place, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 1 and "nothing was learnt" in done.stdout, done.stderr  # all rewards are alike
 
