@@ -17,6 +17,12 @@ def split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+class Expanded:
+    """Marks text, a path or the name of a part, in which `~` and `${NAME}` are expanded (config/values.py)."""
+
+
+Place = Annotated[str, Expanded()]
+Places = Annotated[list[str], BeforeValidator(split), Expanded()]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[list[str], BeforeValidator(split)]
 Numbers = Annotated[list[float], BeforeValidator(split)]
@@ -33,7 +39,7 @@ class Choice(BaseModel):
     """The name of a part that users may add to, and that part's own options, which it checks itself."""
 
     model_config = ConfigDict(extra="allow")
-    name: str
+    name: Place
 
     @property
     def options(self) -> dict[str, Any]:

@@ -327,3 +327,16 @@ def test_sample_a_prompt_of_ones_own(capsys):
     assert main(["sample", "--prompt", GOOD["question"], "--group-size", "2", "--temperature", "0"]) == 0
     shown = capsys.readouterr().out
     assert GOOD["question"] in shown and shown.count("####") == 2 and "answer:" not in shown
+
+
+def test_an_unexpected_error_has_a_code_of_its_own(monkeypatch, capsys):
+    """Not the one of a run that learnt nothing."""
+
+    def fails(words):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(COMMANDS, "credit", fails)
+    assert main(["credit"]) == 70
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("stepcredit: error: division by zero\n")
+    assert main(["--help"]) == 0 and "70 unexpected" in capsys.readouterr().out.replace("\n", " ")

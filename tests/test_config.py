@@ -131,6 +131,125 @@ def test_dump_and_read_back(tmp_path, given):
     assert resolve(read_yaml(str(tmp_path / "config.yaml"))) == config
 
 
+def written(tmp_path, content: str) -> Config:
+    (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
+    return resolve(read_yaml(str(tmp_path / "run.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("content", "option", "value"),
+    [
+        ("task: {system_prompt: None}", "task.system_prompt", None),
+        ("task: {system_prompt: none}", "task.system_prompt", None),
+        ('task: {system_prompt: "None"}', "task.system_prompt", "None"),
+        ("task: {system_prompt: 12:30}", "task.system_prompt", "12:30"),
+        ("task: {system_prompt: 1e-6}", "task.system_prompt", "1e-6"),
+        ("task: {system_prompt: 0.90}", "task.system_prompt", "0.90"),
+        ("task: {system_prompt: '~ ${HOME} $HOME'}", "task.system_prompt", "~ ${HOME} $HOME"),
+        ('task: {system_prompt: ""}', "task.system_prompt", ""),
+        ("task: {split: on}", "task.split", "on"),
+        ("task: {columns: {question: 3, id: no}}", "task.columns", {"question": "3", "id": "no"}),
+        ("model: 007", "model", "007"),
+        ("run_dir: 2026-11-27", "run_dir", "2026-11-27"),
+        ("reward: {workers: None}", "reward.workers", None),
+        ("sampler: {stop_token_ids: None}", "sampler.stop_token_ids", None),
+        ("prm: {update: none}", "prm.update", "none"),
+        ("objective: {importance: none}", "objective.importance", "none"),
+        ("train: {seed: 007}", "train.seed", 7),
+        ("trust_remote_code: yes", "trust_remote_code", True),
+        ("sampler: {server: {args: [--len, 4096, 0.90, no]}}", "sampler.server.args", ["--len", "4096", "0.90", "no"]),
+        ("\ufefftrain: {seed: 3}", "train.seed", 3),
+        ("train: {<<: {seed: 3, iterations: 5}, seed: 4}", "train.seed", 4),
+    ],
+)  # fmt: skip
+def test_what_yaml_values_mean(tmp_path, content, option, value):
+    """Text stays as it is written where the schema has text; None is null where that is allowed."""
+    found = written(tmp_path, content).model_dump()
+    for part in option.split("."):
+        found = found[part]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_none_is_said_to_be_null(tmp_path, caplog):
+    written(tmp_path, "task: {eval_data: None}")
+    assert "task.eval_data: 'None' is taken for null" in caplog.text
+
+
+@pytest.mark.parametrize("section", ["credit", "loss", "reward.options.f", "sampler", "growth", "estimators.entropy"])
+def test_numbers_that_no_schema_knows(tmp_path, section):
+    """The same in YAML and on the command line; text in quotes stays text, also in the saved config."""
+    name = {"credit": "spro", "loss": "mine.f"}.get(section.split(".")[0], "mine.f")
+    named = "" if "options" in section else f", name: {name}"
+    options = f'{{a: 1e-6, b: "1e-6", c: [1E5, .5], d: 2026-01-02, e: None, f: "None"{named}}}'
+    section += ".options" if section in ("sampler", "growth") else ""
+    content = options
+    for part in reversed(section.split(".")):
+        content = f"{{{part}: {content}}}"
+    config = written(tmp_path, content)
+    found = config.model_dump()
+    for part in section.split("."):
+        found = found[part]
+    wanted = {"a": 1e-6, "b": "1e-6", "c": [1e5, 0.5], "d": "2026-01-02", "e": None, "f": "None"}
+    assert {key: value for key, value in found.items() if key != "name"} == wanted
+    assert resolve(read_yaml(str(dumped(tmp_path, config)))) == config
+    assert parse_value("1e-6", [*section.split("."), "a"]) == 1e-6
+    assert parse_value("None", [*section.split("."), "a"]) is None
+
+
+def dumped(folder, config):
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    return folder / "config.yaml"
+
+
+PLACES = ["model", "task.data", "task.eval_data", "run_dir", "prm.model", "sampler.server.python"]
+PLACES += ["sampler.server.folder", "sampler.name", "growth.name", "credit.name", "loss.name"]
+
+
+@pytest.mark.parametrize("option", PLACES)
+def test_home_and_environment_in_paths(tmp_path, monkeypatch, option):
+    """In every option that is a path or a name, from YAML and the command line alike."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("EXP", "sets/a")
+    for text, value in [
+        ("~/x", "/home/me/x"),
+        ("~", "/home/me"),
+        ("d/${EXP}", "d/sets/a"),
+        ("$HOME/x", "/home/me/x"),
+        ("a~b$c", "a~b$c"),
+    ]:
+        content = f"'{text}'"
+        for part in reversed(option.split(".")):
+            content = f"{{{part}: {content}}}"
+        (tmp_path / "run.yaml").write_text(content)
+        for words in ([str(tmp_path / "run.yaml")], [f"--{option}", text]):
+            found = parse(words, OWN, "train")[0]
+            for part in option.split("."):
+                found = found[part]
+            assert found == value
+
+
+def test_home_in_lists_of_names(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given, _ = parse(["--reward.functions", "~/a.py:f,verl:~/b.py:g,math", "--resume=~/runs/x"], OWN, "train")
+    assert resolve(given).reward.functions == ["/home/me/a.py:f", "verl:/home/me/b.py:g", "math"]
+    assert parse(["--resume=~/runs/x"], OWN, "train")[1] == {"resume": "/home/me/runs/x"}
+    assert resolve({"estimators": {"x": "~/a.py:f"}}).estimators["x"].name == "/home/me/a.py:f"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--task.system-prompt", "None"], None),
+        (["--task.system-prompt", "null"], None),
+        (["--task.system-prompt", ""], ""),
+        (["--task.system-prompt", "true"], "true"),
+        (["--task.system-prompt", "[1, 2]"], "[1, 2]"),
+    ],
+)
+def test_text_on_the_command_line(words, value):
+    assert parse(words, OWN, "train")[0] == {"task": {"system_prompt": value}}
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -158,6 +277,11 @@ def test_dump_and_read_back(tmp_path, given):
         ({"train": 5}, ["train", "section", "5"]),
         ({"credit": "spro"}, ["credit", "section", "'spro'"]),
         ({"task": {"columns": "question"}}, ["task.columns", "section"]),
+        ({"train": {"seed": None}}, ["train.seed", "no value"]),
+        ({"model": "${NO_SUCH}/x"}, ["model", "NO_SUCH is not set"]),
+        ({"run_dir": "${NO:-x}"}, ["run_dir", "${NAME}"]),
+        ({"task": {"data": "~nobody-here/x"}}, ["task.data", "~nobody-here", "home folder"]),
+        ({"run_dir": ""}, ["run_dir", "empty"]),
     ],
 )
 def test_bad_option(given, words):
@@ -175,6 +299,15 @@ def test_bad_option(given, words):
         (b"- train\n", ["run.yaml", "list"]),
         (b"seed\n", ["run.yaml", "str"]),
         (b"run_dir: \xff\n", ["run.yaml"]),
+        (b"train: {iterations: 1}\nmodel: x\ntrain: {seed: 3}\n", ["run.yaml, line 3", "train", "line 1"]),
+        (b"train:\n  seed: 1\n  seed: 1\n", ["run.yaml, line 3", "train.seed", "line 2"]),
+        (b"train: {seed: 1}\ntrain.seed: 2\n", ["run.yaml, line 1", "train.seed", "line 2"]),
+        (b"credit: {beta: 1, beta: 2}\n", ["run.yaml, line 1", "credit.beta"]),
+        (b"? [a]\n: 1\n", ["run.yaml, line 1", "name of an option"]),
+        (b"a: &a {b: *a}\n", ["run.yaml", "itself"]),
+        (b"model: !!python/name:os.system x\n", ["run.yaml, line 1", "not YAML"]),
+        (b"a: 1\n---\nb: 2\n", ["run.yaml, line 2", "not YAML"]),
+        (b"model: a\0b\n", ["run.yaml", "not YAML"]),
     ],
 )
 def test_bad_yaml(tmp_path, content, words):
@@ -243,6 +376,17 @@ def test_bad_words(words, message):
     with pytest.raises(UserError) as caught:
         parse(words, OWN, "train")
     assert message in str(caught.value)
+
+
+def test_a_file_beside_the_config_is_not_the_one_that_counts(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "d.jsonl").write_text("{}")
+    (tmp_path / "run.yaml").write_text("task: {data: d.jsonl}")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"task.data: 'd.jsonl' is beside this file, but paths count from the folder"):
+        parse(["../run.yaml"], OWN, "train")
+    (tmp_path / "here" / "d.jsonl").write_text("{}")
+    assert parse(["../run.yaml"], OWN, "train")[0]["task"]["data"] == "d.jsonl"
 
 
 def test_no_file_where_a_command_takes_none():

@@ -9,14 +9,14 @@ from transformers import Trainer
 
 from stepcredit.learn.learner import Learner, parameter_groups
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import WHOLE
+from stepcredit.learn.placement import UNSHARDED
 from stepcredit.policy.forward import Policy
 
 families = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 
 
 def learner(policy: Policy, **options) -> Learner:
-    return Learner(policy, WHOLE, AdamWOptions(**{"learning_rate": 1e-2} | options), 1024)
+    return Learner(policy, UNSHARDED, AdamWOptions(**{"learning_rate": 1e-2} | options), 1024)
 
 
 def named(policy: Policy, decays: bool) -> set[str]:

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from stepcredit.run.clock import Pace
 from stepcredit.run.health import ALARMS, WARN_AFTER, Health
 
 FINE = {
@@ -128,3 +129,25 @@ def test_numbers_that_were_not_finite_alarm_nobody_falsely() -> None:
     assert "warning" not in told(USUAL, *[row] * (WARN_AFTER + 1))[1]
     absent = {name: value for name, value in USUAL.items() if name != "policy/kl_ref"}
     assert "warning" not in told(*[absent] * (WARN_AFTER + 1))[1]
+
+
+def test_the_time_left_counts_iterations_and_evaluations_apart() -> None:
+    """A first evaluation of 100 s is not the time of an iteration."""
+    pace = Pace(last=10, eval_every=5)
+    pace.add(0, 100.0, 100.0)
+    assert pace.left(0) == 200.0  # two evaluations to come; of iterations nothing is known
+    pace.add(1, 102.0, None)
+    assert pace.left(1) == 9 * 2.0 + 200.0
+    for iteration in (2, 3, 4):
+        pace.add(iteration, 100.0 + 2 * iteration, None)
+    pace.add(5, 170.0, 60.0)  # two seconds of it are the iteration
+    assert pace.left(5) == 5 * 2.0 + 80.0
+    assert pace.left(10) == 0.0
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(0, 1), (3, 3), (7, 2), (10, 1), (4, 3)])
+def test_evaluations_that_are_left(every: int, evaluations: int) -> None:
+    """After iteration 3 of 10, the last one always among them."""
+    pace = Pace(10, every)
+    pace.add(0, 1.0, 1.0)
+    assert pace.left(3) == evaluations

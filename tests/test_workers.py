@@ -238,3 +238,33 @@ def test_user_errors_come_through(workers) -> None:
     reward = reward_function("overlong", {"max_tokens": 4, "buffer": 9})
     with pytest.raises(UserError, match="overlong"):
         workers.run([RewardCall(reward, {"prompts": [""], "completions": [""], "completion_ids": [[1]]}, 1)])
+
+
+def test_workers_that_are_still_starting_end_without_a_word(tmp_path) -> None:
+    """A run that needs few of its workers ends while others start; they still find the locks of the pool."""
+    script = """
+import signal, time
+from dataclasses import replace
+from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.workers import Workers
+
+class SlowToStart(str):  # the path that a worker gets before the locks
+    def __reduce__(self):
+        return slowly, (str(self),)
+
+def slowly(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
+    return path
+
+if __name__ == "__main__":
+    workers = Workers(60, count=4)
+    workers.start([replace(reward_function("exact"), path=SlowToStart("stepcredit.verifiers.exact.verify"))])
+    time.sleep(0.3)
+    workers.close()
+"""
+    path = tmp_path / "run.py"
+    path.write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, str(path)], capture_output=True, env=environment, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

@@ -8,9 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stepcredit.config import Config, merge, parse_value, read_yaml
+from stepcredit.config import Config, expand_all, merge, parse_value, read_yaml
 from stepcredit.config.renamed import new_name
+from stepcredit.config.values import expand
 from stepcredit.errors import UserError, did_you_mean
+from stepcredit.imports import search_in
+from stepcredit.section import split as listed
 
 SHORT = {
     "algorithm": "algorithm",
@@ -20,6 +23,7 @@ SHORT = {
     "group-size": "growth.group_size",
     "seed": "train.seed",
     "run-dir": "run_dir",
+    "code-folders": "code_folders",
     "trust-remote-code": "trust_remote_code",
     "learning-rate": "optim.learning_rate",
     "device": "train.device",
@@ -30,13 +34,7 @@ SHORT = {
     "temperature": "sampler.temperature",
     "max-new-tokens": "sampler.max_new_tokens",
 }
-TEXT = {
-    "algorithm",
-    "model",
-    "task.data",
-    "run_dir",
-    "train.device",
-}  # taken as they stand, even when they look like numbers
+PLACES = {"config", "in", "json", "out", "prm", "ref", "resume", "verifier"}  # commands' own: ~ and ${NAME} hold
 
 
 def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -73,6 +71,8 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
                 raise UserError(f"--{name} needs a value, for example '--{name} {_example(name)}'")
             else:
                 value = queue.pop(0)
+        if name in PLACES & own.keys():
+            value = expand(f"--{name}", value)
         if name == "config" and name in own:
             config_file = value
             continue
@@ -81,8 +81,36 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
             continue
         path = new_name(SHORT.get(name, name))
         _check_known(path, name, own, command)
-        given = merge(given, _nested(path, value if path in TEXT else parse_value(value)))
-    return (merge(read_yaml(config_file), given) if config_file else given), options
+        given = merge(given, _nested(path, parse_value(value, path.split("."))))
+    if config_file:
+        written = expand_all(read_yaml(config_file))
+        _check_places(written, config_file)
+        given = merge(written, given)
+        search_in(Path(config_file).parent)
+    given = expand_all(given)
+    search_in(*code_folders(given))
+    return given, options
+
+
+def _check_places(written: Mapping[str, Any], config_file: str) -> None:
+    """Refuse files to read that are beside the config file and not where the command runs: which one counts is said."""
+    for section, name in (("task", "data"), ("task", "eval_data"), ("prm", "model"), ("", "model")):
+        options = written.get(section) if section else written
+        place = options.get(name) if isinstance(options, Mapping) else None
+        if not isinstance(place, str) or place == "embedded" or Path(place).exists():
+            continue
+        beside = Path(config_file).parent / place
+        if beside.exists():
+            raise UserError(
+                f"{config_file}: {f'{section}.{name}'.strip('.')}: '{place}' is beside this file, but paths count from "
+                f"the folder where the command runs; write {beside.resolve()}, or start there"
+            )
+
+
+def code_folders(given: Mapping[str, Any]) -> list[str]:
+    """The folders for code of one's own that a config names; what is no folder is refused with the whole config."""
+    named = listed(given.get("code_folders"))
+    return [folder for folder in named if isinstance(folder, str)] if isinstance(named, list) else []
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -140,7 +168,8 @@ def split(
             raise UserError(f"{command}: unknown option {written}; {hint}")
         if not equals and (not queue or queue[0].startswith("--")):
             raise UserError(f"{written} needs a value, for example '{written} {options[name]}'")
-        given[name] = value if equals else queue.pop(0)
+        value = value if equals else queue.pop(0)
+        given[name] = expand(f"--{name}", value) if name in PLACES else value
     return places, given
 
 

@@ -30,7 +30,10 @@ Examples
   stepcredit credit --in rollouts.jsonl --out scored.jsonl --credit.name opo
   stepcredit report runs/grpo-1 runs/spro-1 -o report.html
 
-'stepcredit COMMAND --help' shows the options of a command."""
+Exit codes: 0 done, 1 nothing was learnt or too few gold answers accepted, 2 something given is wrong, 70 unexpected
+error, 130 interrupted. 'stepcredit COMMAND --help' shows the options of a command."""
+
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 
 
 def _train(words: Sequence[str]) -> int:
@@ -117,11 +120,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Exit codes: 0 done, 1 nothing was learnt or too few gold answers accepted, 2 the input is wrong, 130 interrupted.
+    Exit codes: 0 done; 1 nothing was learnt (0 under torchrun, which takes any other for a crash), or too few gold
+    answers accepted; 2 the input is wrong; 70 an unexpected exception, with its traceback; 130 interrupted.
     """
     words = list(sys.argv[1:] if words is None else words)
     code = _main(words)
-    if code == 2 and _processes() > 1:
+    if code in (2, UNEXPECTED) and _processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # groups of processes would wait for each other
@@ -140,6 +144,12 @@ def _say(error: Exception | str) -> None:
         from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
         ErrorHandler().record_exception(error if isinstance(error, Exception) else UserError(error))
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exc()
+    _say(error)
+    return UNEXPECTED
 
 
 def _main(words: list[str]) -> int:
@@ -167,15 +177,11 @@ def _main(words: list[str]) -> int:
             _say(f"{place}the disk is full; make room, then continue with --resume")
             return 2
         if error.filename is None:
-            raise
+            return _unexpected(error)
         _say(f"{error.filename}: {error.strerror}; choose another place or free it")
         return 2
     except Exception as error:
-        if _processes() == 1:
-            raise
-        traceback.print_exc()
-        _say(error)
-        return 2
+        return _unexpected(error)
     except KeyboardInterrupt:
         print("stepcredit: interrupted", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ from stepcredit.cli.arguments import parse
 from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
 from stepcredit.config.renamed import with_new_names
 from stepcredit.errors import UserError
+from stepcredit.imports import search_in, used_folders
 
 if TYPE_CHECKING:
     from stepcredit.learn.placement import Placement
@@ -31,7 +32,10 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --device NAME         auto | cpu | cuda | mps
   --eval-every N        --save-every N       iterations; 0: only at the end
   --trust-remote-code true   run code that comes with a hub model; off when not given
-  --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or dotted paths; comma between
+  --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or your own; comma between
+  --estimators {{COLUMN: NAME}}   builders of your own for columns that credit and loss read
+  --code-folders FOLDERS   where code of your own (my_module.f, my_file.py:f) is looked for, beside this folder and that
+                        of CONFIG.yaml
 
 Algorithms
 {algorithms}
@@ -52,7 +56,10 @@ Examples
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
   stepcredit train --resume runs/spro
-  stepcredit train --track.sinks tensorboard,wandb"""
+  stepcredit train --track.sinks tensorboard,wandb
+
+Exit codes: 0 done, 1 nothing was learnt (0 under torchrun; the log says it), 2 something given is wrong, 70 a fault of
+the program or of the user's code, with a traceback, 130 stopped by a signal"""
 
 # What makes it another run when it changes.
 OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference"}
@@ -80,6 +87,7 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.run.build import build_parts, build_placement
     from stepcredit.run.checkpoint import read_pointer
     from stepcredit.run.interrupt import Interrupted
+    from stepcredit.run.state import seed_generators
     from stepcredit.run.trainer import Trainer
 
     ranks = Ranks.join(config.distributed.timeout_s, config.train.device)
@@ -87,9 +95,11 @@ def main(words: Sequence[str]) -> int:
     console = Console(quiet=not ranks.main)
     given, checkpoint = ranks.on_main(lambda: _resumed(given, own["resume"]))
     config = resolve(given)
+    search_in(*config.code_folders)
     if config.sampler.temperature == 0:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
     run_dir = ranks.on_main(lambda: _run_dir(config, continues=own["resume"] != "never"))
+    seed_generators(config.train.seed, ranks.rank)
     parts = build_parts(config)
     placement = build_placement(config, ranks)
     policy = load_model(config, config.model, placement)
@@ -97,13 +107,14 @@ def main(words: Sequence[str]) -> int:
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(config.train.seed)  # again: loading may have drawn
     trainer = Trainer(config, parts, policy, console, placement)
     run_dir = ranks.on_main(lambda: _claim(config, run_dir))
     if checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
-    config = config.model_copy(update={"run_dir": str(run_dir)})
+    folders = list(dict.fromkeys([*config.code_folders, *used_folders()]))
+    config = config.model_copy(update={"run_dir": str(run_dir), "code_folders": folders})
     ranks.on_main(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
@@ -115,7 +126,7 @@ def main(words: Sequence[str]) -> int:
         with closing(trainer.rollouts.sampler):
             learnt = trainer.run(run_dir)
         ranks.leave()
-        return 0 if learnt else 1
+        return 0 if learnt or ranks.distributed else 1  # torchrun would report a crash
     except Interrupted:
         console.print(f"stopped and saved; continue with --resume {run_dir}", highlight=False, soft_wrap=True)
         ranks.leave()

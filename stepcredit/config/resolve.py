@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stepcredit.config.algorithms import algorithm
 from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import Config
+from stepcredit.config.values import expand_all
 from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES
 from stepcredit.errors import UserError, did_you_mean
 
@@ -24,7 +25,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: naming the option that is unknown or has a value that does not fit.
     """
-    given = with_new_names(given)
+    given = expand_all(with_new_names(given))
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
@@ -75,6 +76,8 @@ def _explain(error: ValidationError) -> str:
         return f"{name}: '{first['input']}' is not known; {did_you_mean(str(first['input']), _choices(first))}"
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{name}: expected a section with options, found {first['input']!r:.60}"
+    if first["input"] is None:
+        return f"{name}: has no value (empty or null); give it one, or leave it out for its default"
     return f"{name}: {first['msg'].lower()}, got {first['input']!r:.60}"
 
 

@@ -13,7 +13,7 @@ from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
 from stepcredit.samplers.options import SamplerOptions
-from stepcredit.section import Choice, Names, Section
+from stepcredit.section import Choice, Place, Places, Section
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.tasks.options import TaskOptions
 from stepcredit.verifiers.options import RewardOptions
@@ -22,13 +22,13 @@ from stepcredit.verifiers.options import RewardOptions
 class CreditConfig(Choice):
     """A credit function by name or dotted path, and its own options."""
 
-    name: str = "grpo"
+    name: Place = "grpo"
 
 
 class LossConfig(Choice):
     """A loss by name or dotted path, and its own options."""
 
-    name: str = "clip"
+    name: Place = "clip"
 
 
 def _named(value: Any) -> Any:
@@ -40,14 +40,14 @@ Named = Annotated[Choice, BeforeValidator(_named)]
 
 class Config(Section):
     algorithm: str = "grpo"
-    model: str = "embedded"  # embedded | folder | hub id
+    model: Place = "embedded"  # embedded | folder | hub id
     trust_remote_code: bool = False  # run code that comes with a hub model
     task: TaskOptions = TaskOptions()
     sampler: SamplerOptions = SamplerOptions()
     growth: GrowthOptions = GrowthOptions()
     reward: RewardOptions = RewardOptions()
     filter: FilterOptions = FilterOptions()
-    shapers: Names = []
+    shapers: Places = []
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -61,4 +61,5 @@ class Config(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     rollouts: RolloutOptions = RolloutOptions()
     track: TrackOptions = TrackOptions()
-    run_dir: str | None = None  # None: runs/ALGORITHM-NUMBER
+    run_dir: Place | None = None  # None: runs/ALGORITHM-NUMBER
+    code_folders: Places = []  # where code of your own is looked for, beside this folder and that of the config file

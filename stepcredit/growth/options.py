@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stepcredit.errors import UserError
-from stepcredit.section import Names, Section
+from stepcredit.section import Names, Place, Section
 
 
 class StepOptions(Section):
@@ -23,7 +23,7 @@ class TreeOptions(Section):
 
 
 class GrowthOptions(TreeOptions):
-    name: str = "flat"  # flat | tree | dotted path of your own
+    name: Place = "flat"  # flat | tree | dotted path of your own
     group_size: int = Field(8, ge=1)  # completions of a problem (flat); the options above are for trees
     options: dict[str, Any] = {}  # for a growth of your own
 

@@ -80,6 +80,13 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def seed_generators(seed: int, rank: int = 0) -> None:
+    """Seed every global random generator; those of Python and numpy differ between the processes of a run."""
+    random.seed(f"{seed} {rank}")
+    np.random.seed([seed, rank])
+    torch.manual_seed(seed)
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((3, tuple(state["python"]), None))
     kind, keys, *rest = state["numpy"]

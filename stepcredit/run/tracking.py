@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from stepcredit.config import Config
 from stepcredit.display.console import replace_unencodable
@@ -18,6 +18,7 @@ from stepcredit.display.token_texts import TokenTexts
 from stepcredit.forest import Forest
 from stepcredit.forest.records import write_trees
 from stepcredit.processes.ranks import Ranks
+from stepcredit.run.clock import Pace
 from stepcredit.run.health import Health
 from stepcredit.run.sinks import open_sinks
 
@@ -124,6 +125,7 @@ class Tracker:
         self.latest_eval: dict[str, float] = {}
         self.tokens_sampled = 0.0
         self.started = time.monotonic()
+        self._pace = Pace(config.train.iterations, config.eval.every)
         self.first = (done or 0) + 1
         self.reported: int | None = None  # the last iteration in metrics.jsonl
         self.last_example: int | None = None  # the iteration of the last example; the first one counts as 0
@@ -134,6 +136,8 @@ class Tracker:
             self.reported = row["iteration"]
             self.tokens_sampled = row["tokens/total"]
             self._remember(row)
+            if "time/eval" in row:
+                self._pace.evaluations.append(row["time/eval"])
             if row["iteration"]:
                 self.health.count(row)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -143,11 +147,11 @@ class Tracker:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
         )
-        self._bar = self._progress.add_task("train", total=self.last, completed=done or 0, metrics="")
+        self._bar = self._progress.add_task("train", total=self.last, completed=done or 0, metrics="", left="")
 
     def __enter__(self) -> "Tracker":
         if self.console.is_terminal:
@@ -208,13 +212,12 @@ class Tracker:
             for name, label, pattern in PROGRESS
             if (value := row.get(name, self.latest_eval.get(name))) is not None
         )
-        self._progress.update(self._bar, completed=iteration, metrics=metrics)
+        self._pace.add(iteration, row["time/elapsed"], row.get("time/eval"))
+        left = f"{self._pace.left(iteration):.0f}s left" if iteration >= self.first else ""
+        self._progress.update(self._bar, completed=iteration, metrics=metrics, left=left)
         plain = not self.console.is_terminal and (iteration % PLAIN_EVERY == 0 or iteration in (1, self.last))
         if plain and iteration:
-            left = row["time/elapsed"] / (iteration - self.first + 1) * (self.last - iteration)
-            self.console.print(
-                f"iteration {iteration}/{self.last}  {metrics}  {left:.0f}s left", highlight=False, soft_wrap=True
-            )
+            self.console.print(f"iteration {iteration}/{self.last}  {metrics}  {left}", highlight=False, soft_wrap=True)
 
     def _show_completion(self, iteration: int, forest: Forest) -> None:
         replace_unencodable(self.console)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepcredit.section import Section
+from stepcredit.section import Place, Section
 
 
 def _joined(value: Any) -> Any:
@@ -18,9 +18,9 @@ def _off(value: Any) -> Any:
 
 
 class TaskOptions(Section):
-    data: Annotated[str, BeforeValidator(_joined)] = "embedded"  # embedded | file | hub id; lists and * (docs/data.md)
+    data: Annotated[Place, BeforeValidator(_joined)] = "embedded"  # embedded | file | hub id; lists, * (docs/data.md)
     split: str = "train"
-    eval_data: str | None = None  # held-out problems; None holds out a share of `data`
+    eval_data: Place | None = None  # held-out problems; None holds out a share of `data`
     eval_split: str = "test"
     held_out: float = Field(0.1, ge=0, lt=1)
     columns: dict[str, str] = {}  # question, answer, id -> name of the column

@@ -1,8 +1,9 @@
 """Reward functions: `f(prompts, completions, **columns) -> list`, sync or async, one entry for each completion.
 
 `columns` holds `answer`, `id`, `completion_ids`, `prompt_end` and every column of the data. A value is a number, None
-for unjudged, or a dictionary with rewards inside the completion (docs/judging.md). Name your own by dotted path, verl's
-`compute_score` with `verl:` before it: `--reward.functions my_package.my_reward,verl:my_package.compute_score`.
+for unjudged, or a dictionary with rewards inside the completion (docs/judging.md). Name your own by dotted path or
+file, verl's `compute_score` with `verl:` before it:
+`--reward.functions my_package.my_reward,verl:my_package.compute_score`.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from typing import Any
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
-from stepcredit.imports import by_name
+from stepcredit.imports import by_name, located
 
 RewardFunction = Callable[..., Any]
 
@@ -139,8 +140,8 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
     if name.startswith(VERL):
         from stepcredit.verifiers.verl import ComputeScore
 
-        by_name("reward.functions", name.removeprefix(VERL), {})
-        return Reward(name, ComputeScore(name.removeprefix(VERL)), options or {}, name)
+        path = located("reward.functions", name.removeprefix(VERL))
+        return Reward(name, ComputeScore(path), options or {}, VERL + path)
     function = by_name("reward.functions", name, VERIFIERS)
     place: Any = sys.modules[function.__module__] if name in VERIFIERS else function
     ends_within = getattr(place, "ends_within", None)
@@ -148,7 +149,7 @@ def reward_function(name: str, options: Mapping[str, Any] | None = None) -> Rewa
         name,
         function,
         options or {},
-        None if name in QUICK else VERIFIERS.get(name, name),
+        None if name in QUICK else VERIFIERS.get(name) or located("reward.functions", name),
         getattr(place, "gold", None),
         getattr(place, "final_answer", None),
         getattr(place, "same_answer", None),

@@ -1,29 +1,17 @@
 """What judges completions."""
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from stepcredit.section import Names, Numbers, Section
-
-EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
-def numbers_in(value: Any) -> Any:
-    """YAML reads `1e-6` as text; where no schema says what an option is, it is a number."""
-    if isinstance(value, dict):
-        return {name: numbers_in(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [numbers_in(inner) for inner in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+from stepcredit.section import Numbers, Places, Section
 
 
 class RewardOptions(Section):
-    functions: Names = []  # empty: the task's own
+    functions: Places = []  # empty: the task's own
     weights: Numbers = []  # empty: all 1
-    options: Annotated[dict[str, Any], BeforeValidator(numbers_in)] = {}  # by function: further arguments
-    kinds: dict[str, Names] = {}  # rows of mixed data, kind -> functions for them alone (numina*: math, apps: code)
+    options: dict[str, Any] = {}  # by function: further arguments
+    kinds: dict[str, Places] = {}  # rows of mixed data, kind -> functions for them alone (numina*: math, apps: code)
     kind_column: str = "data_source"  # has the kind; reward.functions judge rows of all kinds
     skip_special_tokens: bool = True  # false: functions see <|...|> and the like, but for the stop token
     timeout_s: float = Field(10.0, gt=0)  # of a call; its worker process is killed then

@@ -18,15 +18,19 @@ from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache
 from itertools import accumulate
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
 from stepcredit.errors import UserError
-from stepcredit.verifiers import Reward, reward_function
+from stepcredit.imports import module_of
+from stepcredit.verifiers import VERL, Reward, reward_function
 from stepcredit.verifiers.reaper import sweep
 
 log = logging.getLogger("stepcredit")
@@ -141,9 +145,9 @@ class Workers:
             if self._pool is None or not self._pool.active:
                 if self._finalizer is not None:
                     self._finalizer()
-                context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+                context: Any = LastingLocks() if sys.platform != "win32" else multiprocessing.get_context("spawn")
                 if sys.platform != "win32":  # imported once, shared by all workers
-                    context.set_forkserver_preload(["__main__", __name__, *(module_of(path) for path in paths)])
+                    context.set_forkserver_preload(["__main__", __name__, *_modules(paths)])
                 self._groups = Path(tempfile.mkdtemp(prefix="stepcredit-workers-"))
                 setup = (list(paths), str(self._groups), self.memory_mb)
                 self._pool = ProcessPool(self.count, initializer=_set_up_worker, initargs=setup, context=context)
@@ -153,7 +157,14 @@ class Workers:
                     start_new_session=True,
                 )
                 self._finalizer = weakref.finalize(self, _end_workers, self._pool, reaper)
-                _ = self._pool.active  # starts the processes
+                try:
+                    _ = self._pool.active  # starts the processes
+                except RuntimeError as error:
+                    raise UserError(
+                        "the worker processes of reward functions cannot start (what Python says is above); a file of "
+                        f"a name such as random.py in {os.getcwd()} hides Python's own, so rename it; or set "
+                        "--reward.workers 0 to do without"
+                    ) from error
             return self._pool
 
     def _run_in_workers(self, calls: Sequence[RewardCall]) -> list[list[Outcome]]:
@@ -218,6 +229,23 @@ class Workers:
         return [outcome for outcomes in self._run_in_workers(call.rows()) for outcome in outcomes]
 
 
+class LastingLocks(ForkServerContext):
+    """Locks that keep their names until the pool has gone.
+
+    A pool that stops lets go of its locks first and of its workers then; a worker that is still starting would not find
+    the locks any more, and say so with a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks: list[RLock] = []
+
+    def RLock(self) -> RLock:
+        lock = super().RLock()
+        self.locks.append(lock)
+        return lock
+
+
 # ---------------------------------------------------------------------- inside a worker
 
 
@@ -261,8 +289,10 @@ def _run_packed(
 _reward = cache(reward_function)
 
 
-def module_of(path: str) -> str:
-    return path.rpartition(":")[2].rpartition(".")[0]
+def _modules(paths: Iterable[str]) -> list[str]:
+    """The modules of functions that have dotted paths; each worker loads files itself."""
+    found = [module_of(path.removeprefix(VERL)) for path in paths]
+    return [module for module in found if module is not None]
 
 
 # ---------------------------------------------------------------------- a call, in whichever process
@@ -346,7 +376,7 @@ def _outcome(value: Any) -> Outcome:
 
 def _number(value: Any) -> float:
     value = value.item() if hasattr(value, "item") else value  # numpy, torch
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real | Decimal):
         raise TypeError(f"returned {value!r:.40}; expected a number or None")
     number = float(value)
     if not abs(number) <= MAX_REWARD:
