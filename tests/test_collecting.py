@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from rich.console import Console
 
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.policy.loading import load_policy
+from stepcredit.run.build import build_parts
 from stepcredit.run.clock import Clock
 from stepcredit.run.source import Position, collect
+from stepcredit.run.trainer import Trainer
 from stepcredit.run.work import Work
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.shaping.window import rejected
@@ -146,3 +150,19 @@ def test_joined_forests_keep_their_columns():
     joined = Forest.join([one, two])
     assert joined.token["entropy"].equal(torch.cat([one.token["entropy"], two.token["entropy"]]))
     assert joined.segment["reward"].tolist() == [1, 1, 0, 0, 1, 0, 0, 0] and ids(joined) == [2, 3]
+
+
+def test_trees_carry_the_version_of_the_weights_that_they_were_sampled_with():
+    """Iterations behind the weights; it stays with the trees when minibatches and joined forests are made of them."""
+    config = resolve({"train": {"problems_per_iteration": 2}, "eval": {"num_problems": 0}, "growth": {"group_size": 2}})
+    trainer = Trainer(config, build_parts(config), load_policy("embedded", "cpu"), Console(quiet=True))
+    first = trainer.source.next()
+    trainer.source.sync(trainer.policy, 3)
+    trainer.source.position = first.position
+    second = trainer.source.next()
+    assert (first.version, second.version) == (0, 3)
+    assert first.forest.tree["version"].tolist() == [0, 0] and second.forest.tree["version"].tolist() == [3, 3]
+    both = Forest.join([first.forest, second.forest])
+    assert both.select_trees(torch.tensor([1, 2])).tree["version"].tolist() == [0, 3]
+    assert Forest.from_state(both.state_dict()).tree["version"].tolist() == [0, 0, 3, 3]
+    assert second.position.drawn == 4 and len({problem.id for problem in both.problems}) == 4

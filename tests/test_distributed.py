@@ -262,3 +262,11 @@ def test_other_commands_run_as_one_process(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", lambda code: None)
     assert main(["eval"]) == 2
     assert "without torchrun" in capsys.readouterr().err
+
+
+def test_nothing_learnt_is_no_crash_under_torchrun(tmp_path):
+    """torchrun calls every other exit code a failure; the log says what it was."""
+    run = tmp_path / "nothing"
+    given = ["--reward.functions", "format_boxed", "--reward.gold-check", "0", "--sampler.max-new-tokens", "8"]
+    assert launch([job(run, 2, words(run, "grpo", 1, *given))]) == [[0, 0]]
+    assert "nothing was learnt" in logs(run)

@@ -258,3 +258,62 @@ def test_changes_make_new_forests():
         forest.with_token(advantages=torch.ones(5))
     with pytest.raises(ValueError, match="'x' has shape"):
         Table(2, {"x": torch.zeros(3)})
+
+
+# ---------------------------------------------------------------------- other orders
+
+
+def extended(seed: int, kind: str, number: int) -> Forest:
+    """A forest with columns of all three tables that trees do not know."""
+    forest = random_forest(seed, kind, num_trees=3)
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        forest.with_tree(version=torch.full((forest.num_trees,), number))
+        .with_segment(worth=torch.rand(forest.num_segments, generator=generator), kept=forest.segment["mask"])
+        .with_token(surprise=torch.rand(forest.num_tokens, 2, generator=generator))
+    )
+
+
+@pytest.mark.parametrize("kind", ["flat", "chain", "deep"])
+def test_joined_forests_are_their_trees_one_after_the_other(kind):
+    """With every column of every table; what trees know is what joining by way of them gave."""
+    parts = [extended(seed, kind, seed) for seed in range(3)]
+    joined = Forest.join(parts)
+    by_trees = Forest.from_trees([tree for part in parts for tree in part.to_trees()])
+    for table in ("tree", "segment", "token"):
+        for name, column in getattr(by_trees, table).items():
+            assert getattr(joined, table)[name].equal(column), name
+    assert joined.prompt_ids.equal(by_trees.prompt_ids) and joined.problems == by_trees.problems
+    assert joined.tree["version"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    for table, name in (("segment", "worth"), ("segment", "kept"), ("token", "surprise")):
+        assert getattr(joined, table)[name].equal(torch.cat([getattr(part, table)[name] for part in parts]))
+
+
+@pytest.mark.parametrize("kind", ["flat", "chain", "deep"])
+def test_trees_in_another_order(kind):
+    forest = extended(5, kind, 1)
+    order = torch.tensor([2, 0, 1])
+    found = forest.in_order(order)
+    trees = forest.to_trees()
+    assert found.to_trees() == [trees[index] for index in order]
+    again = found.in_order(order.argsort())
+    for table in ("tree", "segment", "token"):
+        assert all(getattr(again, table)[name].equal(column) for name, column in getattr(forest, table).items())
+    assert again.prompt_ids.equal(forest.prompt_ids)
+
+
+def test_interleaved_forests_take_turns():
+    parts = [extended(seed, "deep", seed) for seed in range(2)]
+    parts[1] = parts[1].select_trees(torch.tensor([0, 1]))
+    found = Forest.interleave(parts)
+    assert found.tree["version"].tolist() == [0, 1, 0, 1, 0]
+    assert [problem.id for problem in found.problems] == ["deep-0", "deep-0", "deep-1", "deep-1", "deep-2"]
+    assert "source" not in found.token and found.token["surprise"].shape[1] == 2
+
+
+def test_a_column_that_one_forest_lacks_is_named():
+    one, other = random_forest(1), random_forest(2)
+    with pytest.raises(UserError, match=r"lack the token column 'mine'"):
+        Forest.join([one.with_token(mine=one.token["position"]), other])
+    joined = Forest.join([one.with_token(token_rewards=torch.ones(one.num_tokens)), other])
+    assert joined.token["token_rewards"].tolist() == [1.0] * one.num_tokens + [0.0] * other.num_tokens

@@ -63,9 +63,10 @@ def main(words: Sequence[str]) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from stepcredit.credit import needs_of
+    from stepcredit.credit.choose import build_credit
     from stepcredit.forest import Forest
     from stepcredit.forest.records import check_columns, write_trees
-    from stepcredit.run.build import build_credit, build_objective
+    from stepcredit.losses.choose import build_objective
     from stepcredit.run.metrics import forest_metrics
     from stepcredit.tasks.rollouts import read_rollouts
 

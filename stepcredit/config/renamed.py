@@ -26,39 +26,49 @@ def new_name(path: str) -> str:
 
 def with_new_names(given: Mapping[str, Any]) -> dict[str, Any]:
     """A nested config with old names replaced; where both are given the new one holds. Replaced ones are logged."""
-    config: dict[str, Any] = {}
-    replaced: dict[str, str] = {}
-    old_options: list[tuple[str, Any]] = []
-    for path, value in _leaves(given):
-        if new_name(path) == path:
-            _put(config, path.split("."), value)
-        else:
-            old_options.append((path, value))
-    for path, value in old_options:
-        new = new_name(path)
-        replaced[path] = new
-        loss = config.get("loss", {}).get("name", "clip") if isinstance(config.get("loss", {}), Mapping) else "clip"
-        if new.startswith("loss.") and new != "loss.name" and loss != "clip":
+    config = _copy(given)
+    replaced: list[str] = []
+    for old, new in RENAMED.items():
+        value = _take(config, old.split("."))
+        if value is None:
+            continue
+        replaced.append(f"{old} is {new} now")
+        if new.startswith("loss.") and new != "loss.name" and _loss(config) != "clip":
             continue  # saved with its default beside a loss that has no such option
         _put(config, new.split("."), value)
     if replaced:
-        log.warning("config: %s", ", ".join(f"{old} is {new} now" for old, new in replaced.items()))
+        log.warning("config: %s", ", ".join(replaced))
     return config
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Options with their values, those of the top first; dictionaries that are values come apart and together again."""
-    found: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        path = f"{prefix}{key}"
-        found += _leaves(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
-    return found
+def _loss(config: Mapping[str, Any]) -> Any:
+    loss = config.get("loss")
+    return loss.get("name", "clip") if isinstance(loss, Mapping) else "clip"
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+
+
+def _take(config: dict[str, Any], path: list[str]) -> Any:
+    """Remove an option or a section and give its value; None where it is not there."""
+    *sections, name = path
+    inside: Any = config
+    for section in sections:
+        inside = inside.get(section)
+        if not isinstance(inside, dict):
+            return None
+    return inside.pop(name, None)
 
 
 def _put(config: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set an option, or the options of a section, that are not there yet."""
     *sections, name = path
     for section in sections:
         inner = config.get(section)
         config[section] = inner if isinstance(inner, dict) else {}
         config = config[section]
-    config.setdefault(name, value)
+    if isinstance(value, dict) and isinstance(config.get(name), dict):
+        config[name] = value | config[name]
+    else:
+        config.setdefault(name, value)
