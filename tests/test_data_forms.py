@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 
 from stepcredit.cli.main import main
-from stepcredit.config import resolve
+from stepcredit.config import read_yaml, resolve
 from stepcredit.demo.task import EmbeddedTask
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -33,7 +33,6 @@ from stepcredit.verifiers.answers import texts_of, unfit
 from stepcredit.verifiers.code import has_tests
 from stepcredit.verifiers.formats import think
 from stepcredit.verifiers.judging import Judge
-from stepcredit.verifiers.options import RewardOptions
 from tests.test_dataset import TEMPLATE, refused, tokenizer
 
 LINES = '{"question": "1 + 1 ?", "answer": "2"}\n{"question": "1 + 2 ?", "answer": 3}\n'
@@ -385,20 +384,24 @@ def test_functions_get_what_the_file_has():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"given.f": {"tolerance": 0.5}}, {"given": {"f": {"tolerance": "5e-1"}}}, {"given.f": {"tolerance": "5.0E-1"}}],
+    "text", ["{given.f: {tolerance: 0.5}}", "{given: {f: {tolerance: 5e-1}}}", "{given.f: {tolerance: 5.0E-1}}"]
 )
-def test_options_of_dotted_functions(options):
+def test_options_of_dotted_functions(text):
     """Under the name as a file has it, or in sections as the command line makes them; `1e-6` is a number."""
     Path("given.py").write_text("def f(completions, tolerance=0.1, **columns): return [tolerance] * len(completions)\n")
-    config = resolve({"reward": {"functions": "given.f", "options": options}})
+    Path("run.yaml").write_text(f"reward:\n  functions: given.f\n  options: {text}\n")
+    config = resolve(read_yaml("run.yaml"))
     rewards, _ = build_rewards(config, EmbeddedTask(0))
     assert rewards["given.f"].options == {"tolerance": 0.5}
 
 
 def test_options_keep_their_types():
-    given = {"a": 7, "b": "7", "c": "1e-6", "d": [1, "x"], "e": "2021-05-01", "f": None, "g": "1e"}
-    assert RewardOptions(options={"f": given}).options["f"] == given | {"c": 1e-6}
+    """As YAML has them, but for `1e-6`; quoted text stays text."""
+    Path("run.yaml").write_text(
+        'reward: {options: {f: {a: 7, b: "7", c: 1e-6, d: [1, x], e: "2021-05-01", f: null, g: 1e}}}'
+    )
+    given = resolve(read_yaml("run.yaml")).reward.options["f"]
+    assert given == {"a": 7, "b": "7", "c": 1e-6, "d": [1, "x"], "e": "2021-05-01", "f": None, "g": "1e"}
 
 
 @pytest.mark.parametrize(

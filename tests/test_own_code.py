@@ -13,7 +13,7 @@ from stepcredit.config import read_yaml
 from stepcredit.errors import UserError
 from stepcredit.imports import by_name, located, search_in, used_folders
 from stepcredit.verifiers import reward_function
-from stepcredit.verifiers.workers import Call, Workers
+from stepcredit.verifiers.workers import RewardCall, Workers
 
 FILES = {
     "own_rewards.py": """
@@ -137,7 +137,7 @@ def test_worker_processes_find_it_too(folder, name, form):
     workers = Workers(60, count=1, memory_mb=0)
     try:
         arguments = {"prompts": ["p", "p"], "completions": ["a", "b"], "answer": ["a", "b"]}
-        outcomes = workers.run([Call(reward, arguments, 2)])[0]
+        outcomes = workers.run([RewardCall(reward, arguments, 2)])[0]
     finally:
         workers.close()
     assert [outcome.value for outcome in outcomes] == [0.5, 0.5], outcomes

@@ -238,7 +238,7 @@ def test_truncation_is_that_of_transformers(temperature, top_k, top_p):
     scaled = logits / temperature
     expected = TopKLogitsWarper(top_k)(None, scaled) if top_k else scaled
     expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
-    weights, index = truncate(scaled, SamplingParams(temperature, top_p, top_k))
+    weights, index = truncate(scaled, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
     found = torch.zeros_like(weights).scatter(1, index, weights)
     untied = slice(None) if top_p == 1 else slice(100)
     assert torch.equal(found[untied] > 0, expected[untied].isfinite())
@@ -247,7 +247,7 @@ def test_truncation_is_that_of_transformers(temperature, top_k, top_p):
     torch.testing.assert_close(found.sort().values, expected.softmax(-1).sort().values)
     torch.testing.assert_close(found[untied], expected[untied].softmax(-1))
     uniform = torch.linspace(0, 1, 300)
-    token, _, _ = draw(logits, uniform, SamplingParams(temperature, top_p, top_k))
+    token, _, _ = draw(logits, uniform, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
     assert found.gather(1, token[:, None]).min() > 0
 
 

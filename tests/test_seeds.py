@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny
 
 from stepcredit.forest.types import Problem
-from stepcredit.growth.tree import _Growing
+from stepcredit.growth.tree import _GrowingTree
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.dialect import Request
 from stepcredit.samplers.remote.vllm import VLLM
@@ -89,7 +89,7 @@ def test_nodes_of_trees_stay_apart():
     """The seeds of 1,000 nodes in each of 200 trees, the first of them the tree's own."""
     found = []
     for number in range(200):
-        tree = _Growing(Problem(), [1], sampling_seed(0, TRAINING, number))
+        tree = _GrowingTree(Problem(), [1], sampling_seed(0, TRAINING, number))
         nodes = [tree.next_seed() for _ in range(1000)]
         assert nodes[0] == tree.seed
         found += nodes

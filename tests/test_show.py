@@ -502,7 +502,7 @@ def test_only_the_first_process_shows(tmp_path):
     """The others have a tracker that is silent."""
 
     class Second(Ranks):
-        def first(self, make):
+        def on_main(self, make):
             return 0
 
     console = Console(file=io.StringIO(), width=100)

@@ -40,10 +40,10 @@ Without options the embedded model learns the embedded task with GRPO: a few min
 Algorithms
 {algorithms}
 
-Credit functions by --credit.name, with options of their own (--credit.OPTION)
+Credit functions (credit.name), each with options of its own (credit.OPTION)
 {credits}
 
-Losses by --loss.name, with options of their own (--loss.OPTION)
+Losses (loss.name), each with options of its own (loss.OPTION)
 {losses}
 
 All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder

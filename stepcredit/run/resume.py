@@ -39,7 +39,7 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     Raises:
         UserError: the rows are not those that the run began with.
     """
-    check_data(trainer, state.get("data"))
+    check_data(trainer, state.get("data"), state["config"]["eval"]["num_problems"])
     trainer.done, trainer.resumed = state["iteration"], True
     trainer.source.position = Position.from_state(state["position"])
     for name, estimator in trainer.estimators.items():
@@ -62,16 +62,19 @@ def data_state(trainer: "Trainer") -> dict[str, str]:
     }
 
 
-def check_data(trainer: "Trainer", saved: dict[str, str] | None) -> None:
+def check_data(trainer: "Trainer", saved: dict[str, str] | None, num_held_out: int) -> None:
     """Stop where the problems have changed, unless the config says to go on.
 
     Args:
         saved: None in checkpoints of before there were fingerprints.
+        num_held_out: held-out problems that were asked for; of another number nothing can be compared.
     """
     if saved is None:
         log.warning("--resume: the checkpoint does not say what its data were, so they cannot be compared")
         return
     now = data_state(trainer)
+    if num_held_out != trainer.config.eval.num_problems:
+        now["held-out problems"] = saved["held-out problems"]
     changed = " and ".join(name for name, fingerprint in saved.items() if now[name] != fingerprint)
     if not changed:
         return

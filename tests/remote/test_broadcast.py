@@ -270,7 +270,7 @@ def test_only_the_first_process_broadcasts(policy, fake, caplog):
     class Other:
         main = False
 
-        def first(self, _: Callable) -> object:
+        def on_main(self, _: Callable) -> object:
             return next(answers)
 
     with sampling(policy, fake, way="gloo", patience_s=JOIN_S) as sampler:

@@ -58,7 +58,7 @@ def test_only_the_first_process_writes(policy, fakes, tmp_path):
     class Other:
         main = False
 
-        def first(self, _: Callable) -> str | Path:
+        def on_main(self, _: Callable) -> str | Path:
             return next(answers)
 
     fake, theirs = fakes(), fakes()
