@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
-from stepcredit.policy.forward import Policy, choose_path
+from stepcredit.policy.forward import Policy, choose_scoring_form
 from stepcredit.run.build import build_parts
 from stepcredit.run.source import Position
 from stepcredit.run.trainer import Trainer
@@ -113,7 +113,7 @@ def make_trainer(case: Case, folder: Path, **given: Any) -> Trainer:
     )
     torch.manual_seed(0)
     policy = Policy(*load(folder))
-    choose_path(policy)
+    choose_scoring_form(policy)
     return Trainer(config, build_parts(config), policy, Console(quiet=True))
 
 

@@ -22,7 +22,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy import forward, packing, reference
 from stepcredit.policy.batching import split_into_parts
-from stepcredit.policy.forward import choose_path, score
+from stepcredit.policy.forward import choose_scoring_form, score
 
 TOLERANCE = 1e-5
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -303,7 +303,7 @@ def test_bf16_autocast_is_near(path):
 def test_good_models_take_the_forest_path(family, autocast):
     policy = on_path(family, "plain")
     policy.autocast = autocast
-    assert choose_path(policy) < TOLERANCE
+    assert choose_scoring_form(policy) < TOLERANCE
     assert policy.scoring_form == "forest" and policy.autocast == autocast
 
 
@@ -312,7 +312,7 @@ def test_a_model_that_is_none_of_these_takes_the_plain_path(caplog):
     policy, forest = fresh("qwen2"), random_forest(80, deep=True)
     policy.model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * 0.5))
     with caplog.at_level(logging.WARNING, "stepcredit"):
-        assert choose_path(policy) == float("inf")
+        assert choose_scoring_form(policy) == float("inf")
     assert policy.scoring_form == "plain" and "one row per completion" in caplog.text and "differs" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
@@ -325,7 +325,7 @@ def test_attention_sinks_are_refused(caplog):
         random_forest(81, True),
     )
     with caplog.at_level(logging.WARNING, "stepcredit"):
-        choose_path(policy)
+        choose_scoring_form(policy)
     assert policy.scoring_form == "plain" and "s_aux" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(policy(forest).logprobs, reference_scores(policy, forest)[0], atol=TOLERANCE, rtol=0)
@@ -345,7 +345,7 @@ def test_a_model_that_cannot_run_the_forest_form_takes_the_cached_one(monkeypatc
 
     policy = fresh("qwen2")
     monkeypatch.setattr(policy, "hidden", refuse)
-    assert choose_path(policy) < TOLERANCE
+    assert choose_scoring_form(policy) < TOLERANCE
     assert policy.scoring_form == "cached" and "no plans here" in caplog.text
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
-from stepcredit.estimators.frozen import BaseModel
+from stepcredit.estimators.frozen import ReferenceWithoutAdapters
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.estimators.prm import ImplicitPRM
 from stepcredit.learn.adapters import adapters_off, add_adapters, trainable_copy
@@ -55,7 +55,7 @@ def test_the_reference_is_the_base_to_the_last_bit(path):
     policy, plain, forest = adapted(), load_policy("embedded", "cpu"), random_forest(50)
     policy.scoring_form = plain.scoring_form = path
     expected = score(plain, forest, 0.7, 40).logprobs
-    assert BaseModel(policy, 0.7, 40).observe(forest).token["ref_logprobs"].equal(expected)
+    assert ReferenceWithoutAdapters(policy, 0.7, 40).observe(forest).token["ref_logprobs"].equal(expected)
     assert not score(policy, forest, 0.7, 40).logprobs.equal(expected)  # they are on again
     assert any(value.requires_grad for value in policy.parameters())
 

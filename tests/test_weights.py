@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from stepcredit.cli.main import main
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import add_adapters, load_adapters, merge_adapters
-from stepcredit.policy.forward import choose_path
+from stepcredit.policy.forward import choose_scoring_form
 from stepcredit.policy.loading import EMBEDDED_MODEL, load_policy, save_policy
 from stepcredit.policy.weights import Names, check_finite, load_network
 
@@ -148,7 +148,7 @@ def test_loaded_models_keep_the_packed_form(family, tmp_path):
     fresh(family).model.save_pretrained(tmp_path)
     load_policy("embedded", "cpu").tokenizer.save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), "cpu")
-    assert choose_path(policy) < 1e-4 and policy.scoring_form == "forest"
+    assert choose_scoring_form(policy) < 1e-4 and policy.scoring_form == "forest"
 
 
 # ---------------------------------------------------------------------- values and files

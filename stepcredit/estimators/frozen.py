@@ -76,7 +76,7 @@ class Reference(Estimator):
             )
 
 
-class BaseModel(Reference):
+class ReferenceWithoutAdapters(Reference):
     """Adds `ref_logprobs` of a policy with adapters: the policy itself without them, so there is no second copy."""
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
@@ -120,7 +120,7 @@ def reference(context: Context) -> Estimator:
         return SameAsOld()
     start = context.prm_start
     temperature = 1.0 if "prm_logprobs" in context.needed else config.sampler.temperature
-    kind = BaseModel if start is context.policy and has_adapters(start) else Reference
+    kind = ReferenceWithoutAdapters if start is context.policy and has_adapters(start) else Reference
     return kind(start, temperature, config.optim.max_tokens_per_micro_batch, context.placement)
 
 

@@ -2,7 +2,8 @@
 
 A forest is one row of tokens (`Packing`) whose attention follows the trees (`ForestPlan`), so a part of a batch is one
 forward call of the model whatever its shape, and one call of the policy, head included, because DDP and FSDP2 act on
-module calls. Models for which that does not hold are scored in another way (`reference`); `choose_path` tries them.
+module calls. Models for which that does not hold are scored in another way (`reference`), which `choose_scoring_form`
+finds out.
 """
 
 import logging
@@ -259,7 +260,7 @@ def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -
 
 
 @torch.no_grad()
-def choose_path(policy: Policy, tolerance: float = 1e-3) -> float:
+def choose_scoring_form(policy: Policy, tolerance: float = 1e-3) -> float:
     """Compare the scoring forms with the model's own logits on a small random tree and take the fastest that agrees.
 
     Sets `policy.scoring_form`. Where neither the packed nor the cached form gives the model's own logits (a cap or

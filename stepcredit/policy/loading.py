@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
-from stepcredit.policy.forward import Policy, check_causal, choose_path
+from stepcredit.policy.forward import Policy, check_causal, choose_scoring_form
 from stepcredit.policy.heads import load_heads
 from stepcredit.policy.limits import check_vocabulary
 from stepcredit.policy.weights import ADAPTER, ADAPTER_WEIGHTS, UNREADABLE, load_network, why_unreadable
@@ -96,7 +96,7 @@ def load_policy(
     check_vocabulary(policy, f"{option}: '{model}'")
     check_causal(policy, f"{option}: '{model}'")
     load_heads(policy, Path(source), option)
-    choose_path(policy)
+    choose_scoring_form(policy)
     return policy
 
 
