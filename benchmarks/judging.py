@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stepcredit.forest.types import Problem
-from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.judging import Judge
+from stepcredit.verifiers.reward import reward_function
 from stepcredit.verifiers.workers import Workers
 
 HANGS = """

@@ -32,7 +32,7 @@ Ids = Annotated[list[int] | None, BeforeValidator(split)]
 class Section(BaseModel):
     """Options with their defaults and bounds; an unknown one is an error. Comments behind them are their manual."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, defer_build=True)
 
 
 class Choice(BaseModel):

@@ -28,11 +28,11 @@ from stepcredit.tasks.dataset import DatasetTask, load_problems
 from stepcredit.tasks.prompts import PromptFormat
 from stepcredit.tasks.rewards import build_rewards, load_rows
 from stepcredit.tasks.sources import read_rows
-from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.answers import texts_of, unfit
 from stepcredit.verifiers.code import has_tests
 from stepcredit.verifiers.formats import think
 from stepcredit.verifiers.judging import Judge
+from stepcredit.verifiers.reward import reward_function
 from tests.test_dataset import TEMPLATE, refused, tokenizer
 
 LINES = '{"question": "1 + 1 ?", "answer": "2"}\n{"question": "1 + 2 ?", "answer": 3}\n'

@@ -14,8 +14,8 @@ import torch
 
 from stepcredit.cli.main import main
 from stepcredit.run.evaluate import Sample, bootstrap, group_answers, majority, pass_at_k, summarise
-from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.math import same_answer
+from stepcredit.verifiers.reward import reward_function
 
 
 def sample(id: str, number: int, correct: bool, answer: str | None = None, **rest) -> Sample:

@@ -10,8 +10,8 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.loading import load_policy
 from stepcredit.run.metrics import forest_metrics
-from stepcredit.verifiers import Reward, reward_function
 from stepcredit.verifiers.judging import Judge
+from stepcredit.verifiers.reward import Reward, reward_function
 from stepcredit.verifiers.workers import Workers
 
 

@@ -15,9 +15,9 @@ import pytest
 from math_pairs import COMPLETIONS, PAIRS
 
 from stepcredit.forest.types import Problem
-from stepcredit.verifiers import reward_function
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.math import equal, final_answer, gold, same_answer, verify
+from stepcredit.verifiers.reward import reward_function
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -12,7 +12,7 @@ from stepcredit.cli.main import main
 from stepcredit.config import read_yaml
 from stepcredit.errors import UserError
 from stepcredit.imports import by_name, located, search_in, used_folders
-from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.reward import reward_function
 from stepcredit.verifiers.workers import RewardCall, Workers
 
 FILES = {
@@ -149,7 +149,7 @@ def test_a_file_that_hides_a_module_of_pythons_from_the_workers(folder):
     (folder / "scripts").mkdir()
     (folder / "scripts" / "run.py").write_text("""
 from stepcredit.errors import UserError
-from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.reward import reward_function
 from stepcredit.verifiers.workers import Workers
 if __name__ == "__main__":
     try:

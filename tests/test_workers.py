@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stepcredit.errors import UserError
-from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.reward import reward_function
 from stepcredit.verifiers.workers import Outcome, RewardCall, Workers
 
 TIMEOUT = 1.5
@@ -245,7 +245,7 @@ def test_workers_that_are_still_starting_end_without_a_word(tmp_path) -> None:
     script = """
 import signal, time
 from dataclasses import replace
-from stepcredit.verifiers import reward_function
+from stepcredit.verifiers.reward import reward_function
 from stepcredit.verifiers.workers import Workers
 
 class SlowToStart(str):  # the path that a worker gets before the locks

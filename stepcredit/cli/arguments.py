@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stepcredit.config import Config, expand_all, merge, parse_value, read_yaml
+from stepcredit.config import Config, expand_all, merge
+from stepcredit.config.places import expand
 from stepcredit.config.renamed import new_name
-from stepcredit.config.values import expand
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.imports import search_in
 from stepcredit.section import split as listed
@@ -49,6 +49,8 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
     Raises:
         UserError: an unknown option, a missing value, a second file.
     """
+    from stepcredit.config import parse_value, read_yaml
+
     given: dict[str, Any] = {}
     options = {name: value for name, value in own.items() if value is not None}
     config_file: str | None = None

@@ -34,7 +34,8 @@ def functions(folder: str, decorator: str) -> str:
     """
     lines = []
     for path in sorted((PACKAGE / folder).glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body if f"@{decorator}(" in text else ():
             if isinstance(node, ast.FunctionDef) and decorator in map(_name_called, node.decorator_list):
                 given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]

@@ -6,11 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from stepcredit.cli import help as help_text
 from stepcredit.cli.arguments import parse
-from stepcredit.config import Config, dump_yaml, merge, read_yaml, resolve
+from stepcredit.config import Config, merge, resolve
 from stepcredit.config.renamed import with_new_names
 from stepcredit.errors import UserError
 from stepcredit.imports import search_in, used_folders
@@ -80,6 +78,7 @@ def main(words: Sequence[str]) -> int:
     config = resolve(given)
 
     import torch
+    from rich.console import Console
 
     from stepcredit.learn.loading import load_model
     from stepcredit.processes.ranks import Ranks
@@ -139,6 +138,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _write_config(config: Config, run_dir: Path) -> None:
+    from stepcredit.config import dump_yaml
+
     beside = run_dir / ".config.yaml.part"  # a run that is killed now still has the config that it had
     beside.write_text(dump_yaml(config), encoding="utf-8")
     beside.replace(run_dir / "config.yaml")
@@ -194,6 +195,7 @@ def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | N
 
 def _saved_config(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     """The config of a run: its config.yaml, or the checkpoint's copy where that is damaged."""
+    from stepcredit.config import read_yaml
     from stepcredit.run.checkpoint import load_checkpoint
 
     try:

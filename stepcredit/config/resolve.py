@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stepcredit.config.algorithms import algorithm
+from stepcredit.config.places import expand_all
 from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import Config
-from stepcredit.config.values import expand_all
 from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES
 from stepcredit.errors import UserError, did_you_mean
 

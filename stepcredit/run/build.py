@@ -29,7 +29,7 @@ from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.prompts import PromptFormat
 from stepcredit.tasks.rewards import build_judge, build_rewards, load_rows
-from stepcredit.verifiers import Reward
+from stepcredit.verifiers.reward import Reward
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.dataset import DatasetTask, load_problems
-from stepcredit.verifiers import Kinds, Reward, reward_function
 from stepcredit.verifiers.answers import listed
 from stepcredit.verifiers.judging import Judge
+from stepcredit.verifiers.reward import Kinds, Reward, reward_function
 from stepcredit.verifiers.workers import Workers
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepcredit.errors import UserError
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.types import Problem
-from stepcredit.verifiers import Reward, RewardFunction
+from stepcredit.verifiers.reward import Reward, RewardFunction
 from stepcredit.verifiers.workers import Failure, Outcome, RewardCall, Workers
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from pebble import ProcessExpired, ProcessPool
 
 from stepcredit.errors import UserError
 from stepcredit.imports import module_of
-from stepcredit.verifiers import VERL, Reward, reward_function
 from stepcredit.verifiers.reaper import sweep
+from stepcredit.verifiers.reward import VERL, Reward, reward_function
 
 log = logging.getLogger("stepcredit")
 
