@@ -11,7 +11,7 @@ DRAWN = 64  # problems that stand for a task that makes them without end
 
 
 class Task:
-    """Subclass and fill in; see `tasks/embedded.py` for the shortest one.
+    """Subclass and fill in; see `demo/task.py` for the shortest one.
 
     Attributes:
         name: shown in logs.
