@@ -9,7 +9,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS = range(5)  # streams: what is sampled, and what is shuffled
+# Streams: what is sampled, shuffled, or drawn by chance.
+TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS, EXPLORING = range(6)
 BITS = 62  # servers take signed 64 bits, and add the number of the completion
 
 

@@ -31,8 +31,8 @@ Accuracy on held-out problems: pass@1 over all samples, unbiased pass@k, majorit
 intervals over problems. A solved problem is one that the first reward function gives 1 or more.
 
   --model MODEL         embedded | folder (a checkpoint of a run, too) | hub id
-  --data DATA           embedded | file | folder of a saved data set | hub id; comma between several
-  --num-problems N      all of a file, 600 of the embedded task when not given
+  --data DATA           embedded | file | folder of a saved data set | hub id | gym:TASK; comma between several
+  --num-problems N      all of a file, 600 of the embedded task, 200 of a gym task when not given
   --num-samples N       samples of each problem, 1 when not given
   --temperature X       --max-new-tokens N     --seed N     --eval.greedy false
   --json FILE           write the numbers as JSON, and every completion to FILE.samples.jsonl beside it
@@ -44,6 +44,7 @@ Any --task., --sampler., --reward. and --eval. option of 'stepcredit train' work
 Examples
   stepcredit eval --num-samples 8
   stepcredit eval --model runs/grpo-1/checkpoints/000120 --json result.json
+  stepcredit eval --model my-model --data gym:gcd,chain_sum --task.gym.chain_sum.level 2
   stepcredit eval --model my-model --data math500.jsonl,aime.jsonl --num-samples 16 --json result.json"""
 
 JUDGING = ("functions", "options", "kinds", "kind_column", "skip_special_tokens")  # what rewards depend on
@@ -58,10 +59,14 @@ def main(words: Sequence[str]) -> int:
     out, records = output_file(own, "json"), output_file(own, "records")
     if out is not None and records is None:
         records = out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
-    sources = _sources(given)
-    configs = {name: _config(given, source) for name, source in sources.items()}
+    from stepcredit.tasks.mixture import is_gym, sources_of
+
+    data = str(given.get("task", {}).get("data", "embedded"))
+    sources = _by_name(sources_of(data))
+    configs = {name: _config(given, source, endless=is_gym(source)) for name, source in sources.items()}
 
     from stepcredit.estimators.frozen import fingerprint
+    from stepcredit.run.by_source import reported_sources
     from stepcredit.run.evaluate import evaluate
 
     console, policy, results = Console(), None, {}
@@ -72,14 +77,16 @@ def main(words: Sequence[str]) -> int:
         known: list[Sample] = []
         if book is not None:
             known = book.begin(name, _settings(config, problems, fingerprint(policy)))
+        by_source = reported_sources([], problems, config.track.max_sources)
         total = len(problems) * (config.eval.num_samples + config.eval.greedy)
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task(f"sampling {name}", total=total, completed=len(known))
             rollouts.sampler.on_progress = partial(progress.advance, bar)
             keep = partial(book.write, name) if book is not None else _nothing
             try:
+                given_eval, seed = config.eval, config.train.seed
                 results[name] = evaluate(
-                    rollouts, problems, config.eval.num_samples, config.eval.greedy, config.train.seed, known, keep
+                    rollouts, problems, given_eval.num_samples, given_eval.greedy, seed, known, keep, by_source
                 )
             finally:
                 rollouts.judge.close()
@@ -180,11 +187,10 @@ def _settings(config: Config, problems: "list[Problem]", weights: int) -> dict[s
     }
 
 
-def _sources(given: dict[str, Any]) -> dict[str, str]:
+def _by_name(sources: Sequence[str]) -> dict[str, str]:
     """The data sets by a short name."""
-    data = str(given.get("task", {}).get("data", "embedded"))
     found: dict[str, str] = {}
-    for source in [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]:
+    for source in sources:
         name = Path(source).stem
         if name in found:
             raise UserError(f"--data: {found[name]} and {source} have the same name '{name}'; give one of them another")
@@ -192,12 +198,21 @@ def _sources(given: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _config(given: dict[str, Any], source: str) -> Config:
-    """The config for one data set: all of its rows, unless a number is given."""
-    given = given | {"task": given.get("task", {}) | {"data": source}}
-    if source != "embedded":
+def _config(given: dict[str, Any], source: str, endless: bool) -> Config:
+    """The config for one data set: all of its rows, unless a number is given or a gym task makes them without end."""
+    task = given.get("task", {})
+    own = {"data": source, "weights": [], "gym": _options_for(source, task.get("gym", {}))}
+    given = given | {"task": task | own}
+    if source != "embedded" and not endless:
         given["eval"] = {"num_problems": ALL} | given.get("eval", {})
     return looking(given)
+
+
+def _options_for(source: str, options: Any) -> Any:
+    """Of the options of gym tasks those of this one."""
+    if not isinstance(options, dict):
+        return options
+    return {name: value for name, value in options.items() if source == f"gym:{name}"}
 
 
 def _table(results: "dict[str, Evaluation]") -> Table:
@@ -212,8 +227,9 @@ def _cell(name: str, result: "Evaluation") -> str:
     value = result.metrics.get(name)
     if value is None:
         return ""
-    if name == "eval/length":
-        return f"{value:.1f}"
+    kind = name.split("/")[1]  # the source behind it left out
+    if kind in ("length", "reward"):
+        return f"{value:.1f}" if kind == "length" else f"{value:.3f}"
     low, high = result.intervals.get(name, (None, None))
     return f"{value:.1%}" if low is None else f"{value:.1%}  ({low:.1%} to {high:.1%})"
 

@@ -25,7 +25,8 @@ usage: stepcredit score --data FILE --gold [--verifier NAME] [--json OUT]
 
 Grades answers without a model, to see whether a verifier can be trusted before a run depends on it.
 
-  --data FILE           file (.jsonl .json .csv .tsv .parquet), several or a * | folder of a saved data set | hub id
+  --data FILE           file (.jsonl .json .csv .tsv .parquet), several or a * | folder of a saved data set | hub id |
+                        gym:TASK, of which --num-problems are graded
   --gold                grade each row's own answer, which must be accepted
   --completion-column C grade this column of the data instead
   --in ROLLOUTS         grade the completions of saved rollouts (.jsonl or .jsonl.zst; TRL's and verl's, too) anew;
@@ -43,6 +44,7 @@ Any --task. and --reward. option of 'stepcredit train' works too. Accepted is wh
 Examples
   stepcredit score --data math500.jsonl --gold
   stepcredit score --data mbpp.jsonl --gold --verifier code --json gold.json
+  stepcredit score --data gym:chain_sum,gcd --gold
   stepcredit score --data answers.csv --completion-column output --verifier math
   stepcredit score --in runs/grpo-1/rollouts/000010.jsonl.zst --verifier chain
   stepcredit score --in rollouts.jsonl --prm runs/prime-1/checkpoints/000120/prm --ref embedded --out rewarded.jsonl"""
@@ -103,9 +105,10 @@ def main(words: Sequence[str]) -> int:
 
 def _prepared(config: Config) -> "tuple[Judge, list[Problem]]":
     from stepcredit.tasks.dataset import DatasetTask
-    from stepcredit.tasks.rewards import build_judge, build_rewards, load_rows
+    from stepcredit.tasks.mixture import rows_of
+    from stepcredit.tasks.rewards import build_judge, build_rewards
 
-    problems = load_rows(config)
+    problems = rows_of(config)
     rewards, weights = build_rewards(config, DatasetTask(config.task.data, problems, problems, 0))
     return build_judge(config, rewards, weights, None), problems
 
@@ -177,13 +180,14 @@ def _report(source: str, failed: list[dict[str, Any]], total: int, out: Path | N
 def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | None, out: Path | None) -> int:
     from stepcredit.forest import Forest
     from stepcredit.forest.records import write_trees
-    from stepcredit.tasks.rewards import build_judge, check_rows, function_names, load_rows, named_rewards
+    from stepcredit.tasks.mixture import rows_of
+    from stepcredit.tasks.rewards import build_judge, check_rows, function_names, named_rewards
     from stepcredit.tasks.rollouts import read_rollouts
     from stepcredit.verifiers.judging import Asked, fitting, is_right, outcome_reward
 
     trees, form = read_rollouts(source, None, config.task.columns)
     if has_data:
-        _with_data(trees, load_rows(config), source, config.task.data)
+        _with_data(trees, rows_of(config, [tree.problem.id for tree in trees]), source, config.task.data)
     saved = sorted({n for tree in trees for s in tree.segments for n in s.rewards}) if form == "stepcredit" else []
     names = function_names(config) or saved
     if not names:
@@ -209,7 +213,7 @@ def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | N
         segment.reward, segment.rewards = verdict.reward, verdict.parts
         judged = fitting(outcomes)
         right += all(map(is_right, judged.values()))
-        if before != segment.reward:
+        if _single(before) != _single(segment.reward):
             changed.append({"id": tree.problem.id, "segment": leaf, "before": before, "after": segment.reward})
         if not all(map(is_right, judged.values())):
             parts = {name: outcome_reward(outcome) for name, outcome in judged.items()}
@@ -227,6 +231,13 @@ def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | N
         numbers = {"accepted": right, "total": len(leaves), "failed": failed, "changed": changed}
         out.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _single(reward: float | None) -> float | None:
+    """As records have it, in fp32."""
+    import numpy
+
+    return None if reward is None else float(numpy.float32(reward))
 
 
 def _with_data(trees: "list[Tree]", problems: "list[Problem]", source: str, data: str) -> None:

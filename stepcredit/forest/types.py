@@ -50,12 +50,14 @@ class Problem:
         answer: what the verifier compares with, of the type that the data give it; None where the task needs none.
         id: names the problem in records and errors.
         columns: every further column of the data row, handed to verifiers by name.
+        source: what it is from, for metrics of each source of mixed data; "" for none.
     """
 
     question: str | list[Message] = ""
     answer: Any = None
     id: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass

@@ -27,8 +27,9 @@ from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.shapers import SHAPERS, Shaper
 from stepcredit.tasks.base import Task
+from stepcredit.tasks.mixture import build_data
 from stepcredit.tasks.prompts import PromptFormat
-from stepcredit.tasks.rewards import build_judge, build_rewards, load_rows
+from stepcredit.tasks.rewards import build_judge, build_rewards
 from stepcredit.verifiers.reward import Reward
 
 
@@ -104,22 +105,17 @@ def build_estimators(
 
 
 def build_task(config: Config) -> Task:
-    """The embedded task, or a data set with a held-out part."""
-    given, seed = config.task, config.train.seed
+    """The embedded task, or what `task.data` names, with a held-out part."""
+    given = config.task
     if given.data == "embedded":
-        if given.columns or given.eval_data:
-            raise UserError("task.columns and task.eval_data belong to a data file; name it with --data")
+        if given.columns or given.eval_data or given.weights or given.gym:
+            raise UserError(
+                "task.columns, eval_data, weights and gym belong to data of your own; name them with --data"
+            )
         from stepcredit.demo.task import EmbeddedTask
 
-        return EmbeddedTask(seed)
-    from stepcredit.tasks.dataset import DatasetTask, split_held_out
-
-    train = load_rows(config)
-    if given.eval_data:
-        held_out = load_rows(config, given.eval_data, given.eval_split)
-    else:
-        train, held_out = split_held_out(train, given.held_out, seed=0)
-    return DatasetTask(given.data, train, held_out, seed)
+        return EmbeddedTask(config.train.seed)
+    return build_data(config)
 
 
 def build_placement(config: Config, ranks: Ranks) -> Placement:

@@ -13,6 +13,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import FINISHES, Problem
 from stepcredit.growth.flat import flat
 from stepcredit.growth.rollouts import Rollouts
+from stepcredit.run.by_source import NO_SOURCES, Sources
 from stepcredit.run.options import EvalOptions
 from stepcredit.seeds import EVALUATION, sampling_seed
 from stepcredit.verifiers.judging import completion_ids
@@ -34,6 +35,7 @@ class Sample:
         correct: the first reward function gave it 1 or more.
         answer: what it comes to, where the reward function can tell.
         failure: "timeout" or "error" of a reward function, "" otherwise.
+        source: of the problem.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Sample:
     correct: bool
     answer: str | None = None
     failure: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ def evaluate(
     seed: int,
     known: Iterable[Sample] = (),
     on_samples: Callable[[list[Sample]], None] = lambda samples: None,
+    sources: Sources = NO_SOURCES,
 ) -> Evaluation:
     """Sample `num_samples` completions of each problem, and one greedily.
 
     Args:
         known: samples of an evaluation that was interrupted; their problems are not sampled again.
         on_samples: called with the samples of each finished batch of problems.
+        sources: that have metrics of their own.
 
     The problems go through in batches that depend on nothing but their number, so that an evaluation that was
     interrupted ends with the same numbers.
@@ -94,15 +99,17 @@ def evaluate(
         made.sort(key=lambda sample: order[sample.id])
         on_samples(made)
         samples += made
-    return summarise(samples, next(iter(rollouts.judge.rewards.values())).same_answer)
+    return summarise(samples, next(iter(rollouts.judge.rewards.values())).same_answer, sources)
 
 
-def held_out_metrics(rollouts: Rollouts, problems: Sequence[Problem], given: EvalOptions) -> dict[str, float]:
+def held_out_metrics(
+    rollouts: Rollouts, problems: Sequence[Problem], given: EvalOptions, sources: Sources = NO_SOURCES
+) -> dict[str, float]:
     """Accuracy while a run trains: the same problems and seeds every time; nothing without problems."""
     started = time.monotonic()
     if not problems:
         return {}
-    result = evaluate(rollouts, problems, given.num_samples, given.greedy, seed=0)
+    result = evaluate(rollouts, problems, given.num_samples, given.greedy, seed=0, sources=sources)
     return result.metrics | {"time/eval": time.monotonic() - started}
 
 
@@ -125,9 +132,10 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
         details = forest.details[leaf]
         name, value = next(iter(details["rewards"].items()))  # functions that the row is not for have no part
         final_answer = rollouts.judge.rewards[name].final_answer
+        problem = forest.problems[int(forest.segment["tree"][leaf])]
         found.append(
             Sample(
-                id=forest.problems[int(forest.segment["tree"][leaf])].id,
+                id=problem.id,
                 number=numbers[row % len(numbers)],
                 completion=text,
                 length=len(ids[row]),
@@ -136,6 +144,7 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
                 correct=value is not None and value >= 1,
                 answer=final_answer(text) if final_answer else None,
                 failure=next(iter(details["extra"].get("failures", {}).values()), ""),
+                source=problem.source,
             )
         )
     return found
@@ -144,40 +153,73 @@ def read_samples(forest: Forest, rollouts: Rollouts, numbers: Sequence[int]) -> 
 # ---------------------------------------------------------------------- numbers
 
 
-def summarise(samples: Sequence[Sample], same_answer: SameAnswer | None = None) -> Evaluation:
+def summarise(
+    samples: Sequence[Sample], same_answer: SameAnswer | None = None, sources: Sources = NO_SOURCES
+) -> Evaluation:
     """Metrics over problems, each of which counts the same; n is the number of samples of a problem.
 
     - `eval/accuracy`: mean share of right samples (pass@1, avg@n); `eval/accuracy_greedy`: at temperature 0.
     - `eval/pass@k`: unbiased, for k = 2, 4, ... and n (`pass_at_k`).
     - `eval/maj@n`: the most frequent final answer is right (`majority`), where answers can be told.
-    - `eval/length`, `eval/truncated`, `eval/timeout`, `eval/error`, `eval/unjudged`: over the samples.
+    - `eval/reward`, `eval/length`, `eval/truncated`, `eval/timeout`, `eval/error`, `eval/unjudged`: over the samples.
+    - `eval/accuracy/SOURCE` ...: all but the last three and majorities over the problems of one source.
 
     Unjudged completions count as wrong. Intervals are 95% percentile bootstraps over problems.
     """
     by_id = group_by_id(samples)
-    sampled = [[sample for sample in each if sample.number >= 0] for each in by_id.values()]
-    count = max(map(len, sampled), default=0)
-    if not count:
+    columns = _columns(by_id)
+    if not columns:
         return Evaluation({})
-    correct = [sum(sample.correct for sample in each) for each in sampled]
-    columns = {"eval/accuracy": [c / count for c in correct]}
-    for k in sorted({2**power for power in range(1, count.bit_length()) if 2**power <= count} | {count} - {1}):
-        columns[f"eval/pass@{k}"] = [pass_at_k(count, c, k) for c in correct]
+    sampled = _sampled(by_id)
+    count = max(map(len, sampled))
     if count > 1 and any(sample.answer is not None for each in sampled for sample in each):
         columns[f"eval/maj@{count}"] = [majority(each, same_answer) for each in sampled]
-    greedy = [[float(sample.correct) for sample in each if sample.number < 0] for each in by_id.values()]
-    if all(greedy):
-        columns["eval/accuracy_greedy"] = [row[0] for row in greedy]
     flat_samples = [sample for each in sampled for sample in each]
-    metrics = {name: _mean(values) for name, values in columns.items()}
+    metrics = {name: _mean(values) for name, values in columns.items()} | _over_samples(flat_samples)
     metrics |= {
-        "eval/length": _mean([sample.length for sample in flat_samples]),
-        "eval/truncated": _mean([sample.truncated for sample in flat_samples]),
         "eval/timeout": _mean([sample.failure == "timeout" for sample in flat_samples]),
         "eval/error": _mean([sample.failure == "error" for sample in flat_samples]),
         "eval/unjudged": _mean([sample.reward is None for sample in flat_samples]),
     }
-    return Evaluation(metrics, bootstrap(columns), list(samples))
+    intervals = bootstrap(columns)
+    for label in sources.labels:
+        own = {id_: each for id_, each in by_id.items() if sources.label(each[0].source) == label}
+        named = {f"{name}/{label}": values for name, values in _columns(own).items()}
+        if named:
+            numbers = _over_samples([sample for each in _sampled(own) for sample in each])
+            metrics |= {name: _mean(values) for name, values in named.items()}
+            metrics |= {f"{name}/{label}": value for name, value in numbers.items()}
+            intervals |= bootstrap(named)
+    return Evaluation(metrics, intervals, list(samples))
+
+
+def _sampled(by_id: Mapping[str, Sequence[Sample]]) -> list[list[Sample]]:
+    """The samples of each problem without the greedy one."""
+    return [[sample for sample in each if sample.number >= 0] for each in by_id.values()]
+
+
+def _columns(by_id: Mapping[str, Sequence[Sample]]) -> dict[str, list[float]]:
+    """Accuracy, pass@k and greedy accuracy, a value for each problem; nothing without samples."""
+    sampled = _sampled(by_id)
+    count = max(map(len, sampled), default=0)
+    if not count:
+        return {}
+    correct = [sum(sample.correct for sample in each) for each in sampled]
+    columns = {"eval/accuracy": [c / count for c in correct]}
+    for k in sorted({2**power for power in range(1, count.bit_length()) if 2**power <= count} | {count} - {1}):
+        columns[f"eval/pass@{k}"] = [pass_at_k(count, c, k) for c in correct]
+    greedy = [[float(sample.correct) for sample in each if sample.number < 0] for each in by_id.values()]
+    if all(greedy):
+        columns["eval/accuracy_greedy"] = [row[0] for row in greedy]
+    return columns
+
+
+def _over_samples(samples: Sequence[Sample]) -> dict[str, float]:
+    return {
+        "eval/reward": _mean([sample.reward for sample in samples if sample.reward is not None]),
+        "eval/length": _mean([sample.length for sample in samples]),
+        "eval/truncated": _mean([sample.truncated for sample in samples]),
+    }
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

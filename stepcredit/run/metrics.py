@@ -5,15 +5,17 @@ import torch
 from stepcredit.config import Config
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
+from stepcredit.run.by_source import NO_SOURCES, Sources
 
 
-def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, float]:
+def forest_metrics(forest: Forest, config: Config | None = None, sources: Sources = NO_SOURCES) -> dict[str, float]:
     """Rewards, completions and credit of a forest that has `advantages`.
 
     See docs/metrics.md for each formula.
 
     Args:
         config: of the run, where there is one; with a process reward model it tells what `ref_logprobs` are.
+        sources: that have metrics of their own.
     """
     leaf = forest.segment["is_leaf"]
     judged = leaf & forest.segment["has_reward"]
@@ -29,6 +31,7 @@ def forest_metrics(forest: Forest, config: Config | None = None) -> dict[str, fl
         "completion/truncated": _mean((forest.segment["finish"][leaf] == FINISH_CODE["length"]).float()),
         "completion/length": _mean(_lengths(forest)[leaf]),
         "tokens/sampled": float(sampled.sum()),
+        **_by_source(forest, judged, sources),
     }
     if "entropy" in forest.token:
         metrics["policy/entropy"] = _mean(forest.token["entropy"][sampled])
@@ -102,6 +105,21 @@ def _siblings(forest: Forest) -> dict[str, float]:
         metrics[f"group/kept_{level + 1}"] = _mean(kept_groups[first & at_level].float())
         metrics[f"value/std_{level + 1}"] = _std(forest.segment["value"][judged & at_level])
         metrics[f"credit/std_{level + 1}"] = _std(advantage[kept & at_level])
+    return metrics
+
+
+def _by_source(forest: Forest, judged: torch.Tensor, sources: Sources) -> dict[str, float]:
+    """Mean reward, length and number of groups of each source that is in the forest."""
+    lengths, leaf = _lengths(forest), forest.segment["is_leaf"]
+    labels = [sources.label(problem.source) for problem in forest.problems]
+    metrics = {}
+    for label in sources.labels:
+        trees = torch.tensor([each == label for each in labels])
+        if trees.any():
+            of_label = trees[forest.segment["tree"]]
+            metrics[f"group/count/{label}"] = float(trees.sum())
+            metrics[f"reward/mean/{label}"] = _mean(forest.segment["reward"][judged & of_label])
+            metrics[f"completion/length/{label}"] = _mean(lengths[leaf & of_label])
     return metrics
 
 

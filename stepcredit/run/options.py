@@ -37,4 +37,5 @@ class RolloutOptions(Section):
 
 class TrackOptions(Section):
     sinks: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(split)] = []  # beside metrics.jsonl
+    max_sources: int = Field(20, ge=0)  # of mixed data that have metrics of their own; 0: none
     project: str = "stepcredit"  # of Weights & Biases

@@ -5,6 +5,7 @@ replaced until the batch is full, up to a cap (PRIME's online prompt filter, arX
 arXiv 2503.14476).
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,15 @@ from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.policy.forward import Policy
 from stepcredit.run.clock import Clock
+from stepcredit.run.history import Chosen, History, accuracy, choose, from_state, is_explored, with_groups
 from stepcredit.run.metrics import judging_counts, judging_shares
 from stepcredit.seeds import TRAINING, sampling_seed
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.shaping.window import REASONS, rejected
+
+log = logging.getLogger("stepcredit")
+
+LOOKED_AT = 64  # problems by which a task is told to make every problem once
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,17 @@ class Position:
         drawn: training problems taken from the task.
         sampled: trees grown so far; numbers their seeds.
         queue: numbers of problems that passed when a batch was full already; they come first next time, sampled afresh.
+        history: the last groups of problems by their ids, where the filter goes by them (run/history.py).
     """
 
     drawn: int = 0
     sampled: int = 0
     queue: tuple[int, ...] = ()
+    history: History = field(default_factory=dict)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Position":
-        return cls(state["drawn"], state["sampled"], tuple(state["queue"]))
+        return cls(state["drawn"], state["sampled"], tuple(state["queue"]), from_state(state.get("history", {})))
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,36 @@ class Batch:
 Sample = Callable[[Sequence[int], Sequence[int]], Forest]  # numbers of problems, numbers of seeds -> a judged forest
 
 
-def collect(position: Position, count: int, window: FilterOptions | None, sample: Sample) -> Batch:
+def collect(
+    position: Position,
+    count: int,
+    window: FilterOptions | None,
+    sample: Sample,
+    name_of: Callable[[int], str | None] = lambda number: None,
+    seed: int = 0,
+) -> Batch:
     """A batch of `count` trees.
 
     Without a window these are the next problems. With one, rounds of problems, queued ones first, are sampled until
     enough pass or `max_draws` is reached; then the batch is what passed. If nothing did, it is the last round with all
-    of it masked, so that nothing is learnt.
+    of it masked, so that nothing is learnt. With `window.history` problems that were all right or all wrong before are
+    skipped, but for some by chance.
+
+    Args:
+        name_of: the id of a problem by its number; None where it comes only once.
+        seed: of the run, for that chance.
     """
     if window is None:
-        after = Position(position.drawn + count, position.sampled + count, position.queue)
+        after = replace(position, drawn=position.drawn + count, sampled=position.sampled + count)
         forest = sample(range(position.drawn, after.drawn), range(position.sampled, after.sampled))
         return Batch(forest, after, {})
     drawn, sampled, queue = position.drawn, position.sampled, list(position.queue)
+    history = position.history
+    chosen: list[Chosen] = []
+
+    def chance(number: int) -> bool:
+        return is_explored(seed, number, window.explore)
+
     passed: list[Forest] = []
     surplus: list[int] = []
     left_out = dict.fromkeys(REASONS, 0)
@@ -81,10 +107,12 @@ def collect(position: Position, count: int, window: FilterOptions | None, sample
     while trees < most and (missing := count - sum(forest.num_trees for forest in passed)) > 0:
         size = min(math.ceil(missing * window.oversample), most - trees)
         numbers, queue = queue[:size], queue[size:]
-        fresh = size - len(numbers)
-        numbers += range(drawn, drawn + fresh)
+        chosen.append(choose(history, window.history, drawn, size - len(numbers), name_of, chance))
+        numbers += chosen[-1].numbers
         forest = sample(numbers, range(sampled, sampled + size))
-        drawn, sampled, trees = drawn + fresh, sampled + size, trees + size
+        drawn, sampled, trees = chosen[-1].drawn, sampled + size, trees + size
+        if window.history:
+            history = with_groups(history, forest, [name_of(number) for number in numbers], window.history)
         reasons = rejected(forest, window)
         for reason, holds in reasons.items():
             left_out[reason] += int(holds.sum())
@@ -106,7 +134,20 @@ def collect(position: Position, count: int, window: FilterOptions | None, sample
         "filter/queued": float(len(queue) + len(surplus)),
         "tokens/left_out": float(tokens - kept),
     }
-    return Batch(full, Position(drawn, sampled, (*queue, *surplus)), metrics)
+    if window.history:
+        metrics |= _skipping(chosen, history)
+    return Batch(full, Position(drawn, sampled, (*queue, *surplus), history), metrics)
+
+
+def _skipping(chosen: Sequence[Chosen], history: History) -> dict[str, float]:
+    """Problems that were skipped and explored, and what is known of all."""
+    return {
+        "filter/skipped_right": float(sum(each.right for each in chosen)),
+        "filter/skipped_wrong": float(sum(each.wrong for each in chosen)),
+        "filter/explored": float(sum(each.explored for each in chosen)),
+        "filter/known": float(len(history)),
+        "filter/accuracy": sum(map(accuracy, history.values())) / max(1, len(history)),
+    }
 
 
 class Source(Protocol):
@@ -136,6 +177,9 @@ class InStep:
         self.rollouts, self.seed, self.count, self.window = rollouts, seed, count, window
         self.position = Position()
         self.version = 0
+        task = rollouts.task
+        if window is not None and window.history and all(task.name_of(number) is None for number in range(LOOKED_AT)):
+            log.warning("filter.history: %s makes every problem once, so there is none to skip", task.name)
 
     def next(self) -> Batch:
         """The next batch; the position stays where it is until the batch is trained on."""
@@ -144,7 +188,8 @@ class InStep:
         def sample(numbers: Sequence[int], places: Sequence[int]) -> Forest:
             return self._sample(clock, numbers, places)
 
-        batch = collect(self.position, self.count, self.window, sample)
+        name_of = self.rollouts.task.name_of
+        batch = collect(self.position, self.count, self.window, sample, name_of, self.seed)
         version = torch.full((batch.forest.num_trees,), self.version)
         forest = batch.forest.with_tree(version=version)
         return replace(batch, forest=forest, version=self.version, seconds=clock.seconds)

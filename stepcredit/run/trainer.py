@@ -15,6 +15,7 @@ from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
 from stepcredit.policy.forward import Policy
 from stepcredit.run.build import Parts, build_estimators, build_rollouts
+from stepcredit.run.by_source import reported_sources
 from stepcredit.run.checkpoint import load_checkpoint, load_learner, save_checkpoint
 from stepcredit.run.checks import check_agreement, check_gold, check_sampling
 from stepcredit.run.clock import Clock
@@ -57,6 +58,7 @@ class Trainer:
         self.work: Work | None = None
         self.nonfinite = 0  # optimiser steps in a row that were skipped
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
+        self.sources = reported_sources(self.rollouts.task.sources(), self.held_out, config.track.max_sources)
         check_sampling(self.rollouts, self.held_out)
         check_gold(self.rollouts.judge, self.rollouts.task, config.reward)
 
@@ -81,7 +83,7 @@ class Trainer:
                         if number >= len(work.learnt):
                             self.update(work, step, iteration, tracker)
                     self.source.sync(self.policy, iteration)
-                    metrics = work.metrics(self.config) | self.rollouts.sampler.metrics
+                    metrics = work.metrics(self.config, self.sources) | self.rollouts.sampler.metrics
                     metrics |= self.evaluate() if self.due(iteration, self.config.eval.every) else {}
                     tracker.report(iteration, metrics, self.policy_update.weighted(work.forest))
                     self.done, self.source.position, self.work = iteration, work.position, None
@@ -124,7 +126,7 @@ class Trainer:
         self.stop.check()
 
     def evaluate(self) -> dict[str, float]:
-        return held_out_metrics(self.rollouts, self.held_out, self.config.eval)
+        return held_out_metrics(self.rollouts, self.held_out, self.config.eval, self.sources)
 
     def due(self, iteration: int, every: int) -> bool:
         return iteration == self.config.train.iterations or bool(every and iteration % every == 0)

@@ -7,6 +7,7 @@ from typing import Any
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.run.by_source import NO_SOURCES, Sources
 from stepcredit.run.clock import Clock
 from stepcredit.run.metrics import forest_metrics
 from stepcredit.run.source import Position
@@ -28,8 +29,8 @@ class Work:
     observed: dict[str, float]
     learnt: list[dict[str, float]] = field(default_factory=list)
 
-    def metrics(self, config: Config) -> dict[str, float]:
-        metrics = forest_metrics(self.forest, config) | self.observed | average(self.learnt)
+    def metrics(self, config: Config, sources: Sources = NO_SOURCES) -> dict[str, float]:
+        metrics = forest_metrics(self.forest, config, sources) | self.observed | average(self.learnt)
         metrics["tokens/sampled"] += self.observed.get("tokens/left_out", 0.0)
         return metrics | self.clock.metrics(metrics["tokens/sampled"])
 

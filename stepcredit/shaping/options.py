@@ -12,9 +12,16 @@ class FilterOptions(Section):
     high: float = 0.8
     drop_truncated: bool = False  # reject groups with a truncated completion
     oversample: float = Field(1.0, ge=1)  # problems sampled for each that is missing
+    history: int = Field(0, ge=0)  # skip a problem whose last groups, so many, were all right or all wrong; 0: none
+    explore: float = Field(0.1, gt=0, le=1)  # chance that such a problem is sampled all the same
     max_draws: float = Field(4.0, ge=1)  # problems sampled at most in an iteration, in multiples of the batch
 
     def check(self) -> None:
-        """Raise `UserError` for an empty window."""
+        """Raise `UserError` for an empty window, or a history without a filter."""
         if self.enabled and self.low > self.high:
             raise UserError(f"filter.low ({self.low:g}) is above filter.high ({self.high:g})")
+        if self.history and not self.enabled:
+            raise UserError(
+                "filter.history goes with --filter.enabled true; to sample all others whatever their rewards, set "
+                "--filter.low and --filter.high to the least and the most that a group can get"
+            )

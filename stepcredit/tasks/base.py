@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,19 @@ class Task:
     def draw(self, start: int, count: int) -> list[Problem]:
         """Training problems number `start` .. `start + count`, in an order that depends on the seed alone."""
         raise NotImplementedError
+
+    def name_of(self, number: int) -> str | None:
+        """The id of training problem `number`; None where it never comes again, so that nothing is kept of it."""
+        return self.draw(number, 1)[0].id
+
+    def rows(self) -> list[Problem]:
+        """The training problems that are rows of data; a few of those that are made without end."""
+        return []
+
+    def sources(self) -> list[str]:
+        """What the training problems are from, the most frequent first; "" where the data do not say."""
+        counts = Counter(problem.source for problem in self.rows())
+        return [source for source, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
 
     def fit(self, encode: Callable[[Problem], list[int]], long_prompts: str = "drop") -> None:
         """Check the prompts of all problems, where they are finitely many; `long_prompts` is "drop" or "raise"."""

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from stepcredit.tasks.base import Task, canonical
 from stepcredit.tasks.messages import question_of
 from stepcredit.tasks.prompts import PromptTooLong
 from stepcredit.tasks.sources import Row, find_sources, read_rows
+from stepcredit.verifiers import gym
 from stepcredit.verifiers.code import has_tests
 
 log = logging.getLogger("stepcredit")
@@ -31,7 +33,9 @@ USUAL_COLUMNS = {  # the first of them that the data have; a dot looks inside a 
         "response",
     ),
     "id": ("id", "task_id", "problem_id", "unique_id"),
+    "source": ("source", "data_source"),
 }
+MAX_SOURCE = 60  # characters of a source that are kept
 UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -53,6 +57,9 @@ class DatasetTask(Task):
                 self._orders = {epoch: shuffle.permutation(len(self.train)).tolist()}
             drawn.append(self.train[self._orders[epoch][index]])
         return drawn
+
+    def rows(self) -> list[Problem]:
+        return self.train
 
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]
@@ -79,9 +86,15 @@ class DatasetTask(Task):
 
 
 def _functions(problems: Sequence[Problem]) -> tuple[str, ...]:
-    """What judges the rows: programs by their tests, other rows as mathematics, each row of a mixture by its kind."""
-    with_tests = {has_tests(problem.columns | {"answer": problem.answer}) for problem in problems}
-    return tuple(name for name, tested in (("math", False), ("code", True)) if tested in with_tests)
+    """What judges the rows: programs by their tests, gym tasks by their scorers, other rows as mathematics."""
+    kinds = {_kind(problem) for problem in problems}
+    return tuple(name for name in ("math", "code", "gym") if name in kinds)
+
+
+def _kind(problem: Problem) -> str:
+    if gym.unfit(problem) is None:
+        return "gym"
+    return "code" if has_tests(problem.columns | {"answer": problem.answer}) else "math"
 
 
 def _fitting(
@@ -112,7 +125,7 @@ def load_problems(
     Args:
         source: a file, a folder that `datasets` saved, or a hub id such as `owner/name`; several with commas between,
             or a pattern such as `data/*.jsonl`.
-        columns: which column holds "question" and "answer" (and "id"), where the names differ from the usual ones.
+        columns: which column holds "question" and "answer" (and "id", "source"), where it has another name than usual.
         needs_answer: rows without an answer are left out, and counted. None: those that have no tests for programs.
 
     Raises:
@@ -123,6 +136,7 @@ def load_problems(
     without_answer: list[str] = []
     named = columns or {}
     sources = find_sources(source)
+    labels = source_labels(source)
     for each in sources:
         rows = list(read_rows(each, split, several=len(sources) > 1))
         if not rows:
@@ -134,6 +148,7 @@ def load_problems(
             if problem.answer is None and needs:
                 without_answer.append(row.where)
                 continue
+            problem.source = problem.source or labels.get(each, "")
             problems.append(problem)
             places.append(row.place)
     if not problems:
@@ -154,7 +169,23 @@ def _problem(row: Row, chosen: Mapping[str, str | None]) -> Problem:
     question = question_of(row.where, chosen["question"], look(row.values, chosen["question"]))
     answer = _answer(row.where, chosen["answer"], look(row.values, chosen["answer"]))
     id_ = look(row.values, chosen["id"])
-    return Problem(question, answer, row.place if id_ is None else str(id_), dict(row.values))
+    source = look(row.values, chosen["source"])
+    label = " ".join(source.split())[:MAX_SOURCE] if isinstance(source, str) else ""
+    return Problem(question, answer, row.place if id_ is None else str(id_), dict(row.values), label)
+
+
+def source_labels(source: str) -> dict[str, str]:
+    """How each file, folder or hub id of several that `find_sources` finds is called; of one alone, none."""
+    parts = [part.strip() for part in source.split(",") if part.strip()]
+    if len(parts) < 2 or Path(source).expanduser().exists():
+        return {}
+    return {each: label for part, label in zip(parts, called(parts), strict=True) for each in find_sources(part)}
+
+
+def called(sources: Sequence[str]) -> list[str]:
+    """The last names of files, patterns and hub ids; the whole ones where two would be the same."""
+    short = [Path(source).name for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)
 
 
 def _check_ids(source: str, problems: list[Problem], places: Sequence[str], named: bool) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepcredit.section import Place, Section
+from stepcredit.section import Numbers, Place, Section
 
 
 def _joined(value: Any) -> Any:
@@ -18,12 +18,17 @@ def _off(value: Any) -> Any:
 
 
 class TaskOptions(Section):
-    data: Annotated[Place, BeforeValidator(_joined)] = "embedded"  # embedded | file | hub id; lists, * (docs/data.md)
+    data: Annotated[Place, BeforeValidator(_joined)] = (
+        "embedded"  # embedded | file | hub id | gym:TASK; lists, * (docs/data.md)
+    )
+    weights: Numbers = []  # of several sources; empty: all alike, and of files alone every row as often
+    gym: dict[str, dict[str, Any]] = {}  # of reasoning-gym: task -> its options, level, allow (docs/gym.md)
+    gym_answer: Literal["tags", "line"] = "tags"  # asked for and read: in <answer> tags, or on the last line
     split: str = "train"
     eval_data: Place | None = None  # held-out problems; None holds out a share of `data`
     eval_split: str = "test"
     held_out: float = Field(0.1, ge=0, lt=1)
-    columns: dict[str, str] = {}  # question, answer, id -> name of the column
+    columns: dict[str, str] = {}  # question, answer, id, source -> name of the column
     system_prompt: str | None = None
     prompt_template: str | None = (
         None  # text around a question (of a chat the last one), {question}, {COLUMN} filled in

@@ -1,15 +1,17 @@
 """From the config to the reward functions, their judge, and the rows they are for: what needs no model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
 from stepcredit.tasks.base import Task
-from stepcredit.tasks.dataset import DatasetTask, load_problems
+from stepcredit.tasks.dataset import load_problems
+from stepcredit.verifiers import gym
 from stepcredit.verifiers.answers import listed
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.reward import Kinds, Reward, reward_function
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("stepcredit")
+
+COMPARING = ("math", "exact", "code")  # beside `gym` they judge the other rows
 
 
 def build_rewards(config: Config, task: Task) -> tuple[dict[str, Reward], list[float]]:
@@ -34,10 +38,10 @@ def build_rewards(config: Config, task: Task) -> tuple[dict[str, Reward], list[f
     weights = config.reward.weights or [1.0] * len(names)
     if len(weights) != len(names):
         raise UserError(f"reward.weights: {len(weights)} weights for {len(names)} functions ({', '.join(names)})")
-    if isinstance(task, DatasetTask):
-        if names == ["math", "code"] and not function_names(config):
-            log.warning("%s: rows with tests are judged by 'code', the others by 'math'", task.name)
-        check_rows(rewards, task.train, task.name)
+    if names == ["math", "code"] and not function_names(config):
+        log.warning("%s: rows with tests are judged by 'code', the others by 'math'", task.name)
+    if rows := task.rows():
+        check_rows(rewards, rows, task.name)
     return rewards, weights
 
 
@@ -64,7 +68,17 @@ def named_rewards(config: Config, names: Sequence[str]) -> dict[str, Reward]:
         reward = reward_function(name, defaults.get(name, {}) | options[name])
         of_kinds = any(name in functions for functions in given.kinds.values())
         rewards[name] = replace(reward, kinds=kinds) if of_kinds else reward
+    if "gym" in rewards:
+        for name in (name for name in COMPARING if name in rewards):
+            rewards[name] = replace(rewards[name], lacks=partial(_lacks_or_gym, rewards[name].lacks))
     return rewards
+
+
+def _lacks_or_gym(lacks: Callable[[Problem], str | None] | None, problem: Problem) -> str | None:
+    """Why a function that compares answers does not judge a problem: those of gym tasks have scorers of their own."""
+    if gym.unfit(problem) is None:
+        return "its gym task scores it"
+    return lacks(problem) if lacks is not None else None
 
 
 def options_by_function(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:

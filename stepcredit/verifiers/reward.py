@@ -25,6 +25,7 @@ VERIFIERS = {
     "exact": "stepcredit.verifiers.exact.verify",
     "format_boxed": "stepcredit.verifiers.formats.boxed",
     "format_think": "stepcredit.verifiers.formats.think",
+    "gym": "stepcredit.verifiers.gym.verify",
     "math": "stepcredit.verifiers.math.verify",
     "overlong": "stepcredit.verifiers.formats.overlong",
 }
