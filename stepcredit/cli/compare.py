@@ -22,8 +22,9 @@ HELP = """\
 usage: stepcredit compare RUN [RUN ...] [--metric NAME] [--at TOKENS] [--target X] [--markdown FILE] [--json FILE]
 
 Methods at equal sampled tokens: final value, mean over the tokens (area under the curve), tokens to a target, changes
-of length and entropy; with 95% bootstrap intervals over seeds. RUN is a run folder or a folder of run folders. Runs
-that differ in nothing but their seed are one method; the first method is the baseline of the others.
+of length and entropy, and of mixed data the final value by source; with 95% bootstrap intervals over seeds. RUN is a
+run folder or a folder of run folders. Runs that differ in nothing but their seed are one method; the first method is
+the baseline of the others.
 
   --metric NAME         of metrics.jsonl, eval/accuracy when not given; docs/metrics.md lists them
   --at TOKENS           sampled tokens at which the runs are compared; what all of them reach when not given
@@ -126,7 +127,7 @@ def _title(comparison: "Comparison") -> str:
 
 
 def _grids(comparison: "Comparison") -> list[Grid]:
-    """Two tables with a row for each method: the metric, and what it took."""
+    """Two tables with a row for each method: the metric, and what it took; of mixed data one with a row a source."""
     unit = ", %" if _is_share(comparison) else ""
     values = [["method", "seeds", f"final{unit}", "difference", f"mean over tokens{unit}", "difference"]]
     target = f"tokens to {_value(comparison, comparison.target)}{'%' if unit else ''}"
@@ -148,7 +149,16 @@ def _grids(comparison: "Comparison") -> list[Grid]:
             _change(row.length, ".1f"),
             _change(row.entropy, ".3f"),
         ])  # fmt: skip
-    return [values, efforts]
+    return [values, efforts, *_sources_grid(comparison, unit)]
+
+
+def _sources_grid(comparison: "Comparison", unit: str) -> list[Grid]:
+    """The metric at the budget on each source, methods side by side; no table where the data are of one source."""
+    if not comparison.by_source:
+        return []
+    header = [f"final by source{unit}", *(row.label for row in comparison.rows)]
+    rows = [[each.source, *(_estimate(comparison, final) for final in each.finals)] for each in comparison.by_source]
+    return [[header, *rows]]
 
 
 def _small_print(comparison: "Comparison") -> list[str]:
@@ -233,7 +243,7 @@ def _evaluations(comparison: "Comparison") -> list[str]:
 
 def _is_share(comparison: "Comparison") -> bool:
     """Whether the metric is a share, shown in per cent."""
-    return comparison.metric.startswith("eval/") and comparison.metric != "eval/length"
+    return comparison.metric.startswith("eval/") and comparison.metric.split("/")[1] not in ("length", "reward")
 
 
 def _value(comparison: "Comparison", value: float, sign: str = "") -> str:

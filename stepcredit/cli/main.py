@@ -19,6 +19,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit report     one page for the browser: curves, rollouts with the credit of every token, trees
   stepcredit show       the same in the terminal
   stepcredit compare    methods at equal sampled tokens, with intervals over seeds
+  stepcredit tasks      the tasks of reasoning-gym: options, levels, examples
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
   stepcredit warmstart  build the embedded base model anew
@@ -96,6 +97,12 @@ def _compare(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _tasks(words: Sequence[str]) -> int:
+    from stepcredit.cli.tasks import main
+
+    return main(words)
+
+
 def _plan(words: Sequence[str]) -> int:
     from stepcredit.cli.plan import main
 
@@ -112,6 +119,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "show": _show,
     "compare": _compare,
     "plan": _plan,
+    "tasks": _tasks,
     "merge": _merge,
     "warmstart": _warmstart,
 }

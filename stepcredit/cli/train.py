@@ -23,7 +23,8 @@ Without options the embedded model learns the embedded task with GRPO: a few min
 
   --algorithm NAME      {names}
   --model MODEL         embedded | folder | hub id
-  --data DATA           embedded | file (.jsonl .json .csv .parquet) | hub id
+  --data DATA           embedded | file (.jsonl .json .csv .parquet) | hub id | gym:TASK, see 'stepcredit tasks';
+                        comma between several, how often each by weights
   --iterations N        --group-size N       --learning-rate X      --seed N
   --run-dir FOLDER      new or empty; runs/ALGORITHM-NUMBER when not given
   --resume WHEN         never | auto (continue if the run folder has a checkpoint) | PATH of a run or checkpoint
@@ -51,6 +52,7 @@ has what was used); the same names make up a YAML file, with --section.option on
 Examples
   stepcredit train --algorithm opo --seed 1
   stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
+  stepcredit train --model my-model --data problems.jsonl,gym:chain_sum,gcd --task.weights 2,1,1
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
   stepcredit train --resume runs/spro

@@ -76,6 +76,8 @@ def to_records(
             record["prompt"] = tree.problem.question
         if tree.problem.answer is not None:
             record["answer"] = tree.problem.answer
+        if tree.problem.source:
+            record["source"] = tree.problem.source
         record["prompt_ids"] = list(tree.prompt_ids)
         record["segments"] = []
         for segment in tree.segments:
@@ -132,6 +134,8 @@ def _tree(record: dict[str, Any], where: str) -> Tree:
     prompt_ids = record.get("prompt_ids", [])
     _check_ids(prompt_ids, f"{where}: prompt_ids")
     problem = Problem(record.get("prompt", ""), record.get("answer"), str(record.get("id", where.rpartition(", ")[2])))
+    source = record.get("source")
+    problem.source = source if isinstance(source, str) else ""
     extra = {key: value for key, value in record.items() if key not in TREE_FIELDS and key != "answer"}
     if "iteration" in record:
         extra["iteration"] = record["iteration"]

@@ -13,7 +13,7 @@ from stepcredit.report.comparable import (
     remarks_on,
     warnings,
 )
-from stepcredit.report.curves import first_reach, mean_curve, start_and_end
+from stepcredit.report.curves import curve_of, first_reach, mean_curve, start_and_end
 
 LENGTH, ENTROPY = "completion/length", "policy/entropy"
 
@@ -61,9 +61,18 @@ class MethodNumbers:
 
 
 @dataclass(frozen=True)
+class SourceNumbers:
+    """The metric at the budget on the problems of one source, for each method; None where it has none."""
+
+    source: str
+    finals: tuple[Estimate | None, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """
     Attributes:
+        by_source: where runs report the metric for sources of mixed data.
         start, budget: sampled tokens between which the curves are compared.
         ends: the run whose last value stands at the fewest tokens.
         most: tokens of the last value of the run that goes furthest.
@@ -83,6 +92,7 @@ class Comparison:
     num_samples: int | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    by_source: tuple[SourceNumbers, ...] = ()
 
 
 def compare(
@@ -120,7 +130,21 @@ def compare(
         num_samples=common_option(curves, "eval.num_samples"),
         warnings=tuple(warnings(methods)),
         notes=tuple(notes + remarks_on(runs)),
+        by_source=tuple(_by_source(methods, metric, budget)),
     )
+
+
+def _by_source(methods: Sequence[MethodCurves], metric: str, budget: float) -> list[SourceNumbers]:
+    runs = [[curve.run for curve in method.curves] for method in methods]
+    names = dict.fromkeys(name for of_method in runs for run in of_method for row in run.rows for name in row)
+    numbers = []
+    for name in (name for name in names if name.startswith(f"{metric}/")):
+        finals = []
+        for of_method in runs:
+            curves = [curve for run in of_method if (curve := curve_of(run, name)) is not None]
+            finals.append(over_seeds([curve.final(budget) for curve in curves]) if curves else None)
+        numbers.append(SourceNumbers(name.removeprefix(f"{metric}/"), tuple(finals)))
+    return numbers
 
 
 def _numbers(

@@ -64,6 +64,11 @@ PANELS = {  # section: metric -> title and unit
         "tokens/sharing": ("Positions saved by sharing", "times"),
     },
 }
+BY_SOURCE = (  # what metrics of sources begin with, title and unit
+    ("eval/accuracy/", "held-out accuracy, sampled", "%"),
+    ("reward/mean/", "mean reward", ""),
+    ("completion/length/", "completion length", "tokens"),
+)
 PHASES = ("time/sample", "time/judge", "time/gather", "time/observe", "time/learn")
 
 
@@ -163,12 +168,24 @@ def _index(all_methods: Sequence[Method], runs: Sequence[Run]) -> dict[str, Any]
             {"section": section, "metric": metric, "title": title, "unit": unit}
             for section, panels in PANELS.items()
             for metric, (title, unit) in panels.items()
-        ],
+        ]
+        + _source_panels(runs),
         "phases": PHASES,
         "methods": [visible(method.label) for method in all_methods],
         "differences": differences(runs) if len(runs) > 1 else [],
         "runs": [_entry(run, number[run.name]) for run in runs],
     }
+
+
+def _source_panels(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Panels for the sources of mixed data: a panel for each metric of each source that runs report."""
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    return [
+        {"section": "By source", "metric": name, "title": f"{visible(name.removeprefix(start))}: {what}", "unit": unit}
+        for start, what, unit in BY_SOURCE
+        for name in names
+        if name.startswith(start)
+    ]
 
 
 def _entry(run: Run, method: int) -> dict[str, Any]:

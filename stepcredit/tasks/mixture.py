@@ -53,7 +53,7 @@ class Mixture(Task):
     ) -> None:
         self.name, self.tasks, self.weights = name, list(tasks), list(weights)
         self.evaluated = self.tasks if evaluated is None else list(evaluated)
-        functions = [function for task in tasks for function in task.reward_functions]
+        functions = [function for task in [*tasks, *self.evaluated] for function in task.reward_functions]
         self.reward_functions = tuple(dict.fromkeys(functions))
         self._picks: list[tuple[int, int]] = []  # for each number so far the task, and the number of the problem there
         self._counts = [0] * len(self.tasks)
@@ -131,6 +131,8 @@ def build_data(config: Config) -> Task:
     others = None
     if evaluated is not None:
         others = _tasks(config, evaluated, given.eval_split, lambda source, rows: DatasetTask(source, rows, rows, seed))
+    if len(tasks) == 1 and others is None:
+        return tasks[0]
     return Mixture(given.data, tasks, given.weights or [1.0] * len(tasks), others)
 
 
@@ -180,9 +182,10 @@ def _tasks(
     rows = {source: load_rows(config, source, split) for source in files}
     counts = Counter(row.id for each in rows.values() for row in each)
     for source, each in rows.items():
+        clash = any(counts[row.id] > 1 for row in each)
         for row in each:
             row.source = row.source or labels[source]
-            row.id = f"{labels[source]} {row.id}" if counts[row.id] > 1 else row.id
+            row.id = f"{labels[source]} {row.id}" if clash else row.id
     return [
         GymTask(name := source.removeprefix(GYM), given.gym.get(name, {}), given.gym_answer, seed)
         if is_gym(source)

@@ -1,8 +1,8 @@
 """Tasks of reasoning-gym (Apache-2.0): each scores answers by itself.
 
 A problem of such a task has the column `gym`: {"task", "options", "seed", "form", "entry"}, of which `entry` is what
-the task's own `score_answer` asks for. A completion's answer is what stands in its last `<answer>` tags, as reasoning-gym
-has it ("tags"), or its last line ("line"); scores between 0 and 1 are kept.
+the task's own `score_answer` asks for. A completion's answer is what stands in its last `<answer>` tags, as
+reasoning-gym has it ("tags"), or its last line ("line"); scores between 0 and 1 are kept.
 """
 
 import json

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from enum import EnumType
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +26,11 @@ REFUSED = {  # docs/gym.md has what every task was seen to do
     "propositional_logic": NO_GOLD,
     "rubiks_cube": NO_GOLD,
     "rush_hour": NO_GOLD,
+}
+LICENCES = {  # parts of reasoning-gym with terms of their own, as their files state them
+    "acre": "GPL-3.0, as its file says",
+    "bf": "Apache-2.0, with the compiler bfit (MIT)",
+    "zebra_puzzles": "Apache-2.0, with logic_puzzle (MIT)",
 }
 MIXTURE = "composite"  # a task of tasks
 OURS = {"seed", "size"}  # options that are not the user's
@@ -83,7 +89,7 @@ def options_of(name: str) -> list[Option]:
         Option(
             field.name,
             _default(field),
-            getattr(field.type, "__name__", None) or str(field.type),
+            _kind(field.type),
             tuple(text for words, text, _ in conditions if field.name in words),
         )
         for field in fields(config_class(name))
@@ -162,9 +168,16 @@ def _conditions(name: str) -> Iterator[tuple[set[str], str, str]]:
             continue
         inside = [each for each in ast.walk(node.test) if isinstance(each, ast.Attribute)]
         words = {each.attr for each in inside if isinstance(each.value, ast.Name) and each.value.id == "self"} & known
-        if words:
+        if words and "isinstance" not in (text := ast.unparse(node.test)):
             said = node.msg.value if isinstance(node.msg, ast.Constant) else ""
-            yield words, ast.unparse(node.test).replace("self.", ""), str(said)
+            yield words, text.replace("self.", ""), str(said)
+
+
+def _kind(annotation: Any) -> str:
+    if isinstance(annotation, EnumType):
+        members: list[Any] = list(annotation)
+        return "|".join(str(member.value) for member in members)
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _default(field: Any) -> Any:

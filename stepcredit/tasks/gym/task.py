@@ -27,7 +27,7 @@ KEPT = 256  # problems that are kept, because the checks of a run look at its fi
 
 
 class GymTask(Task):
-    """Problem number i is made from a hash of the run's seed and i, held-out ones from other seeds, the same in all runs.
+    """Problem i is made from a hash of the run's seed and i, held-out ones from other seeds, the same in all runs.
 
     Training seeds are even and held-out ones odd, so none is both. Tasks with few problems, such as coin flips, still
     make the same question from different seeds.
