@@ -104,8 +104,8 @@ def table(seen: Sequence[Seen]) -> str:
         f"# The tasks of reasoning-gym {version('reasoning-gym')}",
         "",
         "Written by `python tests/gym_tasks.py docs/gym_tasks.md`, with the default options of each task, of "
-        f"{seen[0].problems} problems: the least that its own answers get, the most that nonsense ({nonsense}) gets and "
-        f"the most that wrong answers ({wrong}) get, all in tags; whether the problems are the same, made again in "
+        f"{seen[0].problems} problems: the least that its own answers get, the most that nonsense ({nonsense}) gets "
+        f"and the most that wrong answers ({wrong}) get, all in tags; whether the problems are the same, made again in "
         "another process in another order; the time to make one on a slow core.",
         "",
         "| task | own answer | nonsense | wrong | ms | |",

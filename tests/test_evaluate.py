@@ -102,7 +102,7 @@ def test_numbers_of_synthetic_counts() -> None:
             "eval/pass@4": 1.0,
             "eval/maj@4": 0.5,
             "eval/accuracy_greedy": 0.5,
-            "eval/reward": 5 / 7,
+            "eval/reward": 4 / 7,
             "eval/length": 15.0,
             "eval/truncated": 3 / 8,
             "eval/timeout": 1 / 8,

@@ -23,6 +23,7 @@ from stepcredit.run.trainer import Trainer
 from stepcredit.tasks.gym.maker import BUILT_ONCE, Maker, make_problem
 from stepcredit.tasks.gym.names import REFUSED, attributes_of, check_task, names, options_of
 from stepcredit.tasks.gym.task import GymTask, seed_of
+from stepcredit.tasks.prompts import PromptFormat
 from stepcredit.verifiers import gym
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.reward import reward_function
@@ -136,10 +137,12 @@ def test_levels_and_options_reach_the_problems():
 
 
 def test_long_prompts_are_replaced_and_said(caplog):
-    config = resolve({"task": {"data": "gym:chain_sum", "max_prompt_tokens": 36}, "eval": {"num_problems": 0}})
-    rollouts = build_rollouts(config, build_parts(config), load_policy("embedded", "cpu"))
+    policy = load_policy("embedded", "cpu")
+    lengths = sorted(len(PromptFormat(policy.tokenizer)(problem)) for problem in task().draw(0, 12))
+    config = resolve({"task": {"data": "gym:chain_sum", "max_prompt_tokens": lengths[5]}})
+    rollouts = build_rollouts(config, build_parts(config), policy)
     drawn = rollouts.task.draw(0, 12)
-    assert len(drawn) == 12 and all(len(rollouts.encode(problem)) <= 36 for problem in drawn)
+    assert len(drawn) == 12 and all(len(rollouts.encode(problem)) <= lengths[5] < lengths[-1] for problem in drawn)
     assert rollouts.task.replaced > 0 and "another problem takes its place (1 so far)" in caplog.text
     assert [problem.id for problem in drawn] != [problem.id for problem in task().draw(0, 12)]
     rollouts.judge.close()
@@ -147,7 +150,7 @@ def test_long_prompts_are_replaced_and_said(caplog):
     with pytest.raises(
         UserError, match=r"over the limit of 5 tokens.*so did 19 more seeds: change .* task.gym.chain_sum"
     ):
-        build_rollouts(impossible, build_parts(impossible), load_policy("embedded", "cpu"))
+        build_rollouts(impossible, build_parts(impossible), policy)
 
 
 def test_what_a_task_cannot_make_is_an_error_of_one_line(monkeypatch):

@@ -13,8 +13,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter
-
 from stepcredit.errors import UserError
 from stepcredit.forest.types import Problem
 from stepcredit.verifiers import exact
@@ -117,6 +115,8 @@ def typed(name: str, option: str, value: Any) -> Any:
     Raises:
         ValidationError: of pydantic, when it is of another type.
     """
+    from pydantic import TypeAdapter  # not for workers that score the defaults
+
     annotation = get_type_hints(config_class(name))[option]
     is_number = annotation in (int, float, int | None, float | None)
     strict = isinstance(value, bool | str) and is_number  # true is no 1, "3" no 3
