@@ -58,10 +58,10 @@ def _print(console: Console, text: str = "", style: str | None = None) -> None:
 def _list(console: Console, seed: int) -> None:
     from stepcredit.tasks.gym.names import LICENCES, REFUSED, names
 
-    found = names()
-    _print(console, f"{len(found)} tasks of reasoning-gym {metadata('reasoning-gym')['Version']} ({_licence()})")
-    width = max(map(len, found))
-    for name in found:
+    offered = names()
+    _print(console, f"{len(offered)} tasks of reasoning-gym {metadata('reasoning-gym')['Version']} ({_licence()})")
+    width = max(map(len, offered))
+    for name in offered:
         task = _task(name, seed)
         (problem,) = task.draw(0, 1)
         _print(console, f"{name:{width}}  {_line(problem.columns['gym']['entry'], problem.answer)}")

@@ -39,8 +39,8 @@ def verify(prompts: Sequence[Any], completions: Sequence[str], gym: Sequence[Any
 
 def final_answer(completion: str) -> str | None:
     """What stands in the last `<answer>` tags, or else the last line."""
-    found = answer_in(completion, "tags")
-    return answer_in(completion, "line") if found is None else found
+    tagged = answer_in(completion, "tags")
+    return answer_in(completion, "line") if tagged is None else tagged
 
 
 def gold(problem: Problem) -> str | None:

@@ -102,12 +102,12 @@ def attributes_of(name: str) -> list[Attribute]:
     factory = library().factory
     if not factory.has_curriculum(name):
         return []
-    found = []
+    attributes = []
     for attribute in factory.create_curriculum(name).attributes.values():
         own = [getattr(attribute, key, None) for key in ("field_name", "lower_field_name", "upper_field_name")]
         options = tuple(dict.fromkeys(option for option in own if option))
-        found.append(Attribute(attribute.name, tuple(attribute.levels), options, attribute.description or ""))
-    return found
+        attributes.append(Attribute(attribute.name, tuple(attribute.levels), options, attribute.description or ""))
+    return attributes
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
