@@ -94,12 +94,12 @@ def test_tasks_that_hang_on_the_order_of_sets_are_the_same_in_every_process(tmp_
     """In processes whose own hashes of texts differ."""
     code = "from stepcredit.tasks.gym.task import GymTask as T; print(*(T(n, {}, 'tags', 0).draw(0, 3) for n in %r))"
     code %= (["isomorphic_strings", "ransom_note", "list_functions", "polynomial_multiplication"],)
-    found = set()
+    outputs = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        found.add(done.stdout)
-    assert len(found) == 1 and "isomorphic" in found.pop()
+        outputs.add(done.stdout)
+    assert len(outputs) == 1 and "isomorphic" in outputs.pop()
 
 
 def test_the_question_asks_for_the_form_that_is_read():

@@ -106,8 +106,8 @@ def test_the_column_of_sources(tmp_path):
     assert [p.source for p in load_problems(str(file))] == ["a", "b b", "", "", "x" * 60]
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": "?", "answer": "1", "kind": "k", "id": "o"}) + "\n")
-    found = load_problems(f"{file},{other}")
-    assert [p.source for p in found] == ["a", "b b", "rows.jsonl", "rows.jsonl", "x" * 60, "other.jsonl"]
+    made = load_problems(f"{file},{other}")
+    assert [p.source for p in made] == ["a", "b b", "rows.jsonl", "rows.jsonl", "x" * 60, "other.jsonl"]
     assert load_problems(str(other), columns={"source": "kind"})[0].source == "k"
 
 
@@ -127,12 +127,12 @@ def test_numbers_of_each_source_by_hand():
     ]
     forest = Forest.from_trees(trees)
     forest = forest.with_token(advantages=torch.zeros(forest.num_tokens))
-    found = forest_metrics(forest, None, reported_sources(["a", "b", "c"], [], 9))
+    made = forest_metrics(forest, None, reported_sources(["a", "b", "c"], [], 9))
     expected = {"reward/mean/a": 0.75, "completion/length/a": 2.0, "group/count/a": 2.0}
     expected |= {"reward/mean/b": 0.25, "completion/length/b": 2.0, "group/count/b": 1.0}
-    assert {name: value for name, value in found.items() if name.count("/") == 2} == expected
+    assert {name: value for name, value in made.items() if name.count("/") == 2} == expected
     plain = forest_metrics(forest)
-    assert plain == {name: value for name, value in found.items() if name.count("/") == 1}
+    assert plain == {name: value for name, value in made.items() if name.count("/") == 1}
 
 
 def test_evaluations_by_source():
@@ -143,12 +143,12 @@ def test_evaluations_by_source():
         for id_, each in right.items()
         for number, correct in zip((0, 1, -1), each, strict=True)
     ]
-    found = summarise(samples, None, reported_sources(["a", "b"], [], 9))
-    assert found.metrics["eval/accuracy"] == 0.5 and found.metrics["eval/accuracy/a"] == 0.75
-    assert found.metrics["eval/pass@2/a"] == 1 and found.metrics["eval/pass@2/b"] == 0
-    assert found.metrics["eval/accuracy_greedy/a"] == 0.5 and found.metrics["eval/reward/a"] == 0.75
-    assert found.intervals["eval/accuracy/a"] == (0.5, 1.0)
-    assert summarise(samples).metrics.items() < found.metrics.items()
+    made = summarise(samples, None, reported_sources(["a", "b"], [], 9))
+    assert made.metrics["eval/accuracy"] == 0.5 and made.metrics["eval/accuracy/a"] == 0.75
+    assert made.metrics["eval/pass@2/a"] == 1 and made.metrics["eval/pass@2/b"] == 0
+    assert made.metrics["eval/accuracy_greedy/a"] == 0.5 and made.metrics["eval/reward/a"] == 0.75
+    assert made.intervals["eval/accuracy/a"] == (0.5, 1.0)
+    assert summarise(samples).metrics.items() < made.metrics.items()
 
 
 def test_records_keep_the_source(tmp_path):
