@@ -1,4 +1,4 @@
-"""Where `old_logprobs` come from: the sampler, as long as it agrees with the trainer, or a forward of the trainer's own."""
+"""Where `old_logprobs` come from: the sampler, as long as it agrees with the trainer, or its own forward."""
 
 import logging
 

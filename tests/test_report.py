@@ -464,7 +464,7 @@ def test_what_a_completion_says_is_only_text(tmp_path, watched):
 @needs_browser
 @pytest.mark.parametrize("step", [40, 2000], ids=["many steps", "one step"])
 def test_a_long_completion_is_folded(tmp_path, watched, step):
-    """The middle opens by a click, in place and complete; a search that meets it opens it; the first words are there."""
+    """The middle opens by a click, in place and complete, and by a search that meets it."""
     folder, count = tmp_path / "long", 1000
     (folder / "rollouts").mkdir(parents=True)
     tokenizer_of(["<unk>", "word", " middle", "\n"]).save_pretrained(folder / "checkpoints" / "000001")
