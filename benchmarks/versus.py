@@ -14,9 +14,9 @@ Every step of TRL is followed by one of stepcredit; seconds are the least of `--
 these added to its peak before them (model, trainer and imports); TRL's depends on the size of its micro-batches, with
 which its seconds hardly change.
 
-`--model` takes a folder of your own, with rows of question and answer, through its chat template where it has one. The
-reward `even` gives every group a gradient; `right` is the natural one, where stepcredit leaves out groups that agree and
-steps differ: seconds are then the mean of the steps.
+`--model` takes a folder of your own, with rows of question and answer, through its chat template where it has one.
+The reward `even` gives every group a gradient; `right` is the natural one, where stepcredit leaves out groups that agree
+and steps differ: seconds are then the mean of the steps.
 
 python benchmarks/versus.py --model FOLDER --data FILE.jsonl [--prompts 8] [--tokens 64] [--group 8]
     [--reward even|right]
@@ -149,7 +149,7 @@ def run_theirs(case: Case, folder: Path, parts: int, steps: int, between: Callab
 
 
 def typical(steps: list[Seconds], case: Case) -> Seconds:
-    """Of each part after the first step: the least seconds, or with a natural reward their mean; the mean of lengths."""
+    """Of each part after the first step: the least seconds, with a natural reward their mean; the mean of lengths."""
     later = steps[1:]
     taken = mean if case.reward == REWARDS["right"] else min
     return {name: taken(step[name] for step in later) for name in PARTS} | {
