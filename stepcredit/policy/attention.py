@@ -3,7 +3,8 @@
 Registered with transformers' `AttentionInterface` under `FOREST`. A forward call that is given `plan=` (an
 `AttentionPlan`) hands its queries, keys and values to the plan; without one the function is ordinary attention.
 
-The scores of a packed forest are computed block by block, by the kernels of `policy/kernels.py`, whose outputs merge.
+The scores of a packed forest are computed in one of two ways (`in_one_call` decides): in one call with a mask
+(`policy/flex.py`), on CUDA; or square by square and rectangle by rectangle (`policy/kernels.py`), whose outputs merge.
 """
 
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stepcredit.policy import flex
 from stepcredit.policy.kernels import AttentionRule, hide, kernel_for, merge, plain_forward
 from stepcredit.policy.packing import Block, Packing
 
@@ -49,13 +51,26 @@ class ForestPlan:
     def __init__(self, packing: Packing, record: bool = False) -> None:
         self.packing = packing
         self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
+        self.heads: set[flex.Heads] = set()  # of the layers that have attended
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._tree_masks: dict[int | None, flex.TreeMask] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        heads = flex.Heads(query.shape[1], key.shape[1], query.shape[3], rule.scale, rule.window is not None, rule.cap)
+        self.heads.add(heads)
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         if self.recorded is not None:
-            self.recorded[layer] = (key, value)
-        return _Attend.apply(query, key, value, self, rule)[None]
+            self.recorded[layer] = rows[1], rows[2]
+        if in_one_call(query.device, query.dtype, heads):
+            return flex.attend(query, key, value, self.tree_mask(rule.window), rule).transpose(1, 2)
+        return _Blocks.apply(*rows, self, rule)[None]
+
+    def tree_mask(self, window: int | None) -> flex.TreeMask:
+        """The mask of the whole row, made once per forward call and window."""
+        if window not in self._tree_masks:
+            packing = self.packing
+            self._tree_masks[window] = flex.TreeMask.of(packing.end, packing.position_on_cpu, window, packing.device)
+        return self._tree_masks[window]
 
     def mask(self, number: int, rule: AttentionRule) -> Tensor | None:
         """The mask that is added to the scores of a block, made once per forward call."""
@@ -81,20 +96,27 @@ class ForestPlan:
         return query[:, :, None] - key[:, None]
 
 
-class _Attend(torch.autograd.Function):
-    """Attention of packed tokens: query [num_positions, heads, size], key and value [num_positions, kv heads, size]."""
+def in_one_call(device: torch.device, dtype: torch.dtype, heads: flex.Heads) -> bool:
+    """Whether such a layer attends in one masked call there; otherwise by squares and rectangles."""
+    return device.type in flex.DEVICES and flex.one_mask_agrees(device, dtype, heads)
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention by squares and rectangles: query [length, heads, size], key and value [length, kv heads, size]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ForestPlan, rule: AttentionRule) -> Tensor:
         out = query.new_empty(query.shape, dtype=torch.float32)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        if len(query) > plan.packing.num_positions:  # padding is in no block
+            out[plan.packing.num_positions :], lse[plan.packing.num_positions :] = 0, 0
         for number, block in enumerate(plan.packing.blocks):
             part = block.queries.take(query), block.keys.take(key), block.keys.take(value)
             mask = plan.mask(number, rule)
             causal = block.causal and (mask is None)
-            block_out, block_lse = kernel_for(part[0], mask, rule)[0](*part, causal, mask, rule)
+            block_out, block_lse = kernel_for(part[0], mask, rule, part[1].shape[1])[0](*part, causal, mask, rule)
             block_out, block_lse = block.queries.flat(block_out), block.queries.flat(block_lse)
-            rows = block.queries.index if isinstance(block.queries.index, slice) else block.queries.real
+            rows = block.queries.real
             if block.causal:  # every row is in one square, and these come first
                 out[rows], lse[rows] = block_out.float(), block_lse
             else:
@@ -116,7 +138,7 @@ class _Attend(torch.autograd.Function):
             if block.queries.filled is not None:  # exp(score - inf) = 0: padding has no gradient
                 block_lse = block_lse.masked_fill(~block.queries.filled[:, None], torch.inf)
             part = block.queries.take(query), block.keys.take(key), block.keys.take(value)
-            backward = kernel_for(part[0], mask, rule)[1]
+            backward = kernel_for(part[0], mask, rule, part[1].shape[1])[1]
             taken = block.queries.take(grad), *part, block.queries.take(out), block_lse
             for rows, total, piece in zip(
                 (block.queries, block.keys, block.keys), grads, backward(*taken, causal, mask, rule), strict=True

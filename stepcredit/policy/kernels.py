@@ -178,22 +178,26 @@ FUSED: dict[str, Kernel] = {
 }
 
 
-def kernel_for(query: Tensor, mask: Tensor | None, rule: AttentionRule) -> Kernel:
-    """The fastest kernel that can compute this block."""
-    kind, dtype, size = query.device.type, query.dtype, query.shape[-1]
+def kernel_for(query: Tensor, mask: Tensor | None, rule: AttentionRule, kv_heads: int | None = None) -> Kernel:
+    """The fastest kernel that can compute this block.
+
+    Args:
+        kv_heads: heads of its keys; None: as many as its queries have.
+    """
+    kind, dtype, (heads, size) = query.device.type, query.dtype, (query.shape[1], query.shape[-1])
     if kind not in FUSED or rule.cap is not None:
         return PLAIN
     if kind == "cuda" and (mask is not None or dtype not in (torch.bfloat16, torch.float16) or size % 8):
         return PLAIN
-    return FUSED[kind] if fused_agrees(kind, dtype, size) else PLAIN
+    return FUSED[kind] if fused_agrees(kind, dtype, size, heads, kv_heads or heads) else PLAIN
 
 
 @cache
 @torch.no_grad()
-def fused_agrees(device: str, dtype: torch.dtype, size: int) -> bool:
+def fused_agrees(device: str, dtype: torch.dtype, size: int, heads: int, kv_heads: int) -> bool:
     """Whether the fused kernel of a device gives what the plain one gives, forward and backward; tried once."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 9, size), (2, 2, 9, size), (2, 2, 9, size), (2, 4, 9, size)]
+    shapes = [(2, heads, 9, size), (2, kv_heads, 9, size), (2, kv_heads, 9, size), (2, heads, 9, size)]
     query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     rule = AttentionRule(size**-0.5)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
