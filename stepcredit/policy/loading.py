@@ -100,7 +100,7 @@ def load_policy(
     check_vocabulary(policy, f"{option}: '{model}'")
     check_causal(policy, f"{option}: '{model}'")
     load_heads(policy, Path(source), option)
-    choose_scoring_form(policy)
+    choose_scoring_form(policy, home=home)
     return policy
 
 
