@@ -1,16 +1,15 @@
-"""How models lie on the processes: a copy on each, whose gradients DDP adds up, or in shards (FSDP2)."""
+"""How models lie on the processes: a copy on each (`replicas`), or in shards (FSDP2)."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy
@@ -36,6 +35,11 @@ class Placement:
     @property
     def sharded(self) -> bool:
         return self.ranks.distributed and self.strategy == "fsdp"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether several processes have a whole model each."""
+        return self.ranks.size > 1 and not self.sharded
 
     def place(self, policy: Policy) -> Policy:
         """Prepare a policy for the run, in place; with "fsdp" it is sharded layer by layer.
@@ -66,12 +70,6 @@ class Placement:
         unsharded = copy.deepcopy(policy).requires_grad_(False)
         return unsharded.to(self.device, policy.autocast) if policy.autocast else unsharded.to(self.device)
 
-    def wrap(self, policy: Policy) -> Callable[..., Any]:
-        """The policy as a training pass calls it: wrapped in DDP where that has to sum gradients over processes."""
-        if self.ranks.size == 1 or self.sharded:
-            return policy
-        return DistributedDataParallel(policy, find_unused_parameters=_has_experts(policy))
-
 
 UNSHARDED = Placement()
 
@@ -86,11 +84,6 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
             "take --distributed.strategy ddp"
         )
     return layers
-
-
-def _has_experts(policy: Policy) -> bool:
-    """Whether the policy is a mixture of experts: a pass leaves out the experts that no token is routed to."""
-    return any("expert" in name for name, _ in policy.named_parameters())
 
 
 def full_tensor(value: Tensor) -> Tensor:

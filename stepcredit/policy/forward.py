@@ -1,8 +1,8 @@
 """`Policy`: a causal language model that scores forests, each token computed once.
 
 A forest is one row of tokens (`Packing`) whose attention follows the trees (`ForestPlan`), so a part of a batch is one
-forward call of the model whatever its shape, and one call of the policy, head included, because DDP and FSDP2 act on
-module calls. Models for which that does not hold are scored in another way (`reference`), which `choose_scoring_form`
+forward call of the model whatever its shape, and one call of the policy, head included, because FSDP2 acts on module
+calls. Models for which that does not hold are scored in another way (`reference`), which `choose_scoring_form`
 finds out.
 """
 

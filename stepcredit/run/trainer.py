@@ -13,6 +13,7 @@ from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
+from stepcredit.plan.advice import with_fitting_budget
 from stepcredit.policy.forward import Policy
 from stepcredit.run.build import Parts, build_estimators, build_rollouts
 from stepcredit.run.checkpoint import load_checkpoint, load_learner, save_checkpoint
@@ -40,6 +41,8 @@ class Trainer:
     def __init__(
         self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = UNSHARDED
     ) -> None:
+        device = placement.device if placement.sharded else policy.device
+        config = with_fitting_budget(config, device, placement.ranks.size, placement.strategy)
         self.config, self.parts, self.policy, self.console = config, parts, policy, console
         self.sampling = check_training(config)
         adapt(config, policy)
