@@ -125,11 +125,15 @@ def reference(context: Context) -> Estimator:
 
 
 def fingerprint(policy: Policy) -> int:
-    """A number that changes with any bit of any weight but the adapters'; the same on every device."""
+    """A number that changes with any bit of any weight but the adapters'; the same on every device.
+
+    And the same for weights in bf16 as for these in fp32: a run may go on with another `train.dtype`.
+    """
     total = 0
     weights = [weight for name, weight in policy.state_dict().items() if "lora_" not in name]
     for number, weight in enumerate(weights, 1):
         place = number
+        weight = weight.float() if weight.dtype == torch.bfloat16 else weight
         for piece in weight.contiguous().flatten().view(torch.uint8).split(1 << 24):
             factors = torch.arange(place, place + len(piece), device=piece.device) % 65521 + 1
             total = (total * 31 + int((piece.to(torch.int64) * factors).sum())) % (1 << 61)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from stepcredit.errors import UserError
 from stepcredit.learn.placement import copy_into
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.precision import hold_in
 from stepcredit.policy.weights import (
     ADAPTER,
     ADAPTER_WEIGHTS,
@@ -32,6 +33,8 @@ from stepcredit.policy.weights import (
 
 def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Freeze a policy and add adapters to it, which change no output yet, in place.
+
+    Under autocast the frozen weights are held in its type from now on (`policy/precision.py`).
 
     Args:
         targets: names of linear layers; empty takes all but the output layer.
@@ -54,6 +57,8 @@ def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str]
         value.requires_grad_("lora_" in name)
         if value.requires_grad:
             value.data = value.data.float()
+    if policy.autocast is not None:
+        hold_in(policy.model, policy.autocast)
 
 
 def has_adapters(policy: Policy) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.precision import hold_in
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 
 CPU = torch.device("cpu")
@@ -64,7 +65,9 @@ class Placement:
         if not self.sharded:
             return policy
         unsharded = copy.deepcopy(policy).requires_grad_(False)
-        return unsharded.to(self.device, policy.autocast) if policy.autocast else unsharded.to(self.device)
+        if policy.autocast is not None:
+            hold_in(unsharded.model, policy.autocast)
+        return unsharded.to(self.device)
 
     def wrap(self, policy: Policy) -> Callable[..., Any]:
         """The policy as a training pass calls it: wrapped in DDP where that has to sum gradients over processes."""

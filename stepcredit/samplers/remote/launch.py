@@ -92,6 +92,8 @@ def server_environment(dialect: Dialect, own: Mapping[str, str]) -> dict[str, st
     if found.get("PYTHONPATH"):
         paths.append(found["PYTHONPATH"])
     found["PYTHONPATH"] = os.pathsep.join(paths)
+    if found.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":  # this process's (run/allocator.py)
+        del found["PYTORCH_ALLOC_CONF"]  # vLLM's memory that it gives back while it sleeps does not go with it
     return {name: value for name, value in found.items() if name not in OF_TORCHRUN}
 
 
