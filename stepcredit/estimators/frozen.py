@@ -12,6 +12,7 @@ from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
 from stepcredit.learn.adapters import adapters_off, has_adapters
 from stepcredit.learn.placement import UNSHARDED, Placement
+from stepcredit.learn.spread import shared_copy
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
 
@@ -49,14 +50,15 @@ class Reference(Estimator):
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
-        self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
+        own = shared_copy(policy).requires_grad_(False) if placement.sharded else frozen_copy(policy)
+        self.policy, self.temperature, self.max_tokens = own, temperature, max_tokens
         self._remember(placement)
         placement.place(self.policy)
 
     def _remember(self, placement: Placement) -> None:
         """Take the fingerprint now where it cannot be had later."""
         if placement.sharded:
-            self.__dict__["fingerprint"] = fingerprint(self.policy)
+            self.__dict__["fingerprint"] = placement.ranks.on_main(lambda: fingerprint(self.policy))
 
     @cached_property
     def fingerprint(self) -> int:

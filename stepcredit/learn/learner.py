@@ -15,7 +15,7 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores, out_of_memory
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import Placement, full_tensor
+from stepcredit.learn.placement import Placement, full_tensor, keeps_gradients
 from stepcredit.policy.forward import Policy
 
 log = logging.getLogger("stepcredit")
@@ -79,7 +79,7 @@ class Learner:
                         "--optim.max-tokens-per-micro-batch or set --train.gradient-checkpointing true ('stepcredit "
                         "plan' estimates what fits)"
                     ) from error
-            self.optimizer.zero_grad()
+            self._clear_gradients()
             if len(parts) == (step.num_trees if whole_trees else int(step.ends.sum())):
                 what = "tree" if whole_trees else "completion"
                 raise UserError(
@@ -98,12 +98,22 @@ class Learner:
         """A forward and backward for each part; every process has as many."""
         results, ranks = [], self.placement.ranks
         for number, part in enumerate(parts, 1):
-            local = isinstance(self.wrapped, DistributedDataParallel) and number < len(parts)
+            local = number < len(parts) and self._adds_up_alone()
             with ranks.name_missing(), self.wrapped.no_sync() if local else nullcontext():  # type: ignore[attr-defined]
                 value, result = loss(part, self.wrapped)
                 (value * ranks.size).backward()  # DDP and FSDP2 take the mean over processes
             results.append(result)
         return results
+
+    def _adds_up_alone(self) -> bool:
+        """Whether a part of a step may leave the sum over the processes to the last one.
+
+        Under DDP; where gradients stay in its buckets, not before they are there.
+        """
+        if not isinstance(self.wrapped, DistributedDataParallel):
+            return False
+        first = next(value for value in self.policy.parameters() if value.requires_grad)
+        return first.grad is not None or not keeps_gradients(self.wrapped)
 
     def step(self, loss_is_valid: bool = True) -> tuple[float, bool]:
         """Clip and step, unless the gradient is not finite or `loss_is_valid` is False, and clear the gradient.
@@ -115,8 +125,12 @@ class Learner:
         taken = loss_is_valid and math.isfinite(norm)
         if taken:  # otherwise the step would destroy the weights
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
         return norm, taken
+
+    def _clear_gradients(self) -> None:
+        """Under DDP they stay where they are, in its buckets: a pass would make new ones beside these."""
+        self.optimizer.zero_grad(set_to_none=not keeps_gradients(self.wrapped))
 
     def set(self, **options: Any) -> None:
         """Change options of the optimiser, such as `lr`; `weight_decay` stays 0 for what does not decay."""

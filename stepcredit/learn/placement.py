@@ -1,6 +1,5 @@
 """How models lie on the processes: a copy on each, whose gradients DDP adds up, or in shards (FSDP2)."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stepcredit.errors import UserError
+from stepcredit.learn.spread import copy_into, shared_copy, spread
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.precision import hold_in
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
@@ -41,7 +41,7 @@ class Placement:
     def place(self, policy: Policy) -> Policy:
         """Prepare a policy for the run, in place; with "fsdp" it is sharded layer by layer.
 
-        Copies of the policy must be made before.
+        The weights are those of the main process (`spread.py`). Copies of the policy must be made before.
         """
         policy.ranks = self.ranks
         if not self.sharded:
@@ -51,8 +51,10 @@ class Placement:
         offloads = self.cpu_offload and self.device.type != "cpu"
         offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
         for layer in decoder_layers(policy):
+            spread(layer, self.ranks, self.device)
             fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # Resharded after each forward, so that gathered weights are never older than the last update.
+        spread(policy, self.ranks, self.device)
         fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
         policy.compute_device = self.device
         return policy
@@ -64,16 +66,19 @@ class Placement:
         """
         if not self.sharded:
             return policy
-        unsharded = copy.deepcopy(policy).requires_grad_(False)
+        unsharded = shared_copy(policy).requires_grad_(False)
         if policy.autocast is not None:
-            hold_in(unsharded.model, policy.autocast)
-        return unsharded.to(self.device)
+            hold_in(unsharded.model, policy.autocast, self.device if self.ranks.main else None)
+        spread(unsharded, self.ranks, self.device)
+        return unsharded
 
     def wrap(self, policy: Policy) -> Callable[..., Any]:
         """The policy as a training pass calls it: wrapped in DDP where that has to sum gradients over processes."""
         if self.ranks.size == 1 or self.sharded:
             return policy
-        return DistributedDataParallel(policy, find_unused_parameters=_has_experts(policy))
+        return DistributedDataParallel(
+            policy, find_unused_parameters=_has_experts(policy), gradient_as_bucket_view=True
+        )
 
 
 UNSHARDED = Placement()
@@ -94,6 +99,14 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
 def _has_experts(policy: Policy) -> bool:
     """Whether the policy is a mixture of experts: a pass leaves out the experts that no token is routed to."""
     return any("expert" in name for name, _ in policy.named_parameters())
+
+
+def keeps_gradients(wrapped: object) -> bool:
+    """Whether gradients are views of DDP's buckets for good.
+
+    Not for a mixture of experts: an expert without tokens must have no gradient, so that AdamW leaves it alone.
+    """
+    return isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters
 
 
 def full_tensor(value: Tensor) -> Tensor:
@@ -146,14 +159,6 @@ def load_full_heads(policy: Policy, state: Mapping[str, Tensor]) -> None:
     """Load the heads' full weights, which every process has, into a policy that has these heads."""
     for name, value in policy.heads.state_dict(keep_vars=True).items():
         copy_into(value, state[name])
-
-
-def copy_into(value: Tensor, full: Tensor) -> None:
-    """Copy a full tensor into one that may be sharded, without communication."""
-    if isinstance(value, DTensor):
-        on_device = full.to(value.device, value.dtype)
-        full = distribute_tensor(on_device, value.device_mesh, value.placements, src_data_rank=None)
-    value.copy_(full)
 
 
 @torch.no_grad()

@@ -39,12 +39,16 @@ def rounded_weights(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn
     return ((module, name, value) for module, name, value, _ in places if id(value) not in stay)
 
 
-def hold_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold the weights of products and embeddings in `dtype`, in place; none of these may learn."""
+def hold_in(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Hold the weights of products and embeddings in `dtype`, in place; none of these may learn.
+
+    Args:
+        device: where they go meanwhile, one by one; None: nowhere.
+    """
     made: dict[int, nn.Parameter] = {}
     for module, name, value in list(rounded_weights(model)):
         if id(value) not in made:
-            made[id(value)] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
+            made[id(value)] = nn.Parameter(value.detach().to(device or value.device, dtype), requires_grad=False)
         setattr(module, name, made[id(value)])
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(_in_fp32)

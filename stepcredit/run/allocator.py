@@ -1,7 +1,8 @@
 """How torch allocates memory, unless the environment says how it should.
 
-On a CPU what is freed stays with the process: the next micro-batch needs as much again. By default glibc gives large blocks back to the kernel at once and gets fresh, zeroed pages for the next ones; with
-tensors of some MiB that can take a fifth of a training step (benchmarks/choices.py).
+On a CPU what is freed stays with the process: the next micro-batch needs as much again. By default glibc gives large
+blocks back to the kernel at once and gets fresh, zeroed pages for the next ones; with tensors of some MiB that can
+take a fifth of a training step (benchmarks/choices.py).
 
 On CUDA segments grow. Micro-batches and decoding ask for blocks of ever other sizes, which otherwise leave segments
 with gaps that nothing fits into, so that a run ends out of memory while much is free.
