@@ -14,7 +14,7 @@ from tiny_models import fresh
 from stepcredit.estimators.frozen import fingerprint
 from stepcredit.learn.spread import shared_copy
 from stepcredit.policy.forward import Policy, random_forest, score
-from stepcredit.policy.loading import empty_policy, Loaded, load_policy
+from stepcredit.policy.loading import Loaded, empty_policy, load_policy
 
 HERE = Path(__file__).parent
 PROCESS = """
