@@ -114,13 +114,20 @@ def full_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
-    """The model's state on the CPU, gathered tensor by tensor; tied weights stay one tensor. All processes call this.
+def full_state(
+    policy: Policy,
+    collect: bool = True,
+    on_host: bool = True,
+    types: Callable[[str, Tensor], torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """The model's state, gathered tensor by tensor; tied weights stay one tensor. All processes call this.
 
     For a model with adapters only the adapters' state.
 
     Args:
         collect: False: take part in the gathering, but return an empty state.
+        on_host: in the memory of the CPU; False: what is not sharded stays the policy's own tensors.
+        types: in which a tensor is wanted, by name; it is cast before it is gathered, in all processes alike.
     """
     state: dict[str, Tensor] = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
@@ -128,6 +135,7 @@ def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
     for name, value in policy.model.state_dict().items():
         if adapted and "lora_" not in name:
             continue
+        sharded = isinstance(value, DTensor)
         local = value.to_local() if isinstance(value, DTensor) else value
         key = (local.data_ptr(), tuple(value.shape))
         tied = seen.setdefault(key, name) if local.numel() else name
@@ -135,9 +143,9 @@ def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
             if collect:
                 state[name] = state[tied]
             continue
-        full = full_tensor(value)
+        full = full_tensor(value.to(types(name, value)) if types else value)
         if collect:
-            state[name] = full.cpu()
+            state[name] = full.cpu() if on_host or sharded else full
     return state
 
 

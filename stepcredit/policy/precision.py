@@ -21,9 +21,8 @@ def rounded_weights(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn
 
     A weight that is tied comes once for each module that has it.
     """
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     places = [
-        (module, name, value, f".{prefix}.{name}.")
+        (module, name, value, f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         for name, value in module.named_parameters(recurse=False)
     ]
@@ -33,10 +32,16 @@ def rounded_weights(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn
         if value.ndim < 2
         or value.dtype != torch.float32
         or ADAPTERS in path
-        or any(f".{words}." in path for words in kept)
+        or stays_in_fp32(model, path)
         or (isinstance(module, nn.Embedding) and type(module) is not nn.Embedding)  # one that computes with its rows
     }
     return ((module, name, value) for module, name, value, _ in places if id(value) not in stay)
+
+
+def stays_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's own code keeps a weight of this name in fp32."""
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    return any(f".{words}." in f".{name}." for words in kept)
 
 
 def hold_in(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None) -> None:

@@ -84,6 +84,7 @@ class Worker(Extension):
 
     device = torch.device("cpu")
     parallel_config = SimpleNamespace(world_size=2, data_parallel_size=1)
+    model_config = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, fake: "Fake") -> None:
         self.fake, self.model_runner, self.given, self.fault, self.late = fake, self, {}, None, None

@@ -26,6 +26,8 @@ class Server:
         lock: of the one that asks.
         way: how it gets weights: "folder", or a backend of `Transfer`; empty: not yet decided.
         transfer: of a way that needs one.
+        dtype: in which it holds weights, such as "bfloat16"; empty: it does not say; None: not yet asked.
+        asleep: it has given back its memory.
     """
 
     def __init__(self, url: str, client: httpx.Client, dialect: Dialect) -> None:
@@ -34,6 +36,8 @@ class Server:
         self.waiting, self.down = 0, False
         self.lock = threading.Lock()
         self.transfer: Transfer | None = None
+        self.dtype: str | None = None
+        self.asleep = False
 
     def get(self, path: str, timeout_s: float = QUICK_S) -> httpx.Response:
         """

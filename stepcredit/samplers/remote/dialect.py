@@ -82,11 +82,13 @@ class Place:
         gpu: what tells its GPU from all others; empty without one.
         sees_folder: it can read the run's folder.
         is_heard: the trainer would be told if it failed to load weights from there.
+        dtype: in which it holds weights, such as "bfloat16"; empty: it does not say.
     """
 
     gpu: str
     sees_folder: bool
     is_heard: bool
+    dtype: str = ""
 
 
 class Dialect(ABC):

@@ -150,7 +150,13 @@ class VLLM(Dialect):
         if not all(isinstance(place, dict) for place in found):
             return []
         return [
-            Place(str(place.get("gpu") or ""), bool(place.get("sees")), bool(place.get("heard"))) for place in found
+            Place(
+                gpu=str(place.get("gpu") or ""),
+                sees_folder=bool(place.get("sees")),
+                is_heard=bool(place.get("heard")),
+                dtype=str(place.get("dtype") or ""),
+            )
+            for place in found
         ]
 
     def load_folder(self, server: Server, folder: Path, version: str) -> None:
