@@ -25,7 +25,7 @@ from stepcredit.config import resolve
 from stepcredit.estimators.frozen import Reference
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import Placement
+from stepcredit.learn.placement import Placement, full_state
 from stepcredit.policy.forward import random_forest, score
 from stepcredit.processes.ranks import Ranks
 
@@ -69,6 +69,9 @@ else:
     model = sampling.model
     found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     found["stop"] = policy.stop_token_ids
+    sent = full_state(policy, types=lambda name, value: torch.bfloat16)
+    exact = full_state(policy)
+    found["sent"] = all(value.equal(exact[name].bfloat16()) for name, value in sent.items()) and len(sent) == len(exact)
     found["scores"], found["reference"], found["sampling"] = map(scored, (policy, reference.policy, sampling))
 print(json.dumps(found))
 ranks.barrier()
@@ -124,6 +127,7 @@ def test_one_process_reads_and_both_have_it(folders, family, case):
         for name in ("scores", "reference", "sampling"):
             near(one[name], whole)
         assert one["fingerprint"] == fingerprint(whole) and one["stop"] == whole.stop_token_ids
+        assert one["sent"]
         assert one["tied"] == (family == "qwen2")
         buffers = dict(whole.model.named_buffers())
         assert one["buffers"].keys() == buffers.keys()

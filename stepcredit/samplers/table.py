@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stepcredit.learn.placement import Placement
     from stepcredit.policy.forward import Policy
 
+AUTO = "auto"  # a run chooses (run/servers.py); whatever does not takes "transformers"
 SAMPLERS = {
     "transformers": "stepcredit.samplers.transformers.build",
     "vllm": "stepcredit.samplers.remote.vllm.build",
@@ -29,8 +30,8 @@ def sampler_builder(config: Config) -> Builder:
         UserError: there is none, or it does not take `sampler.options`.
     """
     given = config.sampler
-    builder = _named(given.name)
-    if given.options and given.name in SAMPLERS:
+    builder = _named("transformers" if given.name == AUTO else given.name)
+    if given.options and given.name in (AUTO, *SAMPLERS):
         names = ", ".join(given.options)
         raise UserError(
             f"sampler.options: {names}; they go to a sampler of your own, and sampler.name is {given.name}, whose "

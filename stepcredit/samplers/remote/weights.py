@@ -65,6 +65,7 @@ class Weights:
         self.token, self.number = ranks.on_main(lambda: uuid.uuid4().hex[:8]), 0
         self.adapted = has_adapters(policy)
         self.state: dict[str, Tensor] = {}  # of the first process
+        self.copied = False  # `state` takes memory of its own
         self.buffers = {name for name, _ in policy.model.named_buffers()}
         self._writing = threading.Lock()
         self._remove: Callable[[], object] | None = None
@@ -106,8 +107,11 @@ class Weights:
         ways = self.ranks.on_main(lambda: self._send(servers))
         for server, way in zip(servers, ways, strict=True):
             server.way = way
+            if not server.down:  # else it is woken when it is back
+                server.asleep = set()
         in_folder = all(server.way == "folder" for server in servers)
-        if in_folder and all(self._version_folder(server.dtype or "").exists() for server in servers):
+        written = all(self._version_folder(server.dtype or "").exists() for server in servers)
+        if in_folder and written and self.copied:
             self.state = {}  # the folder holds them
 
     def _gathered(self, policy: Policy, servers: Sequence[Server]) -> dict[str, Tensor]:
@@ -115,7 +119,8 @@ class Weights:
 
         The policy does not change while servers are asked for samples, so that its own tensors stay those of `version`.
         """
-        if self.adapted or not any(isinstance(value, DTensor) for value in policy.parameters()):
+        self.copied = not self.adapted and any(isinstance(value, DTensor) for value in policy.parameters())
+        if not self.copied:
             return full_state(policy, collect=self.ranks.main, on_host=False)
         dtypes = self.ranks.on_main(lambda: {server.dtype or "" for server in servers})
         only = next(iter(dtypes)) if len(dtypes) == 1 else ""
@@ -161,14 +166,21 @@ class Weights:
             Retry: it does not answer, or the first process has to give it weights first.
             UserError: it does not take them.
         """
+        self._wake(server, "weights")  # alone: room for keys and values is taken once they are there
         if not server.way:
             self._find_way(server)
         if self.adapted:
             self._load_adapters(server)
         else:
             self._load_weights(server)
+        self._wake(server, "kv_cache")
         if self.loaded(server) != {self.version}:
             raise server.not_taken()
+
+    def _wake(self, server: Server, what: str) -> None:
+        if what in server.asleep:
+            self.dialect.wake(server, what)
+            server.asleep.remove(what)
 
     def _load_adapters(self, server: Server) -> None:
         """Under a new name, so that nothing that was computed with others is found in the prefix cache."""
@@ -272,6 +284,11 @@ class Weights:
         folder = self._version_folder(dtype)
         with self._writing:
             if self.ranks.main and not folder.exists():
+                if not self.state:
+                    raise UserError(
+                        f"sampler: a server was started anew in {dtype or 'fp32'}, which the others are not; start it "
+                        "with the --dtype that it had"
+                    )
                 part = folder.with_suffix(".part")
                 save_policy(self.policy, part, self._on_host(dtype))
                 part.rename(folder)
