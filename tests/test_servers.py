@@ -21,6 +21,7 @@ from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.dialect import Start
 from stepcredit.samplers.remote.launch import server_environment, server_gpus
 from stepcredit.samplers.remote.vllm import VLLM
+from stepcredit.samplers.table import sampler_traits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -100,6 +101,8 @@ def test_what_is_named_holds(gpu, model):
     urls = {"sampler": {"server": {"urls": ["http://a:1"]}}}
     assert chosen({"model": model} | urls, CPU) == ("vllm", False)
     assert chosen({"model": model, "sampler": {"server": {"launch": True}}}, CPU) == ("vllm", True)
+    assert sampler_traits(resolve(urls)).elsewhere  # also of what does not choose
+    assert not sampler_traits(resolve({})).elsewhere
 
 
 def test_a_run_keeps_what_it_chose(tmp_path, capsys):

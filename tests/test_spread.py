@@ -12,6 +12,10 @@ from ranks import free_port
 from tiny_models import fresh
 
 from stepcredit.estimators.frozen import fingerprint
+from stepcredit.learn.adapters import add_adapters
+from stepcredit.learn.learner import Learner
+from stepcredit.learn.options import AdamWOptions
+from stepcredit.learn.placement import UNSHARDED
 from stepcredit.learn.spread import shared_copy
 from stepcredit.policy.forward import Policy, random_forest, score
 from stepcredit.policy.loading import Loaded, empty_policy, load_policy
@@ -23,9 +27,10 @@ import torch
 import stepcredit.learn.loading as loading
 from stepcredit.config import resolve
 from stepcredit.estimators.frozen import Reference
+from stepcredit.learn.adapters import add_adapters
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.options import AdamWOptions
-from stepcredit.learn.placement import Placement, full_state
+from stepcredit.learn.placement import Placement, copy_weights, full_state
 from stepcredit.policy.forward import random_forest, score
 from stepcredit.processes.ranks import Ranks
 
@@ -55,6 +60,21 @@ if case == "ddp":
     found["kept"] = places[0] == places[1] == places[2]
     found["buckets"] = len(storages) < len(weights)
     found["scores"] = scored(policy)
+elif case == "lora":
+    placement = Placement(ranks, "fsdp")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": "bfloat16"})})
+    policy = loading.load_model(config, folder, placement)
+    add_adapters(policy, 4, 8.0, [], seed=0)
+    found["base"] = str(policy.model.get_input_embeddings().weight.dtype)
+    sampling = placement.sampling_copy(policy)
+    learner = Learner(placement.place(policy), placement, AdamWOptions(learning_rate=1e-2), 4096)
+    found["before"] = scored(policy)
+    learner.accumulate(forest, lambda part, call: (call(part).logprobs.sum(), None))
+    found["norm"], found["taken"] = learner.step()
+    copy_weights(policy, sampling)
+    found["scores"], found["sampling"] = scored(policy), scored(sampling)
+    trained = {value.dtype for value in policy.parameters() if value.requires_grad}
+    found["trained"] = [str(dtype) for dtype in trained]
 else:
     if case == "no skeleton":
         loading.empty_policy = lambda *_: None
@@ -144,12 +164,27 @@ def test_the_copy_to_sample_with_goes_to_others_in_bf16(folders):
 
 
 @pytest.mark.slow
+def test_adapters_learn_on_shards_of_a_base_in_bf16(folders):
+    """Frozen weights in bf16 and adapters in fp32 in one group of FSDP2; the copy to sample with follows."""
+    found, _ = two(folders["qwen3"], "lora")
+    policy = load_policy(str(folders["qwen3"]), "cpu", "bfloat16")
+    add_adapters(policy, 4, 8.0, [], seed=0)
+    learner = Learner(policy, UNSHARDED, AdamWOptions(learning_rate=1e-2), 4096)
+    before = score(policy, random_forest(50), 1.0, 4096).logprobs
+    learner.accumulate(random_forest(50), lambda part, call: (call(part).logprobs.sum(), None))
+    norm, _ = learner.step()
+    after = score(policy, random_forest(50), 1.0, 4096).logprobs
+    moved = float((after - before).abs().mean())
+    for one in found:
+        assert one["base"] == "torch.bfloat16" and one["trained"] == ["torch.float32"] and one["taken"]
+        assert one["norm"] == pytest.approx(norm, rel=0.1)
+        for name, expected in (("before", before), ("scores", after), ("sampling", after)):
+            assert float((torch.tensor(one[name]) - expected).abs().mean()) < min(0.05, moved / 3), name
+
+
+@pytest.mark.slow
 def test_gradients_stay_in_the_buckets(folders):
     """The same tensors in every step, and the steps are those of one process."""
-    from stepcredit.learn.learner import Learner
-    from stepcredit.learn.options import AdamWOptions
-    from stepcredit.learn.placement import UNSHARDED
-
     found, _ = two(folders["qwen2"], "ddp")
     policy = load_policy(str(folders["qwen2"]), "cpu", "float32")
     learner = Learner(policy, UNSHARDED, AdamWOptions(learning_rate=1e-2), 4096)

@@ -12,7 +12,7 @@ from stepcredit.plan.memory import ALWAYS, GIB, Plan, estimate_memory
 from stepcredit.plan.sizes import size_of
 from stepcredit.samplers.remote.launch import free_gpus
 from stepcredit.samplers.remote.vllm import LORA_RANKS, why_no_logprobs
-from stepcredit.samplers.table import AUTO
+from stepcredit.samplers.table import AUTO, name_of
 
 log = logging.getLogger("stepcredit")
 
@@ -31,7 +31,7 @@ def choose_sampler(config: Config, placement: Placement, device: torch.device) -
         return config
     server = config.sampler.server
     if server.urls or server.launch:
-        name, why = "vllm", "servers are named" if server.urls else "sampler.server.launch"
+        name, why = name_of(config.sampler), "servers are named" if server.urls else "sampler.server.launch"
     else:
         why = _against_server(config, placement, device)
         name, why = ("transformers", why) if why else ("vllm", "a GPU, and vLLM is installed")
