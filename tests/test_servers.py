@@ -17,10 +17,11 @@ from stepcredit.plan.memory import ALWAYS, GIB, estimate_memory
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run import servers
 from stepcredit.run.servers import choose_sampler, fit_server, share_left
+from stepcredit.samplers.gpus import server_gpus
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.dialect import Start
-from stepcredit.samplers.remote.launch import server_environment, server_gpus
-from stepcredit.samplers.remote.vllm import VLLM
+from stepcredit.samplers.remote.launch import server_environment
+from stepcredit.samplers.remote.vllm import LORA_RANKS, VLLM
 from stepcredit.samplers.table import sampler_traits
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -192,6 +193,10 @@ def test_the_processes_of_a_run_have_the_first_gpus(gpu):
     assert server_gpus(CUDA, ranks) == ["2", "3"]
     gpu(count=2)
     assert server_gpus(CUDA, ranks) == ["0"]
+
+
+def test_the_largest_rank_is_that_of_vllm():
+    assert LORA_RANKS[-1] == servers.LARGEST_RANK
 
 
 def test_how_a_server_is_told():

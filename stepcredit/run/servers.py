@@ -10,12 +10,12 @@ from stepcredit.errors import UserError
 from stepcredit.learn.placement import Placement
 from stepcredit.plan.memory import ALWAYS, GIB, Plan, estimate_memory
 from stepcredit.plan.sizes import size_of
-from stepcredit.samplers.remote.launch import free_gpus
-from stepcredit.samplers.remote.vllm import LORA_RANKS, why_no_logprobs
-from stepcredit.samplers.table import AUTO, name_of
+from stepcredit.samplers.gpus import free_gpus
+from stepcredit.samplers.table import AUTO, name_of, sampler_traits
 
 log = logging.getLogger("stepcredit")
 
+LARGEST_RANK = 512  # of adapters; vllm.py says which ranks there are
 AT_LEAST = 1.25  # a server's weights, with what it computes in beside them and some keys and values
 
 
@@ -53,10 +53,10 @@ def _against_server(config: Config, placement: Placement, device: torch.device) 
         return "trees go on from keys and values that it keeps"
     if placement.ranks.size > 1:
         return f"{placement.ranks.size} processes sample on as many GPUs; servers can be named by sampler.server.urls"
-    if why_no_logprobs(given):
+    if sampler_traits(_elsewhere(config)).why_no_logprobs(given):
         return "vLLM has no log-probabilities for this top_p, top_k and temperature"
-    if config.lora.rank > LORA_RANKS[-1]:
-        return f"vLLM takes adapters up to rank {LORA_RANKS[-1]}"
+    if config.lora.rank > LARGEST_RANK:
+        return f"vLLM takes adapters up to rank {LARGEST_RANK}"
     if not free_gpus(device, placement.ranks):
         plan = _plan(config, placement, device)
         if share_left(plan) * plan.memory < _least(config):
@@ -105,11 +105,12 @@ def share_left(plan: Plan) -> float:
 
 def _plan(config: Config, placement: Placement, device: torch.device) -> Plan:
     """That of the run with a sampler in another program."""
-    elsewhere = config.sampler.model_copy(update={"name": "vllm"})
     memory = torch.cuda.get_device_properties(device).total_memory
-    return estimate_memory(
-        config.model_copy(update={"sampler": elsewhere}), placement.ranks.size, placement.strategy, memory
-    )
+    return estimate_memory(_elsewhere(config), placement.ranks.size, placement.strategy, memory)
+
+
+def _elsewhere(config: Config) -> Config:
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"name": "vllm"})})
 
 
 def _least(config: Config) -> float:

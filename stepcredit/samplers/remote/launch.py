@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import torch
 
 from stepcredit.errors import UserError
-from stepcredit.processes.ranks import Ranks
 from stepcredit.samplers.remote.dialect import Dialect, Start
 
 log = logging.getLogger("stepcredit")
@@ -99,26 +97,6 @@ def server_environment(dialect: Dialect, own: Mapping[str, str], gpus: Sequence[
     if found.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":  # this process's (run/allocator.py)
         del found["PYTORCH_ALLOC_CONF"]  # vLLM's memory that it gives back while it sleeps does not go with it
     return {name: value for name, value in found.items() if name not in OF_TORCHRUN}
-
-
-def free_gpus(device: torch.device, ranks: Ranks) -> list[str]:
-    """The GPUs of this machine that no process of the run computes on, as CUDA_VISIBLE_DEVICES names them."""
-    own = set(range(ranks.local_size)) if ranks.distributed else {device.index or 0}
-    return [name for number, name in enumerate(_visible_gpus()) if number not in own]
-
-
-def server_gpus(device: torch.device, ranks: Ranks) -> list[str] | None:
-    """What a server of the run's own sees: GPUs that are free, else the run's first; None where it needs none."""
-    visible = _visible_gpus()
-    if device.type != "cuda" or not visible:
-        return None
-    return free_gpus(device, ranks) or [visible[0 if ranks.distributed else device.index or 0]]
-
-
-def _visible_gpus() -> list[str]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return [name.strip() for name in given.split(",")][:count] if given else [str(number) for number in range(count)]
 
 
 def usable_port(port: int) -> int:

@@ -22,10 +22,11 @@ from stepcredit.learn.placement import Placement
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import source_of
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
+from stepcredit.samplers.gpus import server_gpus
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.remote.connection import MEMORY, Retry
 from stepcredit.samplers.remote.dialect import Completion, Dialect, Request, Start
-from stepcredit.samplers.remote.launch import LocalServer, server_gpus
+from stepcredit.samplers.remote.launch import LocalServer
 from stepcredit.samplers.remote.options import ServerOptions
 from stepcredit.samplers.remote.pool import Pool
 from stepcredit.samplers.remote.weights import Weights
