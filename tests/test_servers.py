@@ -53,8 +53,10 @@ def model(tmp_path_factory) -> str:
 
 
 def chosen(given: dict, device: torch.device = CUDA, size: int = 1) -> tuple[str, bool]:
-    found = choose_sampler(resolve(given), Placement(Ranks(0, size)), device).sampler
-    return found.name, found.server.launch
+    config, why = choose_sampler(resolve(given), Placement(Ranks(0, size)), device)
+    if why:
+        logging.getLogger("stepcredit").info("%s", why)
+    return config.sampler.name, config.sampler.server.launch
 
 
 # ---------------------------------------------------------------------- which sampler
@@ -106,10 +108,12 @@ def test_what_is_named_holds(gpu, model):
     assert not sampler_traits(resolve({})).elsewhere
 
 
-def test_a_run_keeps_what_it_chose(tmp_path, capsys):
+def test_a_run_keeps_what_it_chose(tmp_path, caplog):
     """Written as it was resolved, and kept when the run goes on."""
     run = tmp_path / "run"
+    caplog.set_level(logging.INFO)
     assert train(run, "--iterations", "1") in (0, 1)
+    assert "sampler: transformers (the device is cpu)" in caplog.text
     file = run / "config.yaml"
     given = yaml.safe_load(file.read_text())
     assert given["sampler"]["name"] == "transformers"
@@ -128,8 +132,10 @@ def test_a_server_takes_what_the_trainer_leaves(gpu, model):
     found = fit_server(config, UNSHARDED, CUDA).sampler.server
     plan = estimate_memory(config, 1, "ddp", GIB)
     taken = sum(part.bytes for part in plan.parts if part.when == ALWAYS)
-    assert found.sleep == "2" and found.memory == share_left(plan)
+    assert found.sleep == "2" and found.memory == share_left(plan, sleeps=True)
     assert found.memory * GIB + taken <= 0.9 * GIB < (found.memory + 0.01) * GIB + taken
+    assert share_left(plan, sleeps=False) == pytest.approx((0.9 * GIB - plan.peak) / GIB, abs=0.01) or plan.peak > GIB
+    assert share_left(plan, sleeps=False) < found.memory
     adapted = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
     less = fit_server(adapted, UNSHARDED, CUDA).sampler.server
     assert less.sleep == "1" and less.memory >= found.memory

@@ -19,8 +19,8 @@ LARGEST_RANK = 512  # of adapters; vllm.py says which ranks there are
 AT_LEAST = 1.25  # a server's weights, with what it computes in beside them and some keys and values
 
 
-def choose_sampler(config: Config, placement: Placement, device: torch.device) -> Config:
-    """A config whose sampler has a name; the log says which it is and why, where the config leaves it open.
+def choose_sampler(config: Config, placement: Placement, device: torch.device) -> tuple[Config, str]:
+    """A config whose sampler has a name, and which it is and why, where the config leaves it open; else empty text.
 
     vLLM where the run can start a server of its own and gains by it, else the decode loop of this program.
 
@@ -28,7 +28,7 @@ def choose_sampler(config: Config, placement: Placement, device: torch.device) -
         device: on which the run computes.
     """
     if config.sampler.name != AUTO:
-        return config
+        return config, ""
     server = config.sampler.server
     if server.urls or server.launch:
         name, why = name_of(config.sampler), "servers are named" if server.urls else "sampler.server.launch"
@@ -36,8 +36,8 @@ def choose_sampler(config: Config, placement: Placement, device: torch.device) -
         why = _against_server(config, placement, device)
         name, why = ("transformers", why) if why else ("vllm", "a GPU, and vLLM is installed")
         server = server.model_copy(update={"launch": name == "vllm"})
-    log.info("sampler: %s (%s)", name, why)
-    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"name": name, "server": server})})
+    sampler = config.sampler.model_copy(update={"name": name, "server": server})
+    return config.model_copy(update={"sampler": sampler}), f"sampler: {name} ({why})"
 
 
 def _against_server(config: Config, placement: Placement, device: torch.device) -> str:
@@ -59,7 +59,7 @@ def _against_server(config: Config, placement: Placement, device: torch.device) 
         return f"vLLM takes adapters up to rank {LARGEST_RANK}"
     if not free_gpus(device, placement.ranks):
         plan = _plan(config, placement, device)
-        if share_left(plan) * plan.memory < _least(config):
+        if share_left(plan, sleeps=given.server.sleep != "off") * plan.memory < _least(config):
             return "the GPU has no room for a server beside the trainer"
     return ""
 
@@ -80,13 +80,14 @@ def fit_server(config: Config, placement: Placement, device: torch.device) -> Co
             "sampler.server.sleep: 2 lets a server forget its weights, and with --lora.rank it is given adapters alone;"
             " take --sampler.server.sleep 1"
         )
-    if not server.launch or device.type != "cuda" or free_gpus(device, placement.ranks):
+    starts_one = server.launch and name_of(config.sampler) != "transformers"
+    if not starts_one or device.type != "cuda" or free_gpus(device, placement.ranks):
         return config
     if server.sleep == "auto":
         server = server.model_copy(update={"sleep": "1" if config.lora.rank else "2"})
     if server.memory is None and not any(word.startswith("--gpu-memory-utilization") for word in server.args):
         plan = _plan(config, placement, device)
-        share, least = share_left(plan), _least(config)
+        share, least = share_left(plan, sleeps=server.sleep != "off"), _least(config)
         if share * plan.memory < least:
             raise UserError(
                 f"sampler.server.launch: beside the trainer's models the GPU has {share * plan.memory / GIB:.1f} GiB, "
@@ -94,13 +95,20 @@ def fit_server(config: Config, placement: Placement, device: torch.device) -> Co
                 "--sampler.name transformers"
             )
         server = server.model_copy(update={"memory": share})
-        log.info("sampler: the server takes %.0f%% of the GPU, and sleeps during an update", 100 * share)
+        resting = "stays awake" if server.sleep == "off" else "sleeps during an update"
+        log.info("sampler: the server takes %.0f%% of the GPU, and %s", 100 * share, resting)
     return config.model_copy(update={"sampler": config.sampler.model_copy(update={"server": server})})
 
 
-def share_left(plan: Plan) -> float:
-    """The share of a GPU that a run leaves while it samples elsewhere, in whole hundredths; 0 for none."""
-    return max(0, int(100 * (plan.usable - plan.taken(ALWAYS)) / plan.memory)) / 100
+def share_left(plan: Plan, sleeps: bool) -> float:
+    """The share of a GPU that a run leaves to a server, in whole hundredths; 0 for none.
+
+    Args:
+        plan: with a sampler in another program.
+        sleeps: the server sleeps during an update; else both must have room at once.
+    """
+    taken = plan.taken(ALWAYS) if sleeps else plan.peak
+    return max(0, int(100 * (plan.usable - taken) / plan.memory)) / 100
 
 
 def _plan(config: Config, placement: Placement, device: torch.device) -> Plan:
