@@ -25,6 +25,7 @@ from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
 from stepcredit.run.work import Work
+from stepcredit.samplers.base import rest
 from stepcredit.samplers.table import check_training
 
 
@@ -98,6 +99,7 @@ class Trainer:
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
         batch = self.source.next()
+        rest(self.rollouts.sampler)
         forest, observed, clock = batch.forest, dict(batch.metrics), Clock(batch.seconds)
         for shaper in self.parts.shapers:
             forest = shaper(forest)
