@@ -16,17 +16,14 @@ from typing import Any
 
 from pretend.build import load
 
-TESTS = Path(__file__).parents[1]
-
 
 def run_commands(library: Path, folder: Path, commands: dict[str, list[str]], environment: dict[str, str]) -> None:
-    """Run them in a process of its own."""
-    path = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    """Run them in a process of its own, whose environment lets it import stepcredit and this package."""
     subprocess.run(
         [sys.executable, "-m", "pretend.command", str(library), str(folder)],
         input=json.dumps(commands),
         text=True,
-        env=environment | path,
+        env=environment,
         check=True,
         timeout=600,
     )
