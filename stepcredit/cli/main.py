@@ -21,6 +21,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit compare    methods at equal sampled tokens, with intervals over seeds
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
+  stepcredit convert    a GGUF file as a folder that can be trained
   stepcredit warmstart  build the embedded base model anew
 
 Examples
@@ -78,6 +79,12 @@ def _merge(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _convert(words: Sequence[str]) -> int:
+    from stepcredit.cli.convert import main
+
+    return main(words)
+
+
 def _report(words: Sequence[str]) -> int:
     from stepcredit.cli.report import main
 
@@ -113,6 +120,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": _compare,
     "plan": _plan,
     "merge": _merge,
+    "convert": _convert,
     "warmstart": _warmstart,
 }
 

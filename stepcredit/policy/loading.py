@@ -47,6 +47,10 @@ def source_of(model: str, config_only: bool = False, option: str = "model") -> s
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder, config_only, option)
+    elif folder.suffix == ".gguf":
+        raise UserError(
+            f"{option}: '{model}' is a GGUF file; make a folder of it: stepcredit convert --in {model} --out FOLDER"
+        )
     elif folder.exists() or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(
             f"{option}: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
