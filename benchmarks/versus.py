@@ -15,8 +15,8 @@ these added to its peak before them (model, trainer and imports); TRL's depends 
 which its seconds hardly change.
 
 `--model` takes a folder of your own, with rows of question and answer, through its chat template where it has one.
-The reward `even` gives every group a gradient; `right` is the natural one, where stepcredit leaves out groups that agree
-and steps differ: seconds are then the mean of the steps.
+The reward `even` gives every group a gradient; `right` is the natural one, where stepcredit leaves out groups that
+agree and steps differ: seconds are then the mean of the steps.
 
 python benchmarks/versus.py --model FOLDER --data FILE.jsonl [--prompts 8] [--tokens 64] [--group 8]
     [--reward even|right]
