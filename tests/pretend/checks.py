@@ -69,6 +69,39 @@ def check_kernels() -> None:
     refused(optimizer.step, "on cpu")
 
 
+def check_flex() -> None:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    length, size = 256, 16
+    shapes = [(1, 4, length, size), *2 * [(1, 2, length, size)]]
+    given = [torch.randn(shape).to("cuda").requires_grad_() for shape in shapes]
+    one, two = torch.tensor([[[1, 1]]], dtype=torch.int32), torch.tensor([[[0, 1]]], dtype=torch.int32)
+    diagonal, below = torch.tensor([[[[0], [1]]]], dtype=torch.int32), torch.tensor([[[[0], [0]]]], dtype=torch.int32)
+    after = torch.tensor([[[1, 0]]], dtype=torch.int32)
+    end = torch.full((length,), length, device="cuda")
+
+    def causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query < end[key])
+
+    def masked(q_diagonal: Any, q_below: Any) -> Any:
+        partial, full = (one, diagonal), (two, below)
+        lists = [tensor.cuda() for tensor in (*partial, *full, one, q_diagonal, after, q_below)]
+        mask = BlockMask((length, length), *lists, BLOCK_SIZE=(128, 128), mask_mod=causal)
+        return flex_attention(*given, block_mask=mask, enable_gqa=True)
+
+    out = masked(diagonal, torch.ones_like(below))
+    exact = [tensor.detach().cpu().requires_grad_() for tensor in given]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    grad = torch.randn(out.shape)
+    grads, wanted = torch.autograd.grad(out, given, grad.cuda()), torch.autograd.grad(expected, exact, grad)
+    for actual, right in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(actual.cpu(), right, atol=1e-5, rtol=1e-5)
+    wrong = masked(diagonal, below)  # the transposed list names another block
+    refused(lambda: torch.autograd.grad(wrong.sum(), given), "blocks for the backward")
+    refused(lambda: flex_attention(given[0].cpu(), *given[1:], block_mask=masked), "refuse")
+
+
 def check_waits(observer: Any) -> None:
     import torch
 
@@ -136,15 +169,13 @@ def check_graphs(observer: Any) -> None:
 
 
 def main() -> None:
-    from pretend import cuda_api, kernels
-    from pretend.observer import Observer
+    from pretend.install import install
 
-    stand_ins = kernels.register()  # noqa: F841 - they stand as long as it lives
-    observer = Observer()
-    cuda_api.install(observer)
+    observer = install()
     with observer:
         check_tensors()
         check_kernels()
+        check_flex()
         check_waits(observer)
         check_graphs(observer)
 

@@ -30,12 +30,9 @@ def run_commands(library: Path, folder: Path, commands: dict[str, list[str]], en
 
 
 def run_here(folder: Path, commands: dict[str, list[str]]) -> None:
-    from pretend import cuda_api, kernels
-    from pretend.observer import Observer
+    from pretend.install import install
 
-    stand_ins = kernels.register()  # noqa: F841 - they stand as long as it lives
-    observer = Observer()
-    cuda_api.install(observer)
+    observer = install()
     from stepcredit.cli.main import main
 
     for name, words in commands.items():

@@ -79,12 +79,9 @@ def decode_steps(observer: Any) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    from pretend import cuda_api, kernels
-    from pretend.observer import Observer
+    from pretend.install import install
 
-    stand_ins = kernels.register()  # noqa: F841 - they stand as long as it lives
-    observer = Observer()
-    cuda_api.install(observer)
+    observer = install()
     with observer:
         return {"micro_batch": micro_batches(observer), "decode_step": decode_steps(observer)}
 
