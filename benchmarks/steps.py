@@ -109,7 +109,9 @@ def folder_of(model: Path, data: Path, folder: Path, num_prompts: int) -> Path:
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of `make_folder` or `folder_of`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return model, AutoTokenizer.from_pretrained(folder)
+    made_here = "TokenizersBackend" in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    kind = PreTrainedTokenizerFast if made_here else AutoTokenizer  # the latter would take Qwen2's own
+    return model, kind.from_pretrained(folder)
 
 
 def make_trainer(case: Case, folder: Path, **given: Any) -> Trainer:

@@ -16,29 +16,23 @@ from typing import Any
 
 from pretend.build import load
 
-TESTS = Path(__file__).parents[1]
-
 
 def run_commands(library: Path, folder: Path, commands: dict[str, list[str]], environment: dict[str, str]) -> None:
-    """Run them in a process of its own."""
-    path = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    """Run them in a process of its own, whose environment lets it import stepcredit and this package."""
     subprocess.run(
         [sys.executable, "-m", "pretend.command", str(library), str(folder)],
         input=json.dumps(commands),
         text=True,
-        env=environment | path,
+        env=environment,
         check=True,
         timeout=600,
     )
 
 
 def run_here(folder: Path, commands: dict[str, list[str]]) -> None:
-    from pretend import cuda_api, kernels
-    from pretend.observer import Observer
+    from pretend.install import install
 
-    stand_ins = kernels.register()  # noqa: F841 - they stand as long as it lives
-    observer = Observer()
-    cuda_api.install(observer)
+    observer = install()
     from stepcredit.cli.main import main
 
     for name, words in commands.items():

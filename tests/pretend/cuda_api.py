@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pretend.observer import WAITING, Observer, is_view
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pretend.observer import WAITING, Observer, decompose, is_view
 
 MEMORY = 80 * 2**30
 PROPERTIES = SimpleNamespace(
@@ -77,10 +78,15 @@ class Capture(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # by address: what was written to, and what it held
+        self.before: dict[Any, tuple[Tensor, Tensor]] = {}  # what was written to, and what it held
+        self.inference = torch.is_inference_mode_enabled()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            result = decompose(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         if func in WAITING or (
             func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and self._across(args, kwargs)
         ):
@@ -89,7 +95,8 @@ class Capture(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tree_leaves(value):
                     if isinstance(tensor, Tensor):
-                        self.before.setdefault(tensor.data_ptr(), (tensor, tensor.clone()))
+                        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+                        self.before.setdefault(place, (tensor, tensor.clone()))
         result = func(*args, **kwargs)
         if not is_view(func):  # a view is of memory that stays where it is
             self.calls.append((func, args, kwargs, result))
@@ -121,7 +128,7 @@ class CUDAGraph:
         if self.capture is None:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         self.observer.launches["graph replay"] += 1
-        with _paused(self.observer):
+        with _paused(self.observer), torch.inference_mode(self.capture.inference), torch.no_grad():
             for func, args, kwargs, result in self.capture.calls:
                 again = func(*args, **kwargs)
                 for new, old in zip(tree_leaves(again), tree_leaves(result), strict=True):

@@ -101,6 +101,8 @@ class Aliases {
     if (!tensor.defined() || !tensor.is_cpu()) return tensor;
     for (auto& [cuda, cpu] : tensors_)
       if (cpu.is_same(tensor)) return cuda;
+    for (auto& [cuda, cpu] : tensors_)
+      if (cpu.is_alias_of(tensor)) return view(cuda, tensor);
     return make(cuda_storage(tensor.storage()), c10::DispatchKey::CUDA, tensor);
   }
 
@@ -132,6 +134,14 @@ class Aliases {
   static at::Tensor make(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
     auto tensor = at::detail::make_tensor<c10::TensorImpl>(
         std::move(storage), c10::DispatchKeySet(key), like.dtype());
+    tensor.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+    return tensor;
+  }
+
+  // A view is an inference tensor where its base is one, whatever mode it is made in.
+  static at::Tensor view(const at::Tensor& base, const at::Tensor& like) {
+    auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+        c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(), like.dtype());
     tensor.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
     return tensor;
   }

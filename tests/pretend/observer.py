@@ -76,6 +76,10 @@ class Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            result = decompose(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         if on_device(args) or on_device((result,)):
             self._note(func, args, kwargs, result)
@@ -114,6 +118,11 @@ class Observer(TorchDispatchMode):
                 self.wait(BOOLEAN_INDEX)
         elif any(not index.is_cuda for index in indices):
             self.wait(INDEX_OF_HOST)
+
+
+def decompose(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator that is made of others, which autograd does elsewhere; NotImplemented for all others."""
+    return func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
 
 
 def on_device(values: Sequence[Any]) -> bool:
