@@ -235,3 +235,20 @@ def test_a_fused_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
         assert kernel_for(query, None, rule) is right
     finally:
         fused_agrees.cache_clear()
+
+
+def test_a_fused_kernel_is_compared_with_the_heads_that_it_will_have(monkeypatch):
+    """Example: one that is wrong for grouped heads alone is used where heads are not grouped."""
+    right, query, rule = FUSED["cpu"], random(1, 6, 3, 8), AttentionRule(1.0)
+
+    def ungrouped(query, key, *rest):
+        out, lse = right[0](query, key, *rest)
+        return (out if query.shape[1] == key.shape[1] else 2 * out), lse
+
+    fused_agrees.cache_clear()
+    try:
+        monkeypatch.setitem(FUSED, "cpu", (ungrouped, right[1]))
+        assert kernel_for(query, None, rule) is FUSED["cpu"] and kernel_for(query, None, rule, 6) is FUSED["cpu"]
+        assert kernel_for(query, None, rule, 1) is PLAIN and kernel_for(query, None, rule, 3) is PLAIN
+    finally:
+        fused_agrees.cache_clear()
