@@ -5,7 +5,7 @@ python tests/learners.py < CASES.json
 CASES is a list. A case is `{"size": N, "strategy": NAME, "max_tokens": N, "fails": [[process, pass], ...],
 "out": FILE}`: each process takes three optimiser steps on the same made-up trees and writes FILE.RANK.json with its
 `max_tokens`, gradient norms, number of passes and error, FILE.RANK.pt with its weights, and FILE.RANK.log. The passes
-named run out of memory, all of a process where the number is -1.
+named run out of memory, all of a process where the number is -1. With `"fused": true` AdamW is one kernel, as on a GPU.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.learn import learner as learner_module
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.options import AdamWOptions
 from stepcredit.learn.placement import Placement, full_state
@@ -49,6 +50,7 @@ def learn(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     placement = Placement(ranks, case["strategy"])
     if placement.sharded:
         policy = fresh("qwen2")
+    learner_module.FUSED = {"cpu"} if case.get("fused") else learner_module.FUSED
     learner = Learner(placement.place(policy), placement, AdamWOptions(learning_rate=1e-3), case["max_tokens"])
     fails = {number for rank, number in case["fails"] if rank == ranks.rank}
     step, passes = trees(), 0
@@ -69,6 +71,9 @@ def learn(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     except UserError as raised:
         error = str(raised)
     if error is None:
+        filled = type(learner)(policy, Placement(), AdamWOptions(), 1).tensors(fill=True)
+        kinds = {name: (value.shape, value.device, value.dtype) for name, value in learner.tensors().items()}
+        assert {name: (value.shape, value.device, value.dtype) for name, value in filled.items()} == kinds
         torch.save(full_state(policy), f"{case['out']}.{ranks.rank}.pt")
     if placement.replicated and error is None:
         norms.append(sparse_sum(ranks))

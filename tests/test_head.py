@@ -254,6 +254,20 @@ def test_a_product_that_rounds_or_is_not_there_is_not_taken(monkeypatch, caplog,
     assert said in caplog.text and bool(caplog.text) != works
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_sum_that_forgets_what_was_there_is_not_taken(device_with_mixed_products, monkeypatch, adds):
+    eye, addmm = torch.eye, torch.addmm
+
+    def forgetful(total: Tensor, left: Tensor, right: Tensor, **options) -> Tensor:
+        return addmm(total if adds else total.zero_(), left, right, **options)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "addmm", forgetful)
+    monkeypatch.setattr(torch, "eye", lambda n, device, dtype: eye(n, dtype=dtype))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.full(shape, 0.0))
+    assert head_module.mixed_sums.__wrapped__("some device", torch.bfloat16) == adds
+
+
 # ---------------------------------------------------------------------- chunks and passes of a GPU
 
 

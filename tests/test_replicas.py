@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FAILS = {  # process and pass, of three; the largest parts of the two have 33 and 31 positions
     "first pass": ([(1, 1)], 15),
@@ -25,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two": {"size": 2},
     "three": {"size": 3},
     "never": {"size": 2, "fails": [(1, -1)]},
+    "fused": {"size": 2, "fused": True},
+    "fused shards": {"size": 2, "strategy": "fsdp", "fused": True},
     "shards": {"size": 2, "fails": [(0, 2), (1, 2)], "strategy": "fsdp"},
 }
 
@@ -79,11 +83,15 @@ def test_when_one_process_runs_out_of_memory_all_begin_the_step_again(runs, name
 
 
 def test_processes_sum_their_gradients(runs) -> None:
-    """Two give what one gives, and three; a parameter without a gradient anywhere goes on without one."""
+    """Two give what one gives, and three, also with a fused AdamW, whole or in shards.
+
+    A parameter without a gradient anywhere goes on without one.
+    """
     alone, two, three = (runs[name] for name in ("alone", "two", "three"))
+    fused, shards = runs["fused"], runs["fused shards"]
     assert two[0]["norms"][3] == two[1]["norms"][3] == [[3.0, 3.0], [7.0, 7.0], None]
     assert three[0]["norms"][3] == [[6.0, 6.0], [7.0, 7.0], None]
-    for one in (*two, *three):
+    for one in (*two, *three, *fused, *shards):
         assert distance(alone[0]["weights"], one["weights"]) < 1e-5
         assert one["norms"][:3] == pytest.approx(alone[0]["norms"], rel=1e-4)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from stepcredit.processes.ranks import Ranks
 
+ALONE = 1 << 20  # numbers of a gradient that is summed by a call of its own
+
 
 @torch.no_grad()
 def share_weights(model: nn.Module, ranks: Ranks) -> None:
@@ -30,11 +32,22 @@ def sum_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
     """
     have = torch.tensor([float(value.grad is not None) for value in parameters])
     somewhere = (ranks.sum(have) > 0).tolist()
-    waiting = []
     with ranks.name_missing():
-        for value, needed in zip(parameters, somewhere, strict=True):
-            if needed:
+        for bucket in _buckets([value for value, needed in zip(parameters, somewhere, strict=True) if needed]):
+            for value in bucket:
                 value.grad = torch.zeros_like(value) if value.grad is None else value.grad.contiguous()
-                waiting.append(dist.all_reduce(value.grad, async_op=True))
-        for work in waiting:
-            work.wait()
+            grads = [value.grad.view(-1) for value in bucket if value.grad is not None]
+            total = grads[0] if len(grads) == 1 else torch.cat(grads)
+            dist.all_reduce(total)
+            if len(grads) > 1:
+                for grad, piece in zip(grads, total.split([len(grad) for grad in grads]), strict=True):
+                    grad.copy_(piece)
+
+
+def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Small parameters together, because a call costs as much as many numbers; larger ones each alone, in place."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for value in parameters:
+        if value.numel() < ALONE:
+            small.setdefault(value.dtype, []).append(value)
+    return [*small.values(), *([value] for value in parameters if value.numel() >= ALONE)]

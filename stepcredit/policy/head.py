@@ -342,7 +342,7 @@ def mixed_sums(device: str, dtype: torch.dtype) -> bool:
     """Whether it adds such a product to an fp32 matrix in place; tried once."""
 
     def added(left: Tensor, right: Tensor, total: Tensor) -> Tensor:
-        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        return torch.addmm(total.add_(1), left, right, out_dtype=torch.float32, out=total) - 1
 
     return _works(added, device, dtype)
 
