@@ -8,9 +8,9 @@ from tiny_models import random_trees
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.policy import attention, packing
-from stepcredit.policy.attention import FUSED, PLAIN, AttentionRule, fused_agrees, hide, kernel_for, merge
+from stepcredit.policy import kernels, packing
 from stepcredit.policy.batching import cheapest_batches
+from stepcredit.policy.kernels import FUSED, PLAIN, AttentionRule, fused_agrees, hide, kernel_for, merge
 from stepcredit.policy.packing import Packing
 
 shapes = pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
@@ -174,7 +174,7 @@ def written_out(query, key, value, causal, mask, rule):
 @pytest.mark.parametrize("chunk", [10, 1 << 24])
 def test_a_kernel_gives_the_definition_and_its_gradient(monkeypatch, kernel, kind, causal, rule, chunk):
     """Output, log of the sum, and the gradients that autograd finds for the definition."""
-    monkeypatch.setattr(attention, "MAX_SCORES", chunk)
+    monkeypatch.setattr(kernels, "MAX_SCORES", chunk)
     tensors = [tensor.requires_grad_() for tensor in operands()]
     mask = a_mask(kind, 6, 6)
     expected, expected_lse = written_out(*tensors, causal, mask, rule)

@@ -21,7 +21,7 @@ from stepcredit.learn.placement import Placement
 from stepcredit.losses.choose import build_objective
 from stepcredit.plan import memory
 from stepcredit.plan.activations import saved_by_checkpoint, saved_by_layer, saved_outside
-from stepcredit.plan.advice import largest_budget, largest_rows, with_options
+from stepcredit.plan.advice import fitting_budget, largest_budget, largest_rows, with_fitting_budget, with_options
 from stepcredit.plan.memory import ALWAYS, GIB, PASS, SAMPLING, chosen_strategy, estimate_memory, fits_whole
 from stepcredit.plan.sizes import size_of, size_of_network
 from stepcredit.policy.decoding import ForestRows
@@ -225,7 +225,7 @@ def test_parts_of_prime(folders) -> None:
         assert whole[f"{name}, fp32"] == width * size.weights
         assert sharded[f"{name}, fp32"] == width * size.weights / 8
     assert whole["reward model: AdamW, fp32"] == 8 * size.weights
-    assert whole["reward model: DDP's buckets of gradients"] == 4 * size.weights
+    assert whole["gradients, fp32"] == 4 * size.weights and not any("DDP" in name for name in whole)
     assert sharded["sampler: a whole copy of the policy, bf16"] == 2 * size.weights
     assert not any("sampler: a whole copy" in name for name in whole) and not any("DDP" in name for name in sharded)
     offloaded = with_options(config, {"distributed.cpu_offload": True})
@@ -287,6 +287,51 @@ def test_the_largest_that_fits(folders) -> None:
         )
         assert largest > 1 and at.taken(when) <= plan.usable < over.taken(when)
     assert largest_budget(config, estimate_memory(config, 8, "ddp", 20 * GIB)) == 0
+
+
+def test_the_budget_at_the_start_of_a_run_is_one_that_fits(folders) -> None:
+    """Example: 16,384 tokens of 1.5B do not fit on a GPU of 80 GiB."""
+    config = resolve({"model": folders["1.5b"], "growth": {"group_size": 64}})
+    assert config.optim.max_tokens_per_micro_batch == 16384
+    for strategy, gpus in (("ddp", 1), ("ddp", 8), ("fsdp", 8)):
+        found = fitting_budget(config, gpus, 80 * GIB, strategy)
+        plan = estimate_memory(config, gpus, strategy, 80 * GIB)
+        fits = plan.taken(PASS) <= plan.usable
+        assert found == (16384 if fits else largest_budget(config, plan) // 256 * 256)
+        assert (found < 16384) == (strategy == "ddp")
+        lowered = estimate_memory(
+            with_options(config, {"optim.max_tokens_per_micro_batch": found}), gpus, strategy, 80 * GIB
+        )
+        assert lowered.taken(PASS) <= lowered.usable
+    assert fitting_budget(config, 1, 20 * GIB, "ddp") == 1024 + 1024  # nothing fits: the longest path
+    assert fitting_budget(config, 1, 1000 * GIB, "ddp") == 16384
+    few = with_options(config, {"optim.max_tokens_per_micro_batch": 100})
+    assert fitting_budget(few, 1, 20 * GIB, "ddp") == 100  # what is asked for is never raised
+
+
+def test_the_budget_is_lowered_on_gpus_alone_and_said(folders, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    config = resolve({"model": folders["1.5b"], "growth": {"group_size": 64}})
+    assert with_fitting_budget(config, torch.device("cpu"), 1, "ddp") is config and not caplog.text
+    found = with_fitting_budget(config, torch.device("cuda"), 1, "ddp").optim.max_tokens_per_micro_batch
+    assert found == fitting_budget(config, 1, 80 * GIB, "ddp")
+    assert f"at most {found} tokens, not 16384 (optim.max_tokens_per_micro_batch)" in caplog.text
+    assert "80 GiB" in caplog.text and len(caplog.records) == 1
+    small = with_options(config, {"optim.max_tokens_per_micro_batch": found})
+    assert with_fitting_budget(small, torch.device("cuda"), 1, "ddp") is small and len(caplog.records) == 1
+
+
+def test_a_gpu_holds_larger_chunks_of_logits(folders) -> None:
+    """Two buffers of 1 GiB, or of all logits of a micro-batch where these are fewer."""
+    size = size_of(folders["7b"])
+    config = resolve({"model": folders["7b"]})
+    few = {"task.max_prompt_tokens": 50, "sampler.max_new_tokens": 50, "growth.group_size": 1024}
+    config = with_options(config, few)
+    gradient = size.vocabulary * size.hidden * 6
+    for budget, logits in ((8192, 1 << 28), (100, 100 * size.vocabulary)):
+        changed = with_options(config, {"optim.max_tokens_per_micro_batch": budget})
+        found = bytes_of(estimate_memory(changed, 8, "fsdp", 80 * GIB))
+        assert found["output layer: chunks of logits, its gradient"] == 2 * 4 * logits + gradient
 
 
 def test_auto_is_what_training_takes(folders, monkeypatch) -> None:

@@ -174,6 +174,9 @@ def _main(words: list[str]) -> int:
             raise UserError(f"'{words[0]}' is not a command; {did_you_mean(words[0], COMMANDS)}")
         if words[0] != "train" and _processes() > 1:
             raise UserError(f"'{words[0]}' is for one process; start it without torchrun")
+        from stepcredit.run.allocator import grow_segments
+
+        grow_segments()
         return COMMANDS[words[0]](words[1:])
     except UserError as error:
         if not error.already_reported:

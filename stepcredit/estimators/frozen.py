@@ -13,6 +13,7 @@ from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
 from stepcredit.learn.adapters import adapters_off, has_adapters
 from stepcredit.learn.placement import UNSHARDED, Placement
+from stepcredit.learn.spread import shared_copy
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
 from stepcredit.samplers.table import sampler_traits
@@ -98,14 +99,15 @@ class Reference(Estimator):
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
-        self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
+        own = shared_copy(policy).requires_grad_(False) if placement.sharded else frozen_copy(policy)
+        self.policy, self.temperature, self.max_tokens = own, temperature, max_tokens
         self._remember(placement)
         placement.place(self.policy)
 
     def _remember(self, placement: Placement) -> None:
         """Take the fingerprint now where it cannot be had later."""
         if placement.sharded:
-            self.__dict__["fingerprint"] = fingerprint(self.policy)
+            self.__dict__["fingerprint"] = placement.ranks.on_main(lambda: fingerprint(self.policy))
 
     @cached_property
     def fingerprint(self) -> int:
@@ -208,11 +210,15 @@ def reference(context: Context) -> Estimator:
 
 
 def fingerprint(policy: Policy) -> int:
-    """A number that changes with any bit of any weight but the adapters'; the same on every device."""
+    """A number that changes with any bit of any weight but the adapters'; the same on every device.
+
+    And the same for weights in bf16 as for these in fp32: a run may go on with another `train.dtype`.
+    """
     total = 0
     weights = [weight for name, weight in policy.state_dict().items() if "lora_" not in name]
     for number, weight in enumerate(weights, 1):
         place = number
+        weight = weight.float() if weight.dtype == torch.bfloat16 else weight
         for piece in weight.contiguous().flatten().view(torch.uint8).split(1 << 24):
             factors = torch.arange(place, place + len(piece), device=piece.device) % 65521 + 1
             total = (total * 31 + int((piece.to(torch.int64) * factors).sum())) % (1 << 61)

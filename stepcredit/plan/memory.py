@@ -12,13 +12,13 @@ from stepcredit.estimators.reads import models_beside
 from stepcredit.plan.activations import saved_by_checkpoint, saved_by_layer, saved_outside
 from stepcredit.plan.sizes import ModelSize, size_of
 from stepcredit.policy.decoding import MAX_PREFILL
-from stepcredit.policy.head import MAX_LOGITS
+from stepcredit.policy.head import max_logits_on
 from stepcredit.samplers.table import sampler_traits
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory that a run may fill
 ALWAYS, SAMPLING, PASS, STEP = "all the time", "while sampling", "in a training pass", "at the end of a step"
-LOGIT_BUFFERS = 4  # fp32 buffers of MAX_LOGITS in a pass
+LOGIT_BUFFERS = 2  # fp32 buffers of a chunk of logits in a pass: logits, and their gradient in bf16 or fp32
 DRAW_BUFFERS = 6  # fp32 buffers of [rows, vocabulary] when tokens are drawn
 
 
@@ -180,8 +180,6 @@ def _learner(name: str, setting: Setting, model: Model, weights: int, learns: bo
     yield Part(ALWAYS, f"{name}: weights, fp32", 4 * setting.held(weights))
     if learns:
         yield Part(ALWAYS, f"{name}: AdamW, fp32", 8 * setting.held(model.trained))
-        if not setting.sharded and setting.gpus > 1:
-            yield Part(ALWAYS, f"{name}: DDP's buckets of gradients", 4 * model.trained)
 
 
 def micro_batch(config: Config, gpus: int) -> int:
@@ -226,19 +224,18 @@ def _training_pass(setting: Setting, model: Model, tokens: int) -> list[Part]:
         parts.append(Part(PASS, "gathered: two layers and what is outside", gathered))
     elif mixed:
         parts.append(Part(PASS, "bf16 casts of weights", 2 * (size.weights - size.outside + head)))
-    logits = LOGIT_BUFFERS * 4 * max(MAX_LOGITS, size.vocabulary)
+    logits = LOGIT_BUFFERS * 4 * max(min(max_logits_on("cuda"), tokens * size.vocabulary), size.vocabulary)
     gradient = 0 if model.adapters else head * (4 + (2 if mixed else 0))
     parts.append(Part(PASS, "output layer: chunks of logits, its gradient", logits + gradient))
     return parts
 
 
 def _end_of_step(setting: Setting, largest: Model) -> list[Part]:
-    """The update of the model that trains most weights."""
-    gradients = 4 * setting.held(largest.trained)
+    """The update of the model that trains most weights; AdamW is one kernel, without buffers."""
     spreading = (2 * setting.width + 4) * largest.size.outside if setting.sharded and not largest.adapters else 0
     return [
-        Part(STEP, "gradients, fp32", gradients),
-        Part(STEP, "buffers of AdamW, or of spreading gradients", max(gradients, spreading)),
+        Part(STEP, "gradients, fp32", 4 * setting.held(largest.trained)),
+        Part(STEP, "buffers of spreading gradients", spreading),
     ]
 
 

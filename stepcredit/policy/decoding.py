@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stepcredit.policy.attention import AttentionRule, ForestPlan, hide, kernel_for, merge
+from stepcredit.policy.attention import ForestPlan
 from stepcredit.policy.batching import cheapest_batches
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.kernels import AttentionRule, hide, kernel_for, merge
 from stepcredit.policy.packing import Packing
 
 MAX_PREFILL = 1 << 14  # token positions of prompts that are encoded in one call
