@@ -142,7 +142,6 @@ def test_the_pretend_device_finds_what_it_is_there_to_find(library):
     run_module("pretend.checks", library)
 
 
-@pytest.mark.xfail(strict=True, reason="25 of them, until the policy, the losses and the update are mended")
 def test_a_micro_batch_waits_for_the_device_three_times_at_most(waits):
     assert waits["micro_batch"]["number"] > 2
     assert waits["micro_batch"]["each"] <= 3, waits["micro_batch"]["where"]
