@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gpu_stages.bench import Bench, Numbers
+from gpu_stages.decode import captured
 from gpu_stages.shapes import tree_of
 from stepcredit.demo.chain import problems
+from stepcredit.policy import attention as attention_module
 from stepcredit.policy.attention import AttentionRule, ForestPlan
 from stepcredit.policy.head import score_states
 from stepcredit.policy.loading import load_policy
@@ -124,7 +126,9 @@ def attention_errors(packing: Packing, size: int, group: int, device: torch.devi
     grad[:, real:] = 0
     rule = AttentionRule(size**-0.5)
     rough = [tensor.clone().requires_grad_() for tensor in given]
-    out = ForestPlan(packing).attend(0, *rough, rule)
+    plan = ForestPlan(packing)
+    out = plan.attend(0, *rough, rule)
+    require_one_call(plan, rough[0])
     grads = torch.autograd.grad(out, rough, grad)
 
     exact = [tensor[:, :, :real].double().requires_grad_() for tensor in given]
@@ -137,6 +141,15 @@ def attention_errors(packing: Packing, size: int, group: int, device: torch.devi
     if real > 1:  # of one score there is no gradient but that of the value
         found |= {name: distance(one[:, :, :real], two) for name, one, two in zip(names, grads, expected, strict=True)}
     return found
+
+
+def require_one_call(plan: ForestPlan, query: Tensor) -> None:
+    """That a GPU computed the row in one masked call: where that fails a slower way is taken, with a warning."""
+    in_one_call = getattr(attention_module, "in_one_call", None)
+    if in_one_call is None or query.device.type != "cuda":
+        return
+    if not all(in_one_call(query.device, query.dtype, heads) for heads in plan.heads):
+        raise RuntimeError("the row was not computed in one masked call; the log says why")
 
 
 def head(bench: Bench, dtype: torch.dtype) -> Numbers:
@@ -180,9 +193,11 @@ def greedy(bench: Bench) -> Numbers:
     length, count = (8, 2) if bench.small else (48, 16)
     questions = [str(problem.question) for problem in problems("held_out", 0, count)]
     prompts = [list(policy.tokenizer(text)["input_ids"]) for text in questions]
-    groups = TransformersSampler(policy).sample(
-        prompts, 1, SamplingParams(max_new_tokens=length, temperature=0.0), range(count)
-    )
+    sampler = TransformersSampler(policy)
+    params = SamplingParams(max_new_tokens=length, temperature=0.0)
+    groups = sampler.sample(prompts, 1, params, range(count))
+    if bench.device.type == "cuda" and not captured(sampler):
+        raise RuntimeError("decode steps were not captured as CUDA graphs; the log says why")
     policy.scoring_form = "plain"
     equal = 0
     for prompt, (segment,) in zip(prompts, groups, strict=True):

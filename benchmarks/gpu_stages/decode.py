@@ -10,7 +10,12 @@ from gpu_stages.bench import Bench, Numbers
 from gpu_stages.shapes import SHAPES, make_policy, random_ids
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler, draw
+from stepcredit.samplers.transformers import TransformersSampler
+
+try:
+    from stepcredit.samplers.drawing import draw
+except ImportError:  # where rows are not in pages
+    from stepcredit.samplers.transformers import draw
 
 ROWS, SMALL_ROWS = (64, 128, 256, 512, 1024), (4, 8)
 GROUP = 4

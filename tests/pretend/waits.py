@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {
     "algorithm": "grpo",
     "objective": {"kl": {"coef": 0.01}, "entropy_coef": 0.01},
     "growth": {"group_size": 4},
-    "sampler": {"max_new_tokens": 12, "temperature": 3.0},
+    "sampler": {"max_new_tokens": 12, "temperature": 3.0, "max_rows": 32},
     "reward": {"functions": [EVEN], "workers": 0, "gold_check": 0},
     "train": {"problems_per_iteration": 8, "device": "cuda"},
     "eval": {"num_problems": 0},
@@ -66,7 +66,7 @@ def decode_steps(observer: Any) -> dict[str, Any]:
     from stepcredit.samplers.params import SamplingParams
     from stepcredit.samplers.transformers import TransformersSampler
 
-    sampler = TransformersSampler(load_policy("embedded", "cuda"))
+    sampler = TransformersSampler(load_policy("embedded", "cuda"), max_rows=12)
     prompts = [[1, 5, 6, 7], [1, 9, 8], [1, 4, 7, 6, 9, 3]]
     counts = []
     for length in LENGTHS:
