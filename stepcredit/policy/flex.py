@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -68,12 +69,15 @@ class TreeMask:
         """
         partial, full = block_kinds(end, position, window)
         lists = [tensor for kind in (partial, full, partial.T, full.T) for tensor in _listed(kind)]
-        if window is None:
-            first, *rest = send([end, *lists], device)
-            return cls(first, None, None, tuple(rest))
-        position = position.int()
-        first, here, limit, *rest = send([end, position, position + window, *lists], device)
-        return cls(first, here, limit, tuple(rest))
+        far = [] if window is None else [position.int(), position.int() + window]
+        first, *rest = map(_own, send([end, *far, *lists], device))
+        here, limit = rest[: len(far)] or (None, None)
+        return cls(first, here, limit, tuple(rest[len(far) :]))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The same memory, no longer a view of a tensor, which the compiler would look at: that differs between calls."""
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape)
 
 
 def block_kinds(end: Tensor, position: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
@@ -129,6 +133,7 @@ def masked_attention(
         [1, heads, length, size]
     """
     length = query.shape[2]
+    torch._check(key.shape[2] == length and value.shape[2] == length)
     torch._check(length % BLOCK == 0)  # told to the compiler, so that the kernel need not look for the end of the row
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -181,13 +186,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, rule: Atte
     Returns:
         [1, heads, length, size]; 0 for padding.
     """
-    # DDP would cut the graph, which it cannot; more variants than the limit would be an error.
+    # DDP is not to cut the graph; more variants than the limit would be an error; and sizes that are equal when it is
+    # compiled, such as a number of blocks and one of heads, are not to be taken for the same.
     settings = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=MAX_VARIANTS)
-    with settings, torch.autocast(query.device.type, enabled=False):
+    sizes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with settings, sizes, torch.autocast(query.device.type, enabled=False):
         return compiled_attention(
-            query,
-            key,
-            value,
+            _own(query),
+            _own(key),
+            _own(value),
             mask.end,
             mask.position,
             mask.limit,
@@ -259,18 +266,21 @@ def _compare(device: torch.device, dtype: torch.dtype, heads: Heads) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = heads.count, heads.kv_count, heads.kv_count, heads.count
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        end, position = _small_tree(heads)
-        shapes = [(1, count, len(end), heads.size) for count in counts]
+        end, position = _small_tree()
+        shapes = [(1, len(end), count * heads.size) for count in counts]
+        *rows, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         mask = TreeMask.of(end, position, window, device)
-        *given, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        grad = _heads(grad, heads)
         with torch.enable_grad():
-            query, key, value = (tensor.detach().requires_grad_() for tensor in given)
+            leaves = [tensor.detach().requires_grad_() for tensor in rows]
+            query, key, value = (_heads(tensor, heads) for tensor in leaves)
             out = attend(query, key, value, mask, rule)
-            grads = torch.autograd.grad(out, (query, key, value), grad)
+            grads = torch.autograd.grad(out, leaves, grad)
         with torch.no_grad():
-            query, key, value = given
-            results = out.detach(), attend(query, key, value, mask, rule), *grads
-            expected = _expected(given, grad, end, position, rule)
+            query, key, value = (_heads(tensor, heads) for tensor in rows)
+            again = attend(query, key, value, mask, rule)
+            expected = _expected([query, key, value], grad, end, position, rule)
+        results = out.detach(), again, *(_heads(tensor, heads) for tensor in grads)
     tolerance = 2e-3 if dtype == torch.float32 else 2e-2
     names = ("output", "output without gradient", "gradient of queries", "gradient of keys", "gradient of values")
     for name, result, wanted in zip(names, results, (expected[0], *expected), strict=True):
@@ -279,6 +289,11 @@ def _compare(device: torch.device, dtype: torch.dtype, heads: Heads) -> None:
             raise ArithmeticError(f"its {name} differs from the plain kernel's by {distance:.2g} of its size")
         if bool(result[:, :, int(end.max()) :].any()):
             raise ArithmeticError(f"its {name} is not 0 at the padding")
+
+
+def _heads(rows: Tensor, heads: Heads) -> Tensor:
+    """[1, length, heads * size] -> [1, heads, length, size], in the layout of a layer, for which torch compiles."""
+    return rows.unflatten(2, (-1, heads.size)).transpose(1, 2)
 
 
 def _expected(
@@ -297,15 +312,10 @@ def _expected(
     return out, *PLAIN[1](grad.float() * real, *exact, out, sums, False, mask, rule)
 
 
-def _small_tree(heads: Heads) -> tuple[Tensor, Tensor]:
-    """`end` and `position` of a prompt with two completions, which end inside blocks, and padding behind.
-
-    Its number of blocks and its length are no other size of the call: torch would compile for them being equal.
-    """
-    others = {heads.count, heads.kv_count, heads.size}
-    blocks = next(n for n in range(3, 10**3) if n not in others and n * BLOCK not in others)
-    last = blocks * BLOCK - 37
-    end, position = torch.zeros(2, blocks * BLOCK, dtype=torch.int32)
+def _small_tree() -> tuple[Tensor, Tensor]:
+    """`end` and `position` of a prompt with two completions, which end inside blocks, and padding behind."""
+    last = 3 * BLOCK - 37
+    end, position = (torch.zeros(3 * BLOCK, dtype=torch.int32) for _ in range(2))
     for first, after, reach in ((0, 150, last), (150, 290, 290), (290, last, last)):
         end[first:after] = reach
         position[first:after] = torch.arange(after - first) + min(first, 150)
