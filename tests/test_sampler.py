@@ -8,9 +8,10 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.forward import Policy
-from stepcredit.samplers import transformers
+from stepcredit.samplers import decoding
+from stepcredit.samplers.drawing import draw, truncate
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler, draw, truncate
+from stepcredit.samplers.transformers import TransformersSampler
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23]]
 STOPS = tuple(range(12))  # many stop tokens: completions of many lengths
@@ -117,7 +118,7 @@ def test_rows_that_wait_to_be_dropped_change_nothing(monkeypatch, max_rows):
     """Completions admitted at different times, up to half of them finished but not yet dropped: the same ends."""
     prompts, seeds = [[(7 * index) % VOCABULARY, index] for index in range(90)], list(range(90))
     expected = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_new_tokens=14)
-    monkeypatch.setattr(transformers, "DROP_SHARE", 2)
+    monkeypatch.setattr(decoding, "DROP_SHARE", 2)
     found = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_rows=max_rows, max_new_tokens=14)
     assert tokens(found) == tokens(expected)
     ends = {(segment.finish, segment.token_ids[-1] in STOPS) for group in found for segment in group}
@@ -356,7 +357,7 @@ def test_a_group_cut_apart_encodes_its_prompt_once(monkeypatch):
 def test_looking_rarely_for_ended_rows_changes_nothing(monkeypatch, path, max_rows):
     """Rows that ended some steps ago, and steps after the last row's end, leave no trace."""
     expected = sample(on_path("qwen2", path), max_rows=max_rows)
-    monkeypatch.setattr(transformers, "CHECK_EVERY", {"cpu": 7})
+    monkeypatch.setattr(decoding, "CHECK_EVERY", {"cpu": 7})
     found = sample(on_path("qwen2", path), max_rows=max_rows)
     assert tokens(found) == tokens(expected)
     assert [s.finish for group in found for s in group] == [s.finish for group in expected for s in group]
