@@ -7,7 +7,7 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ class Decoding(ABC):
         rows: list[int] = []
         while self.waiting:
             prompt = self.waiting[0] // self.n
-            group = (prompt + 1) * self.n - self.waiting[0]
+            group = sum(1 for _ in takewhile(lambda row, of=prompt: row // self.n == of, self.waiting))  # type: ignore[misc]
             if (
                 not self.batch.mixes_lengths
                 and rows

@@ -35,7 +35,7 @@ log = logging.getLogger("stepcredit")
 CHECK_EVERY = 8  # steps of a window
 BUCKETS = (64, 128, 256, 512)  # numbers of rows that a step is made for, up to the most rows
 MEMORY_SHARE = 0.5  # of the free memory that pages may take: the rest is for training
-CACHED_CALLS = 4  # completions of so many calls are room enough for the prefix cache
+CACHED_SHARE = 4  # the prefix cache has room for so many times what rows need, and for `keep_mb` at most
 ENDED, UNSETTLED = -1, -2  # instead of a token: the row has ended; it is to be drawn with a whole sort
 COLUMNS = 5  # numbers of each row that a window sends
 
@@ -290,31 +290,31 @@ class PagedMachine:
         prompts: Sequence[Sequence[int]],
         n: int,
         limits: Sequence[int],
+        most_tokens: int,
         stop: Sequence[int],
         prefix_cache: PrefixCache,
         reuse: bool,
     ) -> Iterator[PagedSteps]:
         """Everything that one call needs.
 
+        Args:
+            most_tokens: new ones of a path, which trees come to in several calls.
+            reuse: later calls go on from the completions.
+
         Raises:
             UserError: a prompt and its completion do not fit into the memory.
         """
-        rows = min(self.most_rows, len(prompts) * n)
-        limit, longest = max(limits), max(map(len, prompts))
-        least = pages_needed(rows, limit, min(len(prompts), ceil(rows / n) + 1), longest, paged.PAGE)
+        # Prompts of a growing tree hold parts of its completions: together they have at most the tokens of a path.
+        path = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        limit = max(most_tokens, *limits)
+        rows = self.most_rows if reuse else min(self.most_rows, len(prompts) * n)
+        least = pages_needed(rows, limit, ceil(rows / n) + 1, max(path - limit, 1), paged.PAGE)
         if self.rows is None or (least > self.rows.pool.pages and not self.limited):
-            wanted = least
-            if reuse:
-                page_bytes = paged.PAGE * self.shape.token_bytes
-                call = sum(
-                    pages_of(len(prompt), paged.PAGE) + n * pages_of(most, paged.PAGE)
-                    for prompt, most in zip(prompts, limits, strict=True)
-                )
-                wanted += int(min(prefix_cache.max_bytes // page_bytes, CACHED_CALLS * call))
+            cached = prefix_cache.max_bytes // (paged.PAGE * self.shape.token_bytes) if reuse else 0
             prefix_cache.clear()
-            self._make_pool(wanted + wanted // 8, least)
+            self._make_pool(int(least + least // 8 + min(cached, CACHED_SHARE * least)), least)
         assert self.rows is not None and self.steps is not None
-        self.rows.fit(pages_of(longest, paged.PAGE) + pages_of(limit, paged.PAGE))
+        self.rows.fit(pages_of(path, paged.PAGE) + 1)
         self.rows.pool.reclaim = partial(_drop, prefix_cache)
         check_one_fits(self.rows.pool, prompts, limits)
         with self.weights.in_use():

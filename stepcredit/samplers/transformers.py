@@ -115,7 +115,8 @@ class TransformersSampler:
             machine = self._machine() if self.policy.scoring_form == "forest" else None
             if machine is not None:
                 stop = self.policy.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids
-                with machine.prepared(prompts, n, limits, stop, prefix_cache, num_reusable is not None) as steps:
+                reuse = num_reusable is not None
+                with machine.prepared(prompts, n, limits, params.max_new_tokens, stop, prefix_cache, reuse) as steps:
                     return PagedDecoding(steps, *given).run()
             rows: ForestRows | CachedRows = (
                 ForestRows(self.policy, min(self.max_rows, len(prompts) * n), max(limits))
