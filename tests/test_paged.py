@@ -21,6 +21,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.paged import CacheShape, PagePool
 from stepcredit.policy.paged_attention import FlexPages, PagedStep, reference
 from stepcredit.samplers import machine
+from stepcredit.samplers import paged as paged_loop
 from stepcredit.samplers.paged import PagedDecoding
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler, decodes_in_pages
@@ -92,11 +93,24 @@ def test_rows_that_the_candidates_do_not_settle_go_on(monkeypatch, max_rows, opt
     settled: list[int] = []
     given = functools.partial(machine.draw_at_once, candidates=6)
     monkeypatch.setattr(machine, "draw_at_once", lambda *args: settled.append(0) or given(*args))
+    monkeypatch.setattr(paged_loop, "MAX_UNSETTLED", 2)
     waits = []
     settle = PagedDecoding._settle
     monkeypatch.setattr(PagedDecoding, "_settle", lambda self: waits.append(len(self.unsettled)) or settle(self))
     compare("qwen2", max_rows, **options)
     assert settled and (sum(waits) > 10) == ("top_k" not in options)
+
+
+def test_flat_distributions_are_sorted_whole(monkeypatch, caplog):
+    """Where most rows are not settled, the steps that follow settle all."""
+    monkeypatch.setattr(machine, "draw_at_once", functools.partial(machine.draw_at_once, candidates=3))
+    waits = []
+    settle = PagedDecoding._settle
+    monkeypatch.setattr(PagedDecoding, "_settle", lambda self: waits.append(len(self.unsettled)) or settle(self))
+    with caplog.at_level("INFO", logger="stepcredit"):
+        compare("qwen2", 64, top_p=0.9)
+    assert "the vocabulary is sorted" in caplog.text
+    assert any(waits[:3]) and not any(waits[3:])
 
 
 def test_each_prompt_may_have_a_limit_of_its_own():

@@ -21,7 +21,7 @@ class CastWeights:
         self.policy = policy
         self.copies: dict[tuple[nn.Module, str], nn.Parameter] = {}
         if policy.autocast is not None:
-            for layer in policy.modules():
+            for layer in policy.model.modules():
                 for name, weight in layer._parameters.items() if isinstance(layer, nn.Linear) else ():
                     if weight is not None and weight.dtype == torch.float32:
                         copy = torch.empty_like(weight, dtype=policy.autocast, requires_grad=False)

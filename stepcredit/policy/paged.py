@@ -98,7 +98,7 @@ class PagePool:
         slots = pages * page
         self.data = torch.zeros(shape.layers, 2, shape.kv_heads, slots, shape.size, dtype=shape.dtype, device=device)
         self.fill, self.start = torch.zeros(2, pages, dtype=torch.int32, device=device)
-        self.fill[0] = 1
+        self.fill[:1].fill_(1)
         self.holders = np.zeros(pages, dtype=np.int64)
         self.free = list(range(pages - 1, 0, -1))
         self.reclaim: Callable[[], object] = lambda: None

@@ -9,6 +9,7 @@ reference, the pages of each row are gathered and read by the plain kernel.
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from stepcredit.policy.paged import CacheShape, PagePool
 
 log = logging.getLogger("stepcredit")
 
-RECOMPILE_LIMIT = 64  # one kernel for each number of rows, window and cap
+RECOMPILE_LIMIT = 64  # shapes of one function: numbers of rows, windows, caps, ways to draw
 
 
 class PagedStep:
@@ -71,6 +72,12 @@ def reference(step: PagedStep, layer: int, query: Tensor, rule: AttentionRule) -
     return plain_forward(query, keys, values, False, mask, rule)[0]  # type: ignore[arg-type]
 
 
+def compile_for_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once for each shape; an error, not a slow form without a word, where that cannot be done."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 class FlexPages:
     """`flex_attention` over pages.
 
@@ -79,9 +86,7 @@ class FlexPages:
     """
 
     def __init__(self, compiled: bool) -> None:
-        if compiled:  # an error instead of a silent slow form where a kernel does not compile
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        self.attend = torch.compile(_flex, dynamic=False, fullgraph=True) if compiled else _flex
+        self.attend = compile_for_shapes(_flex) if compiled else _flex
 
     def __call__(self, step: PagedStep, layer: int, query: Tensor, rule: AttentionRule) -> Tensor:
         if rule.window not in step.masks:

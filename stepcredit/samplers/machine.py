@@ -24,9 +24,9 @@ from stepcredit.policy import paged
 from stepcredit.policy.cast_weights import CastWeights
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.paged import CacheShape, PagePool, check_one_fits, free_bytes, pages_needed, pages_of, to_device
-from stepcredit.policy.paged_attention import PagedStep, attention_for, flex_agrees
+from stepcredit.policy.paged_attention import PagedStep, attention_for, compile_for_shapes, flex_agrees
 from stepcredit.policy.paged_rows import PagedRows
-from stepcredit.samplers.drawing import draw_at_once
+from stepcredit.samplers.drawing import draw, draw_at_once
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.prefix_cache import PrefixCache
 
@@ -80,8 +80,8 @@ class PagedSteps:
         self.now = torch.zeros(1, dtype=torch.long, device=self.device)
         self.record = torch.full((3, CHECK_EVERY + 1, most), ENDED, dtype=torch.int32, device=self.device)
         self.is_stop = torch.zeros(rows.policy.vocabulary, dtype=torch.bool, device=self.device)
-        self.graphs: dict[tuple[int, SamplingParams], torch.cuda.CUDAGraph] = {}
-        self.draws: dict[tuple[float, int, float], Draw] = {}
+        self.graphs: dict[tuple[int, float, int, float, bool], torch.cuda.CUDAGraph] = {}
+        self.draws: dict[tuple[float, int, float, bool], Draw] = {}
         self.addresses: tuple[int, ...] = ()
         self.captures = self.device.type == "cuda"
         self.memory = torch.cuda.graph_pool_handle() if self.captures else None
@@ -133,6 +133,7 @@ class PagedSteps:
         rows: int,
         steps: int,
         params: SamplingParams,
+        whole_sort: bool,
     ) -> Window:
         """Start a window.
 
@@ -142,13 +143,14 @@ class PagedSteps:
                 drawn, and whether it is there at all.
             uniform: [CHECK_EVERY, most rows] float32.
             rows: a bucket that holds all rows.
+            whole_sort: for top-k and top-p sort the whole vocabulary, so that every row is settled.
         """
         if self.table.shape[1] != self.rows.width:
             self._make_inbox()
         sent = np.concatenate([tables.ravel(), columns.ravel(), uniform.view(np.int32).ravel()])
         self.inbox.copy_(to_device(sent, self.device))
         self.alive &= self.keep.bool()
-        step = self._step_of(rows, params) if steps else None
+        step = self._step_of(rows, params, whole_sort) if steps else None
         self.now.zero_()
         for _ in range(steps):
             assert step is not None
@@ -188,13 +190,12 @@ class PagedSteps:
         alive.copy_(goes_on & ~self.is_stop[token] & (self.left[:rows] - self.now > 1))
         self.now += 1
 
-    def _step_of(self, rows: int, params: SamplingParams) -> Callable[[], None]:
+    def _step_of(self, rows: int, params: SamplingParams, whole_sort: bool) -> Callable[[], None]:
         """The step of a bucket: a graph where it can be captured."""
-        draw = self._draw_of(params)
+        draw = self._draw_of(params, whole_sort)
         if not self.captures:
             return lambda: self._step(rows, draw)
-        # Two params with other limits or stop tokens draw alike.
-        key = rows, params.model_copy(update={"max_new_tokens": 1, "stop_token_ids": None})
+        key = rows, params.temperature, params.top_k, params.top_p, whole_sort
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._capture(rows, draw)
@@ -225,10 +226,12 @@ class PagedSteps:
             self.alive.copy_(alive)
         return graph
 
-    def _draw_of(self, params: SamplingParams) -> Draw:
-        key = params.temperature, params.top_k, params.top_p
-        if key not in self.draws:
-            self.draws[key] = fastest_draw(params, len(self.is_stop), self.device)
+    def _draw_of(self, params: SamplingParams, whole_sort: bool) -> Draw:
+        key = params.temperature, params.top_k, params.top_p, whole_sort
+        if whole_sort:
+            self.draws[key] = lambda logits, uniform: (*draw(logits, uniform, params), torch.ones_like(uniform).bool())
+        elif key not in self.draws:
+            self.draws[key] = draw_for(params, len(self.is_stop), self.device, self.device.type == "cuda")
         return self.draws[key]
 
 
@@ -236,15 +239,15 @@ def _bits(*values: Tensor) -> Iterator[Tensor]:
     return (value.float().view(torch.int32) for value in values)
 
 
-def fastest_draw(params: SamplingParams, vocabulary: int, device: torch.device) -> Draw:
-    """`draw_at_once`, on CUDA compiled, which passes over the logits fewer times."""
+def draw_for(params: SamplingParams, vocabulary: int, device: torch.device, compiles: bool) -> Draw:
+    """`draw_at_once`; compiled it passes over the logits fewer times."""
 
     def plain(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return draw_at_once(logits, uniform, params)
 
-    if device.type != "cuda":
+    if not compiles:
         return plain
-    compiled = torch.compile(plain, dynamic=False)
+    compiled = compile_for_shapes(plain)
     generator = torch.Generator().manual_seed(0)
     logits, uniform = (torch.rand(shape, generator=generator).to(device) for shape in ((2, vocabulary), (2,)))
     try:

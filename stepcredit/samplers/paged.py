@@ -5,6 +5,7 @@ to waiting completions, and hands out pages for the next window. It never waits 
 token more after every step, so the host knows how many pages it may need without asking.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,10 @@ from stepcredit.samplers.decoding import Decoding, check_finite
 from stepcredit.samplers.drawing import draw
 from stepcredit.samplers.machine import CHECK_EVERY, COLUMNS, UNSETTLED, PagedSteps, Window
 
+log = logging.getLogger("stepcredit")
+
 JOIN_SHARE = 16  # prompts join once a sixteenth of the rows is free
+MAX_UNSETTLED = 0.25  # of the tokens of a window: a row that waits loses about as much as a whole sort takes
 DRAWN_AT_ONCE = 64  # rows whose first token is drawn in one call
 
 
@@ -47,6 +51,7 @@ class PagedDecoding(Decoding):
         self.is_stop = np.zeros(len(steps.is_stop), dtype=bool)
         self.is_stop[[number for number in self.stop if number < len(self.is_stop)]] = True
         self.unsettled: list[int] = []
+        self.whole_sort = False  # too many rows were not settled
         self.joined = False  # rows since the last window
         self.short = False  # rows were put back for want of pages and none has ended since
         self.under_way: Window | None = None
@@ -157,7 +162,7 @@ class PagedDecoding(Decoding):
         columns[1] = computed
         columns[3] = np.where(there, self.limit[rows] - self.drawn, 0)
         columns[4] = there
-        window = self.steps.run(rows.copy(), tables, columns, uniform, bucket, steps, self.params)
+        window = self.steps.run(rows.copy(), tables, columns, uniform, bucket, steps, self.params, self.whole_sort)
         self.drawn = np.where(there, np.minimum(self.drawn + steps, self.limit[rows]), 0)
         self.joined = False
         return window
@@ -230,13 +235,19 @@ class PagedDecoding(Decoding):
                 record[place] = drawn[step, slots]
             self.count[rows] += 1
         rows = window.row[window.row >= 0]
-        self.unsettled += window.row[(token == UNSETTLED).any(0) & (window.row >= 0)].tolist()
+        self._note_unsettled(window.row[(token == UNSETTLED).any(0) & (window.row >= 0)].tolist(), (token >= 0).sum())
         ended = rows[self._stopped(rows) | (self.count[rows] == self.limit[rows])]
         ended = ended[self.slot[ended] >= 0]  # once
         if len(ended):
             self.on_progress(len(ended))
             self.short = False
             self._end(ended.tolist())
+
+    def _note_unsettled(self, rows: list[int], drawn: int) -> None:
+        self.unsettled += rows
+        if not self.whole_sort and len(rows) > MAX_UNSETTLED * drawn:
+            self.whole_sort = True
+            log.info("sampling: top-k and top-p keep so many tokens that the vocabulary is sorted, which takes longer")
 
     def _stopped(self, rows: np.ndarray) -> np.ndarray:
         count = self.count[rows]
