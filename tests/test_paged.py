@@ -259,6 +259,21 @@ def test_the_log_says_which_form():
     assert not decodes_in_pages(policy)
 
 
+def test_numbers_that_are_not_finite_do_not_outlive_their_call():
+    """Masked slots are read: what a damaged model has written must not be there for the next one."""
+    policy, params = fresh("qwen3"), SamplingParams(max_new_tokens=8, stop_token_ids=())
+    ours, other = both(policy)
+    weight = policy.model.model.layers[0].self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        ours.sample(PROMPTS, 2, params, SEEDS)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert_same(ours.sample(PROMPTS, 2, params, SEEDS), other.sample(PROMPTS, 2, params, SEEDS))
+
+
 def test_memory_is_what_the_formula_says():
     shape = CacheShape.of(fresh("qwen3"))
     pool = PagePool(shape, 7, 4, torch.device("cpu"))

@@ -219,7 +219,8 @@ class PagedSteps:
                     self._step(rows, draw)
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory):
+            # Other threads, such as NCCL's, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
                 self._step(rows, draw)
         finally:
             self.now.zero_()
@@ -320,9 +321,14 @@ class PagedMachine:
         self.rows.fit(pages_of(path, paged.PAGE) + 1)
         self.rows.pool.reclaim = partial(_drop, prefix_cache)
         check_one_fits(self.rows.pool, prompts, limits)
-        with self.weights.in_use():
-            self.steps.begin_call(stop, self.weights.addresses())
-            yield self.steps
+        try:
+            with self.weights.in_use():
+                self.steps.begin_call(stop, self.weights.addresses())
+                yield self.steps
+        except BaseException:  # pages that are not free, or numbers that are not finite, must not reach later calls
+            prefix_cache.clear()
+            self.rows = self.steps = None
+            raise
 
     def _make_pool(self, pages: int, least: int) -> None:
         """Pages for the largest call so far, as far as there is memory."""
