@@ -1,4 +1,4 @@
-"""Two processes, of which one reads the weights; and gradients that stay in DDP's buckets."""
+"""Two processes, of which one reads the weights; and steps of whole models on two, which are those of one."""
 
 import json
 import os
@@ -49,16 +49,11 @@ if case == "ddp":
     placement = Placement(ranks, "ddp")
     policy = loading.load_model(config, folder, placement)
     learner = Learner(placement.place(policy), placement, AdamWOptions(learning_rate=1e-2), 20)
-    weights = [value for value in policy.parameters() if value.requires_grad]
-    found["steps"], places = [], []
+    found["steps"] = []
     for _ in range(3):
         parts, _ = learner.accumulate(forest, lambda part, call: (call(part).logprobs.sum(), None))
         assert len(parts) > 1
-        places.append([value.grad.data_ptr() for value in weights])
         found["steps"].append(learner.step()[0])
-    storages = {value.grad.untyped_storage().data_ptr() for value in weights}
-    found["kept"] = places[0] == places[1] == places[2]
-    found["buckets"] = len(storages) < len(weights)
     found["scores"] = scored(policy)
 elif case == "lora":
     placement = Placement(ranks, "fsdp")
@@ -183,8 +178,8 @@ def test_adapters_learn_on_shards_of_a_base_in_bf16(folders):
 
 
 @pytest.mark.slow
-def test_gradients_stay_in_the_buckets(folders):
-    """The same tensors in every step, and the steps are those of one process."""
+def test_whole_models_on_two_processes_take_the_steps_of_one(folders):
+    """With several parts in a step, and weights afterwards."""
     found, _ = two(folders["qwen2"], "ddp")
     policy = load_policy(str(folders["qwen2"]), "cpu", "float32")
     learner = Learner(policy, UNSHARDED, AdamWOptions(learning_rate=1e-2), 4096)
@@ -193,7 +188,6 @@ def test_gradients_stay_in_the_buckets(folders):
         learner.accumulate(random_forest(50), lambda part, call: (call(part).logprobs.sum(), None))
         norms.append(learner.step()[0])
     for one in found:
-        assert one["kept"] and one["buckets"]
         assert one["steps"] == pytest.approx(norms, rel=1e-4)
         torch.testing.assert_close(
             torch.tensor(one["scores"]), score(policy, random_forest(50), 1.0, 4096).logprobs, atol=1e-4, rtol=1e-4

@@ -60,7 +60,8 @@ class ForestPlan:
         self.heads.add(heads)
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         if self.recorded is not None:
-            self.recorded[layer] = rows[1], rows[2]
+            real = slice(self.packing.num_positions)  # without padding
+            self.recorded[layer] = rows[1][real], rows[2][real]
         if in_one_call(query.device, query.dtype, heads):
             return flex.attend(query, key, value, self.tree_mask(rule.window), rule).transpose(1, 2)
         return _Blocks.apply(*rows, self, rule)[None]
