@@ -22,6 +22,7 @@ from stepcredit.policy.paged import CacheShape, PagePool
 from stepcredit.policy.paged_attention import FlexPages, PagedStep, reference
 from stepcredit.samplers import machine
 from stepcredit.samplers import paged as paged_loop
+from stepcredit.samplers.base import rest
 from stepcredit.samplers.paged import PagedDecoding
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.transformers import TransformersSampler, decodes_in_pages
@@ -217,6 +218,20 @@ def test_new_weights_are_used():
             parameter.mul_(1.1)
     ours.sync(policy)
     assert_same(ours.sample(PROMPTS, 2, params, SEEDS), other.sample(PROMPTS, 2, params, SEEDS))
+
+
+def test_an_update_has_the_memory():
+    """Asleep it holds neither pages nor copies of weights, and what it draws next is the same."""
+    policy, params = fresh("qwen3"), SamplingParams(max_new_tokens=8, stop_token_ids=())
+    policy.autocast = torch.bfloat16
+    sampler = TransformersSampler(policy, paged=True)
+    first = sampler.sample(PROMPTS, 2, params, SEEDS, num_reusable=len)
+    rest(sampler)
+    assert sampler.machine.rows is sampler.machine.steps is sampler.machine.weights is None
+    assert len(sampler.prefix_cache) == 0
+    assert_same(sampler.sample(PROMPTS, 2, params, SEEDS, num_reusable=len), first)
+    rest(sampler)
+    rest(sampler)
 
 
 # ------------------------------------------------------------------ memory

@@ -21,8 +21,11 @@ from stepcredit.policy.attention import ForestPlan
 from stepcredit.policy.decoding import compact
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.packing import Packing
+from stepcredit.policy.transfer import send
 
 PAGE = 128  # tokens; a block of flex_attention
+SPARE = 8  # one page more for so many that rows need
+CACHED_SHARE = 4  # cached prefixes have room for so many times what rows need
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ def pages_needed(rows: int, limit: int, prompts: int, longest_prompt: int, page:
         prompts: distinct ones that these rows continue; longest_prompt: in tokens.
     """
     return 1 + rows * pages_of(limit, page) + prompts * pages_of(longest_prompt, page)
+
+
+def pages_wanted(least: int, cached: int) -> int:
+    """Pages of a pool: what rows need, some to spare, and room for cached prefixes, `cached` pages at most."""
+    return least + least // SPARE + min(cached, CACHED_SHARE * least)
 
 
 def pool_bytes(shape: CacheShape, pages: int, page: int = PAGE) -> int:
@@ -200,9 +208,8 @@ class PagedPrefix:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; on CUDA from pinned memory, so that the host does not wait."""
-    host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    """Numbers of the host on the device, sent without waiting; on a CPU the array itself."""
+    return send([torch.from_numpy(values)], device)[0]
 
 
 def free_bytes(device: torch.device) -> int | None:

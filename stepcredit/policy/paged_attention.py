@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from stepcredit.policy.attention import AttentionRule, hide, plain_forward
+from stepcredit.policy.kernels import AttentionRule, hide, plain_forward
 from stepcredit.policy.paged import CacheShape, PagePool
 
 log = logging.getLogger("stepcredit")

@@ -23,7 +23,16 @@ from torch import Tensor
 from stepcredit.policy import paged
 from stepcredit.policy.cast_weights import CastWeights
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.paged import CacheShape, PagePool, check_one_fits, free_bytes, pages_needed, pages_of, to_device
+from stepcredit.policy.paged import (
+    CacheShape,
+    PagePool,
+    check_one_fits,
+    free_bytes,
+    pages_needed,
+    pages_of,
+    pages_wanted,
+    to_device,
+)
 from stepcredit.policy.paged_attention import PagedStep, attention_for, compile_for_shapes, flex_agrees
 from stepcredit.policy.paged_rows import PagedRows
 from stepcredit.samplers.drawing import draw, draw_at_once
@@ -35,7 +44,6 @@ log = logging.getLogger("stepcredit")
 CHECK_EVERY = 8  # steps of a window
 BUCKETS = (64, 128, 256, 512)  # numbers of rows that a step is made for, up to the most rows
 MEMORY_SHARE = 0.5  # of the free memory that pages may take: the rest is for training
-CACHED_SHARE = 4  # the prefix cache has room for so many times what rows need, and for `keep_mb` at most
 ENDED, UNSETTLED = -1, -2  # instead of a token: the row has ended; it is to be drawn with a whole sort
 COLUMNS = 5  # numbers of each row that a window sends
 
@@ -283,7 +291,7 @@ class PagedMachine:
         if policy.device.type == "cuda" and not flex_agrees(self.shape, group, paged.PAGE, policy.device):
             raise NotImplementedError("flex_attention does not agree with the reference")
         self.buckets = [*(rows for rows in BUCKETS if rows < most_rows), most_rows]
-        self.weights = CastWeights(policy)
+        self.weights: CastWeights | None = None
         self.rows: PagedRows | None = None
         self.steps: PagedSteps | None = None
         self.limited = False  # by the memory
@@ -316,12 +324,13 @@ class PagedMachine:
         if self.rows is None or (least > self.rows.pool.pages and not self.limited):
             cached = prefix_cache.max_bytes // (paged.PAGE * self.shape.token_bytes) if reuse else 0
             prefix_cache.clear()
-            self._make_pool(int(least + least // 8 + min(cached, CACHED_SHARE * least)), least)
+            self._make_pool(pages_wanted(least, int(cached)), least)
         assert self.rows is not None and self.steps is not None
         self.rows.fit(pages_of(path, paged.PAGE) + 1)
         self.rows.pool.reclaim = partial(_drop, prefix_cache)
         check_one_fits(self.rows.pool, prompts, limits)
         try:
+            self.weights = self.weights or CastWeights(self.policy)
             with self.weights.in_use():
                 self.steps.begin_call(stop, self.weights.addresses())
                 yield self.steps
@@ -329,6 +338,11 @@ class PagedMachine:
             prefix_cache.clear()
             self.rows = self.steps = None
             raise
+
+    def release(self) -> None:
+        """Give back the memory: pages, graphs and copies of weights are made anew for the next call."""
+        self.rows = self.steps = self.weights = None
+        self.limited = False
 
     def _make_pool(self, pages: int, least: int) -> None:
         """Pages for the largest call so far, as far as there is memory."""

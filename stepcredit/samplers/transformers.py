@@ -69,6 +69,12 @@ class TransformersSampler:
             copy_weights(policy, self.policy)
         self.prefix_cache.clear()
 
+    def sleep(self) -> None:
+        """Give the pages back, so that an update has the memory; the next call makes them and its graphs anew."""
+        if self.machine is not None:
+            self.prefix_cache.clear()
+            self.machine.release()
+
     def close(self) -> None:
         self.prefix_cache.clear()
         self.machine = None
