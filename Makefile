@@ -1,5 +1,5 @@
 # make train   train the embedded model on this machine (everything is set up first)
-# make test    run the tests
+# make test    run the tests, one process for each core
 # make check   formatting, lint, types, tests
 # make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
 # make test-vllm   a real vLLM server on the CPU, in an environment of its own: some minutes, and 2 GB of packages
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 ARGS ?=
 
 .PHONY: install train test check lint types format soak test-vllm bench clean
@@ -20,13 +21,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gym]' || \
+		echo 'reasoning-gym is not installed (one of its packages needs a C compiler); its tests are skipped'
 	touch $(STAMP)
 
 train: install
 	$(BIN)/stepcredit train $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) $(ARGS)
 
 check: lint types test
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.batching import split_into_parts
-from stepcredit.policy.forward import Path, Policy
+from stepcredit.policy.forward import Policy, ScoringForm
 from stepcredit.policy.packing import Packing
 from stepcredit.run.allocator import keep_freed_memory
 
@@ -106,9 +106,9 @@ def one_row_per_node(forest: Forest) -> Forest:
     return Forest.from_trees(trees)
 
 
-def parts_of(forest: Forest, path: Path) -> list[Forest]:
+def parts_of(forest: Forest, form: ScoringForm) -> list[Forest]:
     """Micro-batches of about as many token positions for every form."""
-    if path != "plain":
+    if form != "plain":
         return split_into_parts(forest, ROW_BUDGET)
     parts = []
     for rows in forest.ends.nonzero().squeeze(1).split(max(1, ROW_BUDGET // int(forest.path_length.max()))):
@@ -118,10 +118,10 @@ def parts_of(forest: Forest, path: Path) -> list[Forest]:
     return parts
 
 
-def seconds(policy: Policy, forest: Forest, path: Path, repeats: int) -> float:
+def seconds(policy: Policy, forest: Forest, form: ScoringForm, repeats: int) -> float:
     """Least seconds of a forward and backward, after one that warms up."""
-    policy.scoring_form = path
-    parts = parts_of(forest, path)
+    policy.scoring_form = form
+    parts = parts_of(forest, form)
     least = float("inf")
     for _ in range(repeats + 1):
         policy.zero_grad()

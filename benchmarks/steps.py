@@ -16,7 +16,13 @@ import torch
 from forest import VOCABULARY, make_policy
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from stepcredit.config import resolve
 from stepcredit.forest import Forest
@@ -34,7 +40,8 @@ BIAS = 0.3  # first place of every embedding; the noise of the others has a devi
 class Case:
     """A step: `prompts` prompts of `prompt` tokens, `group` completions of each, of at most `tokens` tokens.
 
-    With `length` they stop by themselves, after about so many tokens on average; otherwise none stops early.
+    With `length` they stop by themselves, after about so many tokens on average; otherwise none stops early. A model of
+    one's own stops when it does, and its prompts are as long as they are.
     """
 
     prompt: int
@@ -42,6 +49,7 @@ class Case:
     prompts: int
     length: int = 0
     group: int = 8
+    reward: str = "even.share_even"
 
     @property
     def rows(self) -> int:
@@ -86,10 +94,24 @@ def make_folder(case: Case, folder: Path, num_prompts: int) -> Path:
     return folder
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer of `make_folder`."""
+def folder_of(model: Path, data: Path, folder: Path, num_prompts: int) -> Path:
+    """A model of one's own beside the first rows of a data set, as `make_folder` lays them out; nothing is copied."""
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.absolute())
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    if len(rows) < num_prompts:
+        raise SystemExit(f"{data} has {len(rows)} rows; {num_prompts} are needed, so that no step repeats a prompt")
+    chosen = [{"id": str(number), **row} for number, row in enumerate(rows[:num_prompts])]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    return folder
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `make_folder` or `folder_of`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    made_here = "TokenizersBackend" in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    kind = PreTrainedTokenizerFast if made_here else AutoTokenizer  # the latter would take Qwen2's own
+    return model, kind.from_pretrained(folder)
 
 
 def make_trainer(case: Case, folder: Path, **given: Any) -> Trainer:
@@ -101,7 +123,7 @@ def make_trainer(case: Case, folder: Path, **given: Any) -> Trainer:
             "sampler": {"max_new_tokens": case.tokens},
             "growth": {"group_size": case.group},
             "reward": {
-                "functions": ["even.share_even"],
+                "functions": [case.reward],
                 "gold_check": 0,
                 "workers": 0,
             },  # in this process, as TRL calls it

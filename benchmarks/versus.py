@@ -14,6 +14,12 @@ Every step of TRL is followed by one of stepcredit; seconds are the least of `--
 these added to its peak before them (model, trainer and imports); TRL's depends on the size of its micro-batches, with
 which its seconds hardly change.
 
+`--model` takes a folder of your own, with rows of question and answer, through its chat template where it has one.
+The reward `even` gives every group a gradient; `right` is the natural one, where stepcredit leaves out groups that
+agree and steps differ: seconds are then the mean of the steps.
+
+python benchmarks/versus.py --model FOLDER --data FILE.jsonl [--prompts 8] [--tokens 64] [--group 8]
+    [--reward even|right]
 python benchmarks/versus.py [--cases a b c] [--prompts N] [--repeats 5] [--micro-batches 2 4] [--threads N]
     [--json FILE]
 """
@@ -29,12 +35,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from even import share_even
 from memory import peak_mib
-from steps import CASES, RATE, Case, load, make_folder, make_trainer, take_step
+from steps import CASES, RATE, Case, folder_of, load, make_folder, make_trainer, take_step
+
+from stepcredit.imports import by_name
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -45,6 +53,8 @@ PARTS = ("step", "sampling", "update")
 STEPS_IN_MEMORY = 3
 
 Seconds = dict[str, float]
+Make = Callable[[Case, Path, int], Path]
+REWARDS = {"even": "even.share_even", "right": "even.right"}
 
 
 def ours(case: Case, folder: Path) -> Callable[[], Seconds]:
@@ -123,8 +133,11 @@ def theirs(case: Case, folder: Path, parts: int, steps: int, between: Callable[[
         report_to="none",
         disable_tqdm=True,
     )
-    data = Dataset.from_list([{"prompt": row["question"]} for row in rows])
-    trainer = Timed(model, share_even, config, data, processing_class=tokenizer, callbacks=[Steps()])
+    chat = tokenizer.chat_template is not None
+    prompts = [[{"role": "user", "content": row["question"]}] if chat else row["question"] for row in rows]
+    data = Dataset.from_list([{"prompt": one, **row} for one, row in zip(prompts, rows, strict=True)])
+    reward = by_name("reward", case.reward, {})
+    trainer = Timed(model, reward, config, data, processing_class=tokenizer, callbacks=[Steps()])
     trainer.remove_callback(PrinterCallback)
     return trainer, taken
 
@@ -135,18 +148,19 @@ def run_theirs(case: Case, folder: Path, parts: int, steps: int, between: Callab
     return taken
 
 
-def least(steps: list[Seconds]) -> Seconds:
-    """Of each part, after the first step; the mean of lengths."""
+def typical(steps: list[Seconds], case: Case) -> Seconds:
+    """Of each part after the first step: the least seconds, with a natural reward their mean; the mean of lengths."""
     later = steps[1:]
-    return {name: min(step[name] for step in later) for name in PARTS} | {
-        "length": sum(step["length"] for step in later) / len(later)
+    taken = mean if case.reward == REWARDS["right"] else min
+    return {name: taken(step[name] for step in later) for name in PARTS} | {
+        "length": mean(step["length"] for step in later)
     }
 
 
 def fastest(case: Case, folder: Path, shares: list[int]) -> int:
     """The number of micro-batches with which a step of TRL is shortest."""
     fitting = [parts for parts in shares if case.rows % parts == 0]
-    found = {parts: least(run_theirs(case, folder, parts, 3, lambda: None))["step"] for parts in fitting}
+    found = {parts: typical(run_theirs(case, folder, parts, 3, lambda: None), case)["step"] for parts in fitting}
     print(", ".join(f"micro-batches of {case.rows // parts}: {found[parts]:.2f} s" for parts in fitting), flush=True)
     return min(fitting, key=lambda parts: found[parts])
 
@@ -165,23 +179,23 @@ def peaks(case: Case, folder: Path, side: str, parts: int) -> tuple[float, float
     return peak_mib(), peak_mib() - before
 
 
-def in_own_process(name: str, case: Case, side: str, parts: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--memory", side, str(parts), "--cases", name, "--prompts", str(case.prompts)]
-    command += ["--threads", str(torch.get_num_threads())]
+def in_own_process(name: str, side: str, parts: int) -> dict[str, float]:
+    """Peaks of a process that gets the same options as this one, and takes the steps of one side."""
+    command = [sys.executable, *sys.argv, "--memory", name, side, str(parts)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return dict(zip(("peak", "added"), map(float, printed.split()[-2:]), strict=True))
 
 
-def measure(name: str, case: Case, repeats: int, shares: list[int]) -> dict[str, Any]:
+def measure(name: str, case: Case, make: Make, repeats: int, shares: list[int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
-        folder = make_folder(case, Path(place), 4 * case.prompts)
+        folder = make(case, Path(place), 4 * case.prompts)
         parts = fastest(case, folder, shares)
         step = ours(case, folder)
         own: list[Seconds] = []
         their = run_theirs(case, folder, parts, repeats + 1, lambda: own.append(step()))
     found: dict[str, Any] = {"rows": case.rows, "micro_batch": case.rows // parts}
     for side, taken in (("trl", their), ("stepcredit", own)):
-        found[side] = least(taken) | in_own_process(name, case, side, parts)
+        found[side] = typical(taken, case) | in_own_process(name, side, parts)
     return found
 
 
@@ -203,21 +217,37 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4, 8, 16], help="numbers to try with TRL")
     parser.add_argument("--json", help="write the numbers here")
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help="a folder, in place of the cases")
+    parser.add_argument("--data", type=Path, help="rows with question and answer, for --model")
+    parser.add_argument("--tokens", type=int, default=64, help="of a completion at most, for --model")
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt, for --model")
+    parser.add_argument("--reward", choices=REWARDS, default="even", help="for --model")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if (given.model is None) != (given.data is None):
+        parser.error("--model and --data go together")
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     cases = {name: replace(CASES[name], prompts=given.prompts or CASES[name].prompts) for name in given.cases}
+    make: Make = make_folder
+    if given.model is not None:
+        reward = REWARDS[given.reward]
+        cases = {"own": Case(0, given.tokens, given.prompts or 8, group=given.group, reward=reward)}
+
+        def make(case: Case, place: Path, num_prompts: int) -> Path:
+            return folder_of(given.model, given.data, place, num_prompts)
+
     if given.memory:
-        case = cases[given.cases[0]]
+        name, side, parts = given.memory
         with tempfile.TemporaryDirectory() as place:
-            print(*peaks(case, make_folder(case, Path(place), 4 * case.prompts), given.memory[0], int(given.memory[1])))
+            print(*peaks(cases[name], make(cases[name], Path(place), 4 * cases[name].prompts), side, int(parts)))
         return
     print(f"TRL over stepcredit; {given.threads} threads, least of {given.repeats}")
     results = {}
     for name, case in cases.items():
-        print(f"{name}: {case.prompts} prompts of {case.prompt} tokens x {case.group} completions of {case.tokens}")
-        found = results[name] = measure(name, case, given.repeats, given.micro_batches)
+        lengths = f"of {case.prompt} tokens" if case.prompt else f"of {given.data}"
+        print(f"{name}: {case.prompts} prompts {lengths} x {case.group} completions of {case.tokens}")
+        found = results[name] = measure(name, case, make, given.repeats, given.micro_batches)
         print(f"of these, TRL's steps have micro-batches of {found['micro_batch']} completions")
         print(f"{'case':6}{'part':14}{'TRL':>10}{'stepcredit':>12}{'ratio':>8}")
         show(name, found)

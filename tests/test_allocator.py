@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, unless a user has chosen otherwise."""
+"""Freed memory stays with the process, and segments on CUDA grow, unless a user has chosen otherwise."""
 
 import os
 import subprocess
@@ -40,3 +40,34 @@ def test_freed_memory_is_used_again():
 def test_what_a_user_chose_holds():
     kept, _ = faults("keep", MALLOC_ARENA_MAX="2")
     assert not kept
+
+
+SETTINGS = """
+import sys
+from stepcredit.cli import main as command_line
+def show(words):
+    import torch
+    print(torch._C._accelerator_getAllocatorSettings(), file=sys.stderr)
+    return 0
+assert "torch" not in sys.modules
+command_line.COMMANDS["show"] = show
+command_line.main(["show"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.5"}, "garbage_collection_threshold:0.5"),
+    ],
+)
+def test_torch_reads_that_segments_grow(given, read):
+    """What torch itself says of its settings, after a command has imported it."""
+    plain = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", SETTINGS], env=plain | given, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.split() == [read]

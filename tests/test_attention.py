@@ -8,9 +8,9 @@ from tiny_models import random_trees
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.policy import attention, packing
-from stepcredit.policy.attention import FUSED, PLAIN, AttentionRule, fused_agrees, hide, kernel_for, merge
+from stepcredit.policy import kernels, packing
 from stepcredit.policy.batching import cheapest_batches
+from stepcredit.policy.kernels import FUSED, PLAIN, AttentionRule, fused_agrees, hide, kernel_for, merge
 from stepcredit.policy.packing import Packing
 
 shapes = pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
@@ -174,7 +174,7 @@ def written_out(query, key, value, causal, mask, rule):
 @pytest.mark.parametrize("chunk", [10, 1 << 24])
 def test_a_kernel_gives_the_definition_and_its_gradient(monkeypatch, kernel, kind, causal, rule, chunk):
     """Output, log of the sum, and the gradients that autograd finds for the definition."""
-    monkeypatch.setattr(attention, "MAX_SCORES", chunk)
+    monkeypatch.setattr(kernels, "MAX_SCORES", chunk)
     tensors = [tensor.requires_grad_() for tensor in operands()]
     mask = a_mask(kind, 6, 6)
     expected, expected_lse = written_out(*tensors, causal, mask, rule)
@@ -233,5 +233,22 @@ def test_a_fused_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
             fused_agrees.cache_clear()
         monkeypatch.setitem(FUSED, "cpu", right)
         assert kernel_for(query, None, rule) is right
+    finally:
+        fused_agrees.cache_clear()
+
+
+def test_a_fused_kernel_is_compared_with_the_heads_that_it_will_have(monkeypatch):
+    """Example: one that is wrong for grouped heads alone is used where heads are not grouped."""
+    right, query, rule = FUSED["cpu"], random(1, 6, 3, 8), AttentionRule(1.0)
+
+    def ungrouped(query, key, *rest):
+        out, lse = right[0](query, key, *rest)
+        return (out if query.shape[1] == key.shape[1] else 2 * out), lse
+
+    fused_agrees.cache_clear()
+    try:
+        monkeypatch.setitem(FUSED, "cpu", (ungrouped, right[1]))
+        assert kernel_for(query, None, rule) is FUSED["cpu"] and kernel_for(query, None, rule, 6) is FUSED["cpu"]
+        assert kernel_for(query, None, rule, 1) is PLAIN and kernel_for(query, None, rule, 3) is PLAIN
     finally:
         fused_agrees.cache_clear()

@@ -20,7 +20,7 @@ from tiny_models import (
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
-from stepcredit.policy import forward, packing, reference
+from stepcredit.policy import flex, forward, packing, reference
 from stepcredit.policy.batching import split_into_parts
 from stepcredit.policy.forward import choose_scoring_form, score
 
@@ -347,6 +347,46 @@ def test_a_model_that_cannot_run_the_forest_form_takes_the_cached_one(monkeypatc
     monkeypatch.setattr(policy, "hidden", refuse)
     assert choose_scoring_form(policy) < TOLERANCE
     assert policy.scoring_form == "cached" and "no plans here" in caplog.text
+
+
+def steeper(states):
+    return states.detach() + 2 * (states - states.detach())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda states: 1.5 * states.roll(1, 1), "logprobs"),
+        (steeper, "gradients"),
+        (lambda states: states * torch.nan, "log"),
+    ],
+    ids=["values", "gradients", "nan"],
+)
+def test_a_form_that_is_wrong_only_in_the_types_of_training_is_not_used(monkeypatch, caplog, wrong, what):
+    """Right in fp32 and wrong in bf16, forward or only backward: the next form is taken, and the log says why."""
+    policy = fresh("llama")
+    policy.autocast = torch.bfloat16
+    right = policy.hidden
+
+    def hidden(*args):
+        states = right(*args)
+        return wrong(states) if torch.is_autocast_enabled("cpu") else states
+
+    monkeypatch.setattr(policy, "hidden", hidden)
+    assert choose_scoring_form(policy) < TOLERANCE
+    assert policy.scoring_form == "cached" and policy.autocast == torch.bfloat16
+    assert f"the forest form is not used: its {what}" in caplog.text and "in bfloat16 differ" in caplog.text
+
+
+def test_the_kernel_is_tried_where_the_model_will_compute(monkeypatch):
+    """For a model in the CPU's memory: with the types, heads, windows and caps that its layers will have there."""
+    tried = []
+    monkeypatch.setattr(flex, "one_mask_agrees", lambda *args: tried.append(args) or True)
+    policy, home = fresh("gemma2"), torch.device("cuda", 1)
+    policy.autocast = torch.bfloat16
+    assert choose_scoring_form(policy, home=home) < TOLERANCE and policy.scoring_form == "forest"
+    heads = {flex.Heads(4, 2, 8, 8**-0.5, window, 2.0) for window in (False, True)}
+    assert {args[:2] for args in tried} == {(home, torch.bfloat16)} and {args[2] for args in tried} == heads
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral"])

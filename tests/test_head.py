@@ -1,10 +1,14 @@
 """The chunked head: log-probabilities and entropies of states, a few rows of logits at a time."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stepcredit.policy.head import LogitRule, score_logits, score_states
+from stepcredit.policy import head as head_module
+from stepcredit.policy.head import Fused, LogitRule, max_logits_on, score_logits, score_states
 
 ROWS, HIDDEN, VOCABULARY = 23, 8, 19
 
@@ -146,3 +150,183 @@ def test_half_precision_logits_are_scored_in_fp32():
     assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
     torch.testing.assert_close(scores.logprobs[0], expected[1])
     torch.testing.assert_close(scores.entropy[0], -(expected.exp() * expected).sum())
+
+
+# ---------------------------------------------------------------------- products of bf16 in fp32
+
+
+def exact(temperature: float) -> tuple[Tensor, ...]:
+    """In fp64, of what bf16 products take: rounded states, weights, bias and gradients of logits."""
+    states, targets, head = biased()
+
+    def rounded(values: Tensor) -> Tensor:
+        return values.detach().bfloat16().double()
+
+    x, w, b = map(rounded, (states, head.weight, head.bias))
+    logprobs = torch.log_softmax((x @ w.T + b) / temperature, -1)
+    weight = grads_of_scores().double()
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    grad = weight[0, :, None] * (nn.functional.one_hot(targets, VOCABULARY) - logprobs.exp())
+    grad = grad - weight[1, :, None] * logprobs.exp() * (logprobs + entropy[:, None])
+    grad = rounded(grad / temperature)
+    chosen = logprobs.gather(1, targets[:, None]).squeeze(1)
+    return chosen, entropy, grad @ w, grad.T @ x, grad.sum(0)
+
+
+def biased() -> tuple[Tensor, Tensor, nn.Linear]:
+    states, targets, head = inputs()
+    head.bias = nn.Parameter(torch.linspace(-1, 1, VOCABULARY))
+    return states, targets, head
+
+
+def grads_of_scores() -> Tensor:
+    return torch.randn(2, ROWS, generator=torch.Generator().manual_seed(1))
+
+
+def in_bf16(temperature: float = 0.7) -> tuple[Tensor, ...]:
+    states, targets, head = biased()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score_states(states, targets, head, temperature, entropy_grad=True, max_logits=5 * VOCABULARY)
+    weight = grads_of_scores()
+    (weight[0] * scores.logprobs + weight[1] * scores.entropy).sum().backward()
+    return *(value.detach() for value in scores), states.grad, head.weight.grad, head.bias.grad
+
+
+def near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Within 1e-5 of their norm, where bf16 is within 2e-3."""
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and (one.double() - two).norm() < 1e-5 * two.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_products_of_bf16_are_not_rounded_to_bf16(temperature):
+    """Forward and backward are those of fp64 with the same rounded operands."""
+    near(in_bf16(temperature), exact(temperature))
+
+
+@pytest.fixture(params=[True, False], ids=["sums", "products alone"])
+def device_with_mixed_products(request, monkeypatch) -> list[str]:
+    """As on a GPU: products of bf16 that come out in fp32, and where it has them, sums of fp32 and such products."""
+    called, mm, addmm = [], torch.mm, torch.addmm
+
+    def product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        if out_dtype is None:
+            return mm(left, right)
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32
+        called.append("product")
+        return mm(left.float(), right.float())
+
+    def total(base: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and base is out and base.dtype == out_dtype
+        called.append("sum")
+        return addmm(base, left.float(), right.float(), out=out)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "addmm", total)
+    monkeypatch.setattr(head_module, "mixed_products", lambda device, dtype: True)
+    monkeypatch.setattr(head_module, "mixed_sums", lambda device, dtype: request.param)
+    return called
+
+
+def test_where_a_device_multiplies_bf16_into_fp32(device_with_mixed_products, request):
+    """The operands stay bf16 in every product, and the results are the same."""
+    near(in_bf16(), exact(0.7))
+    sums = "products alone" not in request.node.name
+    chunks = -(-ROWS // 5)
+    assert device_with_mixed_products.count("sum") == (chunks if sums else 0)
+    assert device_with_mixed_products.count("product") == chunks * (3 if sums else 4)
+
+
+@pytest.mark.parametrize(
+    ("product", "works", "said"),
+    [
+        (lambda left, right, _: left.float() @ right.float(), True, ""),
+        (lambda left, right, _: (left @ right).float(), False, "other numbers"),
+        (lambda left, right, _: torch.mm(left, right, out_dtype=torch.float32), False, "aten::mm.dtype"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_that_rounds_or_is_not_there_is_not_taken(monkeypatch, caplog, product, works, said, dtype):
+    eye = torch.eye
+    monkeypatch.setattr(torch, "eye", lambda n, device, dtype: eye(n, dtype=dtype))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.full(shape, 0.0))
+    assert head_module._works(product, "some device", dtype) == works
+    assert said in caplog.text and bool(caplog.text) != works
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_sum_that_forgets_what_was_there_is_not_taken(device_with_mixed_products, monkeypatch, adds):
+    eye, addmm = torch.eye, torch.addmm
+
+    def forgetful(total: Tensor, left: Tensor, right: Tensor, **options) -> Tensor:
+        return addmm(total if adds else total.zero_(), left, right, **options)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "addmm", forgetful)
+    monkeypatch.setattr(torch, "eye", lambda n, device, dtype: eye(n, dtype=dtype))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.full(shape, 0.0))
+    assert head_module.mixed_sums.__wrapped__("some device", torch.bfloat16) == adds
+
+
+# ---------------------------------------------------------------------- chunks and passes of a GPU
+
+
+def test_chunks_are_of_the_size_that_suits_the_device():
+    """Example: at a vocabulary of 152,000 a GPU's products have more than 1024 rows, a CPU's chunk is 16 MiB."""
+    assert max_logits_on("cuda") // 151_936 >= 1024
+    assert max_logits_on("cpu") == max_logits_on("mps") == 1 << 22
+
+
+def chunk(cap: float | None) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    product, grads = torch.randn(ROWS, VOCABULARY, generator=generator) * 3, grads_of_scores()
+    rule, temperature = (LogitRule(), 1.0) if cap is None else (LogitRule(0.5, cap), 0.7)
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    return product, targets, grads, head_module._numbers(rule, temperature, product.device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler g++")
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_compiled_passes_give_what_plain_ones_give(cap):
+    """And they leave their input as it is, so that it is not written again."""
+    product, targets, grads, numbers = chunk(cap)
+    before = product.clone()
+    found = head_module.FORWARD.compiled(product, targets, *numbers)
+    assert product.equal(before)
+    expected = head_module._forward(product.clone(), targets, *numbers)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    entropies = (None, None) if cap is None else (expected[2], grads[1])
+    rest = (targets, expected[1], grads[0], *entropies, *numbers, torch.float32)
+    gradient = head_module.BACKWARD.compiled(product, *rest)
+    assert product.equal(before)
+    torch.testing.assert_close(gradient, head_module._backward(product.clone(), *rest), atol=1e-5, rtol=1e-5)
+
+
+def on_gpu(number: int) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda"), number=number)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_is_said_once(caplog):
+    def broken(*_: object) -> None:
+        calls.append(1)
+        raise RuntimeError("no compiler here\nand more")
+
+    calls: list[int] = []
+    fused = Fused(lambda values: values.number + 1)
+    fused.compiled = broken
+    assert [fused(on_gpu(number)) for number in (1, 2)] == [2, 3]
+    assert calls == [1] and caplog.text.count("no compiler here") == 1 and "and more" not in caplog.text
+
+
+def test_running_out_of_memory_is_no_fault_of_the_compiler(caplog):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fused = Fused(lambda values: values.number)
+    fused.compiled = full
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            fused(on_gpu(1))
+    assert not caplog.text

@@ -7,10 +7,13 @@ import torch
 from tiny_models import FAMILIES, OTHERS, fresh
 from transformers import Trainer
 
+from stepcredit.learn import learner as learner_module
 from stepcredit.learn.learner import Learner, parameter_groups
 from stepcredit.learn.options import AdamWOptions
 from stepcredit.learn.placement import UNSHARDED
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.loading import load_policy
+from stepcredit.run.checkpoint import load_learner, save_checkpoint
 
 families = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 
@@ -101,3 +104,61 @@ def test_without_anything_that_does_not_decay_there_is_one_group():
     for value in policy.parameters():
         value.requires_grad_(value.ndim == 2)
     assert [group["decays"] for group in learner(policy).optimizer.param_groups] == [True]
+
+
+# ---------------------------------------------------------------------- AdamW as one kernel
+
+
+@pytest.fixture
+def fused(monkeypatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(learner_module, "FUSED", {"cpu"})
+
+
+def steps(one: Learner, seeds: range) -> None:
+    for seed in seeds:
+        give_gradients(one.policy, seed)
+        assert one.step()[1]
+
+
+def test_one_kernel_takes_the_steps_of_many(monkeypatch):
+    plain = learner(fresh("qwen2"), weight_decay=0.1)
+    assert not plain.fused and plain.optimizer.defaults["fused"] is None
+    monkeypatch.setattr(learner_module, "FUSED", {"cpu"})
+    one = learner(fresh("qwen2"), weight_decay=0.1)
+    assert one.fused and all(group["fused"] for group in one.optimizer.param_groups)
+    for each in (plain, one):
+        each.set(lr=3e-3)
+        steps(each, range(3))
+    for (name, value), other in zip(one.policy.named_parameters(), plain.policy.parameters(), strict=True):
+        torch.testing.assert_close(value, other, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_its_state_is_filled_as_it_would_make_it(fused):
+    one, two = learner(fresh("qwen2")), learner(fresh("qwen2"))
+    filled = two.tensors(fill=True)
+    steps(one, range(1))
+    for name, value in one.tensors().items():
+        assert (filled[name].shape, filled[name].dtype, filled[name].device) == (value.shape, value.dtype, value.device)
+    steps(two, range(1))
+    assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
+
+
+def test_its_steps_are_counted_where_its_weights_are(fused):
+    """The kernel reads the number of steps on the device; that of the plain AdamW is on the CPU."""
+    one = learner(fresh("qwen2"))
+    one.policy.to("meta")
+    steps_of = [value for name, value in one.tensors(fill=True).items() if name.endswith(".step")]
+    assert steps_of and all(value.device.type == "meta" and value.dtype == torch.float32 for value in steps_of)
+
+
+def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(fused, tmp_path):
+    through, first, second = (learner(load_policy("embedded", "cpu"), weight_decay=0.1) for _ in range(3))
+    steps(through, range(4))
+    steps(first, range(2))
+    state = {"numbers": [1, 2]}
+    folder = save_checkpoint(tmp_path, "000002", {"": first}, state, keep=1)
+    load_learner(second, folder, "")
+    steps(second, range(2, 4))
+    for (name, value), other in zip(through.policy.named_parameters(), second.policy.parameters(), strict=True):
+        assert torch.equal(value, other), name

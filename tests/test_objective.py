@@ -10,8 +10,10 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.losses import base
+from stepcredit.losses.base import packed, to_device, unpacked
 from stepcredit.losses.clip import clipped_surrogate
-from stepcredit.losses.objective import Objective
+from stepcredit.losses.objective import Objective, read_sums
 from stepcredit.losses.weights import AGGREGATORS
 from stepcredit.policy.batching import split_into_parts
 
@@ -149,6 +151,51 @@ def test_loss_and_metrics_by_pencil():
     k3 = (1.5 - 1 - math.log(1.5)) + (0.9 - 1 - math.log(0.9))
     assert sums.sums == pytest.approx({"policy/clip_fraction": 1.0, "policy/kl_old": k3}, abs=1e-6)
     assert sums.largest == pytest.approx({"policy/ratio_max": 1.5}, abs=1e-6) and sums.count == 2
+
+
+def test_numbers_stay_on_the_device_until_the_step_is_over():
+    """A part's sums are tensors, which `read_sums` makes the same numbers of as `float` does, in one transfer."""
+    objective, forest, logprobs, entropy = prepared("flat", kl_coef=0.2, kl_estimator="k3", entropy_coef=0.1)
+    parts = []
+    for seed in range(3):
+        noise = torch.randn(forest.num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        parts.append(objective.loss(TokenScores(logprobs + noise, entropy), forest)[1])
+        parts[-1].sums["optim/loss"], parts[-1].sums["tokens/computed"] = torch.tensor(float(seed)).sqrt(), 7.0
+    names = {"policy/clip_fraction", "policy/kl_old", "policy/kl_ref_update", "optim/loss", "tokens/computed"}
+    for one, two in zip(parts, read_sums(parts), strict=True):
+        assert one.sums.keys() == two.sums.keys() == names and one.count == two.count == int(forest.active.sum())
+        assert all(isinstance(value, Tensor) for name, value in one.sums.items() if name != "tokens/computed")
+        assert two.sums == {name: float(value) for name, value in one.sums.items()}
+        assert two.largest == {name: float(value) for name, value in one.largest.items()}
+        assert all(type(value) is float for value in (*two.sums.values(), *two.largest.values()))
+    assert read_sums([]) == []
+
+
+def test_columns_that_travel_together_arrive_as_they_were():
+    columns = {
+        "floats": torch.tensor([0.0, -0.0, math.nan, math.inf, -1e-45, 3.4e38]),
+        "rows": torch.tensor([0, 1, 2**31 - 1, -(2**31), 5, 6]),
+        "flags": torch.tensor([True, False, True, True, False, False]),
+    }
+    found = unpacked(packed(columns), columns)
+    assert packed(columns).dtype == torch.int32 and found.keys() == columns.keys()
+    for name, values in columns.items():
+        assert found[name].dtype == values.dtype and found[name].equal(values) == (name != "floats")
+    assert found["floats"].view(torch.int32).equal(columns["floats"].view(torch.int32))
+
+
+def test_columns_that_32_bits_do_not_hold_travel_alone():
+    columns = {
+        "double": torch.tensor([0.1, 0.2], dtype=torch.float64),
+        "long": torch.tensor([2**31, 0]),
+        "float": torch.tensor([1.0, 2.0]),
+    }
+    found = to_device(columns, torch.device("meta"))
+    assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+        name: (value.dtype, value.shape) for name, value in columns.items()
+    }
+    assert [name for name, values in columns.items() if base._fits_in_32_bits(values)] == ["float"]
+    assert to_device(columns, torch.device("cpu")) == columns
 
 
 # ---------------------------------------------------------------------- regularisers

@@ -21,11 +21,12 @@ from stepcredit.learn.placement import Placement
 from stepcredit.losses.choose import build_objective
 from stepcredit.plan import memory
 from stepcredit.plan.activations import saved_by_checkpoint, saved_by_layer, saved_outside
-from stepcredit.plan.advice import largest_budget, largest_rows, with_options
+from stepcredit.plan.advice import fitting_budget, largest_budget, largest_rows, with_fitting_budget, with_options
 from stepcredit.plan.memory import ALWAYS, GIB, PASS, SAMPLING, chosen_strategy, estimate_memory, fits_whole
 from stepcredit.plan.sizes import size_of, size_of_network
-from stepcredit.policy.decoding import ForestRows
 from stepcredit.processes.ranks import Ranks
+from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.transformers import TransformersSampler
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "scale").glob("*.yaml"))
@@ -174,36 +175,30 @@ def test_activations_in_shards(family, again, mixed) -> None:
     assert found / policy.num_positions(forest) == pytest.approx(expected, rel=0.03)
 
 
-def test_keys_and_values_are_those_that_the_sampler_holds() -> None:
-    """3 rows behind each of 2 prompts; a layer more is reckoned for rows that are copied into larger room."""
+@pytest.mark.parametrize("reuse", [False, True])
+def test_keys_and_values_are_those_that_the_sampler_holds(reuse) -> None:
+    """3 rows behind each of 2 prompts; of trees the cached prefixes too."""
     policy = shaped("qwen2", WIDTHS[1])
-    with torch.inference_mode():
-        rows = ForestRows(policy, 6, 20)
-        prompts = rows.encode([list(range(3, 33))] * 2)
-        rows.begin([prompt for prompt in prompts for _ in range(3)])
-        for _ in range(20):
-            rows.step(torch.full((6,), 5))
-    held = sum(tensor.nbytes for pair in rows.own for tensor in pair)
-    held += sum(
-        tensor.nbytes
-        for shared in rows.prefix_batches
-        for tensors in (shared.keys, shared.values)
-        for tensor in tensors
-    )
+    sampler = TransformersSampler(policy, 6, keep_mb=1, paged=True)
+    params = SamplingParams(max_new_tokens=20)
+    sampler.sample([list(range(3, 33))] * 2, 3, params, [0, 1], num_reusable=len if reuse else None)
+    pool = sampler.machine.rows.pool
     size = size_of_network(policy.model)
-    config = resolve({"model": "none", "train": {"dtype": "float32", "problems_per_iteration": 2}})
-    config = with_options(
-        config,
+    growth = {"name": "tree", "num_branches": 4} if reuse else {"group_size": 3}
+    config = resolve(
         {
-            "growth.group_size": 3,
-            "task.max_prompt_tokens": 30,
-            "sampler.max_new_tokens": 20,
-            "eval.num_problems": 0,
-        },
+            "model": "none",
+            "algorithm": "treerpo" if reuse else "grpo",
+            "train": {"dtype": "float32", "problems_per_iteration": 2},
+            "growth": growth,
+            "task": {"max_prompt_tokens": 30},
+            "sampler": {"max_new_tokens": 20, "max_rows": 6, "keep_mb": 1},
+            "eval": {"num_problems": 0},
+        }
     )
     setting = memory.Setting(config, 1, sharded=False, mixed=False)
     parts, rows = memory._sampling(setting, memory.Model(size, 0, size.weights))
-    assert rows == 6 and parts[0].bytes == held * (size.layers + 1) / size.layers
+    assert rows == 6 and parts[0].bytes == pool.data.nbytes + pool.fill.nbytes + pool.start.nbytes
 
 
 # ---------------------------------------------------------------------- parts
@@ -225,7 +220,7 @@ def test_parts_of_prime(folders) -> None:
         assert whole[f"{name}, fp32"] == width * size.weights
         assert sharded[f"{name}, fp32"] == width * size.weights / 8
     assert whole["reward model: AdamW, fp32"] == 8 * size.weights
-    assert whole["reward model: DDP's buckets of gradients"] == 4 * size.weights
+    assert whole["gradients, fp32"] == 4 * size.weights and not any("DDP" in name for name in whole)
     assert sharded["sampler: a whole copy of the policy, bf16"] == 2 * size.weights
     assert not any("sampler: a whole copy" in name for name in whole) and not any("DDP" in name for name in sharded)
     offloaded = with_options(config, {"distributed.cpu_offload": True})
@@ -239,6 +234,10 @@ def test_parts_of_prime(folders) -> None:
     lora = bytes_of(estimate_memory(with_options(config, {"lora.rank": 16}), 8, "ddp", 80 * GIB))
     assert lora["policy: AdamW, fp32"] == 8 * adapters and "reference: weights, fp32" not in lora
     assert lora["reward model: weights, fp32"] == 4 * adapters  # its base is the policy's
+    assert lora["policy: frozen weights, bf16"] == 2 * size.weights and lora["policy: weights, fp32"] == 4 * adapters
+    assert lora["bf16 casts of weights"] == 2 * adapters
+    fp32 = with_options(config, {"lora.rank": 16, "train.dtype": "float32"})
+    assert bytes_of(estimate_memory(fp32, 8, "ddp", 80 * GIB))["policy: weights, fp32"] == 4 * (size.weights + adapters)
 
 
 def test_a_sampler_elsewhere_takes_nothing_here(folders, capsys) -> None:
@@ -261,7 +260,12 @@ def test_only_what_an_algorithm_needs(folders) -> None:
     plain = bytes_of(estimate_memory(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
     assert not any(name.startswith(("reference", "reward model")) for name in plain)
     trees = bytes_of(estimate_memory(resolve({"algorithm": "treerpo", "model": folders["1.5b"]}), 8, "ddp", 80 * GIB))
-    assert "reference: weights, fp32" in trees and trees["sampler: kept keys and values"] == 4096 * 2**20
+    assert "reference: weights, fp32" in trees
+    kept = next(size for name, size in trees.items() if name.startswith("pages of keys and values"))
+    none = {"algorithm": "treerpo", "model": folders["1.5b"], "sampler": {"keep_mb": 0}}
+    bare = bytes_of(estimate_memory(resolve(none), 8, "ddp", 80 * GIB))
+    without = next(size for name, size in bare.items() if name.startswith("pages of keys and values"))
+    assert kept - without == pytest.approx(4096 * 2**20, rel=0.002)
     alone = bytes_of(estimate_memory(resolve({"algorithm": "opo", "model": folders["1.5b"]}), 1, "ddp", 80 * GIB))
     assert not any("DDP" in name for name in alone)
 
@@ -287,6 +291,51 @@ def test_the_largest_that_fits(folders) -> None:
         )
         assert largest > 1 and at.taken(when) <= plan.usable < over.taken(when)
     assert largest_budget(config, estimate_memory(config, 8, "ddp", 20 * GIB)) == 0
+
+
+def test_the_budget_at_the_start_of_a_run_is_one_that_fits(folders) -> None:
+    """Example: 16,384 tokens of 1.5B do not fit on a GPU of 80 GiB."""
+    config = resolve({"model": folders["1.5b"], "growth": {"group_size": 64}})
+    assert config.optim.max_tokens_per_micro_batch == 16384
+    for strategy, gpus in (("ddp", 1), ("ddp", 8), ("fsdp", 8)):
+        found = fitting_budget(config, gpus, 80 * GIB, strategy)
+        plan = estimate_memory(config, gpus, strategy, 80 * GIB)
+        fits = plan.taken(PASS) <= plan.usable
+        assert found == (16384 if fits else largest_budget(config, plan) // 256 * 256)
+        assert (found < 16384) == (strategy == "ddp")
+        lowered = estimate_memory(
+            with_options(config, {"optim.max_tokens_per_micro_batch": found}), gpus, strategy, 80 * GIB
+        )
+        assert lowered.taken(PASS) <= lowered.usable
+    assert fitting_budget(config, 1, 20 * GIB, "ddp") == 1024 + 1024  # nothing fits: the longest path
+    assert fitting_budget(config, 1, 1000 * GIB, "ddp") == 16384
+    few = with_options(config, {"optim.max_tokens_per_micro_batch": 100})
+    assert fitting_budget(few, 1, 20 * GIB, "ddp") == 100  # what is asked for is never raised
+
+
+def test_the_budget_is_lowered_on_gpus_alone_and_said(folders, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    config = resolve({"model": folders["1.5b"], "growth": {"group_size": 64}})
+    assert with_fitting_budget(config, torch.device("cpu"), 1, "ddp") is config and not caplog.text
+    found = with_fitting_budget(config, torch.device("cuda"), 1, "ddp").optim.max_tokens_per_micro_batch
+    assert found == fitting_budget(config, 1, 80 * GIB, "ddp")
+    assert f"at most {found} tokens, not 16384 (optim.max_tokens_per_micro_batch)" in caplog.text
+    assert "80 GiB" in caplog.text and len(caplog.records) == 1
+    small = with_options(config, {"optim.max_tokens_per_micro_batch": found})
+    assert with_fitting_budget(small, torch.device("cuda"), 1, "ddp") is small and len(caplog.records) == 1
+
+
+def test_a_gpu_holds_larger_chunks_of_logits(folders) -> None:
+    """Two buffers of 1 GiB, or of all logits of a micro-batch where these are fewer."""
+    size = size_of(folders["7b"])
+    config = resolve({"model": folders["7b"]})
+    few = {"task.max_prompt_tokens": 50, "sampler.max_new_tokens": 50, "growth.group_size": 1024}
+    config = with_options(config, few)
+    gradient = size.vocabulary * size.hidden * 6
+    for budget, logits in ((8192, 1 << 28), (100, 100 * size.vocabulary)):
+        changed = with_options(config, {"optim.max_tokens_per_micro_batch": budget})
+        found = bytes_of(estimate_memory(changed, 8, "fsdp", 80 * GIB))
+        assert found["output layer: chunks of logits, its gradient"] == 2 * 4 * logits + gradient
 
 
 def test_auto_is_what_training_takes(folders, monkeypatch) -> None:

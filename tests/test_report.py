@@ -462,6 +462,37 @@ def test_what_a_completion_says_is_only_text(tmp_path, watched):
 
 
 @needs_browser
+@pytest.mark.parametrize("step", [40, 2000], ids=["many steps", "one step"])
+def test_a_long_completion_is_folded(tmp_path, watched, step):
+    """The middle opens by a click, in place and complete, and by a search that meets it."""
+    folder, count = tmp_path / "long", 1000
+    (folder / "rollouts").mkdir(parents=True)
+    tokenizer_of(["<unk>", "word", " middle", "\n"]).save_pretrained(folder / "checkpoints" / "000001")
+    ids = [3 if place % step == step - 1 else 2 if place == 500 else 1 for place in range(count)]
+    segments = [
+        {"token_ids": ids, "reward": reward, "advantages": [x] * count, "rollout_logprobs": [-1.0] * count}
+        for reward, x in ((1.0, 1.0), (0.0, -1.0))
+    ]
+    record = {"version": 1, "id": "a", "prompt": "q", "prompt_ids": [1], "segments": segments}
+    (folder / "rollouts" / "000001.jsonl").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"algorithm": "grpo", "model": "x"}))
+    (folder / "metrics.jsonl").write_text('{"iteration": 1, "reward/mean": 0.5}')
+    page = watched(folder)
+    first = page.locator(".completion").first
+    tokens = first.locator("[data-token]")
+    assert 300 <= tokens.count() <= 400 and "middle" not in first.inner_text()
+    fold = first.locator("button.fold")
+    assert fold.inner_text() == f"… {count - tokens.count()} tokens …"
+    fold.click()
+    positions = tokens.evaluate_all("all => all.map((one) => Number(one.dataset.position))")
+    assert positions == list(range(count)) and "middle" in first.inner_text() and fold.count() == 0
+    assert page.locator(".completion button.fold").count() == 1  # the other one's
+    page.fill("input[aria-label=Search]", "middle")
+    assert page.locator(".completion button.fold").count() == 0
+    assert page.locator(".token.hit").count() == 2
+
+
+@needs_browser
 def test_keys_move_between_tokens_tabs_and_problems(trained, watched):
     page = watched(trained / "spro")
     page.locator(".completion [data-token]").first.focus()

@@ -1,5 +1,7 @@
 """The transformers sampler: what it draws, what it reports, and what its draws may depend on."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_models import FAMILIES, OTHERS, STOP, VOCABULARY, fresh, tiny
@@ -8,9 +10,11 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.policy.forward import Policy
-from stepcredit.samplers import transformers
+from stepcredit.samplers import decoding
+from stepcredit.samplers.drawing import chunk_sums, draw, draw_at_once, invert, invert_by_chunks, truncate
+from stepcredit.samplers.machine import draw_for
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.transformers import TransformersSampler, draw, truncate
+from stepcredit.samplers.transformers import TransformersSampler
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23]]
 STOPS = tuple(range(12))  # many stop tokens: completions of many lengths
@@ -117,7 +121,7 @@ def test_rows_that_wait_to_be_dropped_change_nothing(monkeypatch, max_rows):
     """Completions admitted at different times, up to half of them finished but not yet dropped: the same ends."""
     prompts, seeds = [[(7 * index) % VOCABULARY, index] for index in range(90)], list(range(90))
     expected = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_new_tokens=14)
-    monkeypatch.setattr(transformers, "DROP_SHARE", 2)
+    monkeypatch.setattr(decoding, "DROP_SHARE", 2)
     found = sample(tiny("qwen2"), prompts, n=1, seeds=seeds, max_rows=max_rows, max_new_tokens=14)
     assert tokens(found) == tokens(expected)
     ends = {(segment.finish, segment.token_ids[-1] in STOPS) for group in found for segment in group}
@@ -356,7 +360,7 @@ def test_a_group_cut_apart_encodes_its_prompt_once(monkeypatch):
 def test_looking_rarely_for_ended_rows_changes_nothing(monkeypatch, path, max_rows):
     """Rows that ended some steps ago, and steps after the last row's end, leave no trace."""
     expected = sample(on_path("qwen2", path), max_rows=max_rows)
-    monkeypatch.setattr(transformers, "CHECK_EVERY", {"cpu": 7})
+    monkeypatch.setattr(decoding, "CHECK_EVERY", {"cpu": 7})
     found = sample(on_path("qwen2", path), max_rows=max_rows)
     assert tokens(found) == tokens(expected)
     assert [s.finish for group in found for s in group] == [s.finish for group in expected for s in group]
@@ -377,3 +381,96 @@ def test_the_plain_path_never_pads():
 
 def test_no_prompts_give_no_groups():
     assert sample(tiny("qwen2"), [], seeds=[]) == []
+
+
+# ------------------------------------------------------------------ drawing with static shapes
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 97, 1000, 5120])
+@pytest.mark.parametrize("chunk", [1, 8, 64, 512])
+def test_inverting_by_chunks_is_inverting(vocabulary, chunk):
+    """In fp64 the token is that of the whole cumulative sum for every number, probabilities of 0 among them."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    probs = torch.rand(400, vocabulary, generator=generator, dtype=torch.float64) ** 8
+    probs[:200] *= torch.rand(200, vocabulary, generator=generator) < 0.1
+    probs[:200, vocabulary // 2] += 1e-3
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-53, 1.0])
+    found = invert_by_chunks(probs, chunk_sums(probs, chunk), uniform, chunk)
+    assert torch.equal(found, invert(probs, uniform))
+    assert probs.gather(1, found[:, None]).min() > 0
+
+
+def test_drawing_at_once_is_drawing():
+    """A vocabulary of 30,000: the tokens of the plain form but for rounding at boundaries; never one of weight 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2000, 30_000, generator=generator)
+    logits[:, ::3] = -torch.inf
+    logits[:1000] = logits[:1000].bfloat16().float()  # ties
+    uniform = torch.rand(2000, generator=generator)
+    for options in ({}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 40}):
+        params = SamplingParams(**options)
+        token, logprobs, entropy, valid = draw_at_once(logits, uniform, params)
+        expected, expected_logprobs, expected_entropy = draw(logits, uniform, params)
+        same = token == expected
+        assert valid.float().mean() > 0.9 and (same | ~valid).float().mean() > 0.995
+        if not params.truncates and params.temperature:  # no further from the sum in fp64 than the plain form is
+            exact = invert((logits.double() / params.temperature).softmax(-1), uniform.double())
+            assert (token != exact).sum() <= (expected != exact).sum() + 1
+        assert logits.gather(1, token[:, None]).isfinite().all()
+        torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=1e-4, rtol=0)
+        torch.testing.assert_close(entropy, expected_entropy, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_p": 0.3}, {"top_k": 3}, {"top_k": 20, "top_p": 0.8}, {"top_k": 500}]
+)
+def test_what_candidates_settle_is_what_is_kept(temperature, options):
+    """Logits full of ties, 60 candidates of 97: tokens that count are those of `truncate`, over all of [0, 1)."""
+    params = SamplingParams(temperature=temperature, **options)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(60, VOCABULARY, generator=generator)
+    logits[20:40] = (logits[20:40] * 2).round() / 2
+    logits[40:] = logits[40:].bfloat16().float()
+    settled = same = 0
+    for uniform in torch.linspace(0, 1 - 1e-6, 40):
+        everywhere = uniform.expand(60)
+        token, _, _, valid = draw_at_once(logits, everywhere, params, candidates=60)
+        expected = draw(logits, everywhere, params)[0]
+        same += int((token == expected)[valid].sum())
+        kept, index = truncate(logits / temperature, params)
+        weight = torch.zeros_like(kept).scatter(1, index, kept).gather(1, token[:, None])[:, 0]
+        assert weight[valid].min() > 0
+        settled += int(valid.sum())
+    assert settled > 800 and same >= 0.995 * settled  # the rest is rounding at a boundary
+
+
+def test_frequencies_of_drawing_at_once_are_the_softmax():
+    """Chi-square over 50 tokens of 200,000 draws, below its 1e-4 quantile."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(4)).expand(200_000, 50)
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(5))
+    probs = logits[0].double().softmax(-1)
+    weights = logits.exp()
+    for token in (
+        draw_at_once(logits, uniform, SamplingParams())[0],
+        invert_by_chunks(weights, chunk_sums(weights, 7), uniform, 7),
+    ):
+        counts = torch.bincount(token, minlength=50).double()
+        chi_square = float(((counts - 200_000 * probs) ** 2 / (200_000 * probs)).sum())
+        assert chi_square < 49 * (1 - 2 / (9 * 49) + 3.72 * (2 / (9 * 49)) ** 0.5) ** 3
+
+
+@pytest.mark.slow
+def test_drawing_can_be_compiled():
+    """By torch's compiler, as on a GPU; the same tokens."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch compiles for a CPU with g++")
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = 3 * torch.randn(64, 1500, generator=generator), torch.rand(64, generator=generator)
+    for options in ({}, {"top_p": 0.5}):
+        params = SamplingParams(**options)
+        compiled, plain = (draw_for(params, 1500, torch.device("cpu"), compiles) for compiles in (True, False))
+        assert compiled is not plain and hasattr(compiled, "_torchdynamo_orig_callable")
+        for found, expected in zip(compiled(logits, uniform), plain(logits, uniform), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

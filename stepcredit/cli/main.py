@@ -22,6 +22,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit tasks      the tasks of reasoning-gym: options, levels, examples
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
+  stepcredit convert    a GGUF file as a folder that can be trained
   stepcredit warmstart  build the embedded base model anew
 
 Examples
@@ -79,6 +80,12 @@ def _merge(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _convert(words: Sequence[str]) -> int:
+    from stepcredit.cli.convert import main
+
+    return main(words)
+
+
 def _report(words: Sequence[str]) -> int:
     from stepcredit.cli.report import main
 
@@ -121,6 +128,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "tasks": _tasks,
     "merge": _merge,
+    "convert": _convert,
     "warmstart": _warmstart,
 }
 
@@ -174,6 +182,9 @@ def _main(words: list[str]) -> int:
             raise UserError(f"'{words[0]}' is not a command; {did_you_mean(words[0], COMMANDS)}")
         if words[0] != "train" and _processes() > 1:
             raise UserError(f"'{words[0]}' is for one process; start it without torchrun")
+        from stepcredit.run.allocator import grow_segments
+
+        grow_segments()
         return COMMANDS[words[0]](words[1:])
     except UserError as error:
         if not error.already_reported:

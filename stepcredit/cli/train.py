@@ -83,13 +83,16 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from stepcredit.learn.loading import load_model
+    from stepcredit.policy.loading import pick_device
     from stepcredit.processes.ranks import Ranks
     from stepcredit.run.allocator import keep_freed_memory
     from stepcredit.run.build import build_parts, build_placement
     from stepcredit.run.checkpoint import read_pointer
     from stepcredit.run.interrupt import Interrupted
+    from stepcredit.run.servers import choose_sampler
     from stepcredit.run.state import seed_generators
     from stepcredit.run.trainer import Trainer
+    from stepcredit.samplers.table import AUTO
 
     ranks = Ranks.join(config.distributed.timeout_s, config.train.device)
     logging.basicConfig(level=logging.INFO if ranks.main else logging.ERROR, format="%(message)s")
@@ -101,6 +104,9 @@ def main(words: Sequence[str]) -> int:
         raise UserError("sampler.temperature: training needs samples, so a temperature above 0")
     run_dir = ranks.on_main(lambda: _run_dir(config, continues=own["resume"] != "never"))
     seed_generators(config.train.seed, ranks.rank)
+    chosen = ""
+    if config.sampler.name == AUTO:
+        config, chosen = choose_sampler(config, build_placement(config, ranks), pick_device(config.train.device))
     parts = build_parts(config)
     placement = build_placement(config, ranks)
     policy = load_model(config, config.model, placement)
@@ -109,6 +115,8 @@ def main(words: Sequence[str]) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.manual_seed(config.train.seed)  # again: loading may have drawn
+    if chosen:
+        logging.getLogger("stepcredit").info("%s", chosen)
     trainer = Trainer(config, parts, policy, console, placement)
     run_dir = ranks.on_main(lambda: _claim(config, run_dir))
     if checkpoint is not None:

@@ -52,7 +52,9 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()
     optim: OptimOptions = OptimOptions()
-    estimators: dict[str, Named] = {}  # of your own: column -> dotted path of its builder, or name and options
+    estimators: dict[
+        str, Named
+    ] = {}  # column -> dotted path of your builder, or name and options; old_logprobs: forward | sampler
     prm: PRMOptions = PRMOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()

@@ -1,8 +1,9 @@
 """Models that do not learn: the policy at the start of the iteration, and the reference."""
 
+import logging
 from collections.abc import Collection, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,25 +13,74 @@ from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
 from stepcredit.learn.adapters import adapters_off, has_adapters
 from stepcredit.learn.placement import UNSHARDED, Placement
+from stepcredit.learn.spread import shared_copy
 from stepcredit.policy.forward import Policy, score
 from stepcredit.policy.loading import frozen_copy
+from stepcredit.samplers.table import sampler_traits
+
+log = logging.getLogger("stepcredit")
+
+Source = Literal["auto", "sampler", "forward"]
+
+AGREES = 1e-3  # nats; fp32 passes of the same weights differ by a tenth of it
+PROBED = 16  # one in so many trees is scored to compare
 
 
 class OldPolicy(Estimator):
-    """Adds `old_logprobs`: the policy at the start of the iteration, by the trainer's own forward.
+    """Adds `old_logprobs`: of the policy at the start of the iteration, by a forward of the trainer's own or as the
+    sampler gave them. And `entropy`, where the sampler does not give it.
 
-    And `entropy`, where the sampler does not give it.
+    A sampler that computes with the same weights gives the same numbers up to rounding, so that a pass over all tokens
+    can be left out. Every iteration a few trees are scored to see that it is so.
+
+    Args:
+        source: "forward"; "sampler"; "auto": the sampler, as long as it agrees.
     """
 
-    def __init__(self, policy: Policy, temperature: float, max_tokens: int) -> None:
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, source: Source = "forward") -> None:
         super().__init__()
-        self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
+        self.policy, self.temperature, self.max_tokens, self.source = policy, temperature, max_tokens, source
+        self.said = False
 
     def observe(self, forest: Forest) -> Forest:
+        self.metrics = {}
+        given = {"rollout_logprobs", "entropy"} <= forest.token.keys()
+        if given and self.source != "forward" and self._agrees(forest):
+            return forest.with_token(old_logprobs=forest.token["rollout_logprobs"])
         scores = score(self.policy, forest, self.temperature, self.max_tokens)
         if "entropy" not in forest.token:
             forest = forest.with_token(entropy=scores.entropy)
         return forest.with_token(old_logprobs=scores.logprobs)
+
+    def _agrees(self, forest: Forest) -> bool:
+        """Whether the sampler's log-probabilities can be taken; with "auto" from now on never, once they differ."""
+        some = forest.select_trees(torch.arange(max(1, forest.num_trees // PROBED)))
+        own = score(self.policy, some, self.temperature, self.max_tokens).logprobs
+        gap = (own - some.token["rollout_logprobs"]).abs()[some.token_sampled]
+        largest, mean = (float(gap.max()), float(gap.mean())) if len(gap) else (0.0, 0.0)
+        self.metrics = {"sampler/logprob_diff": largest, "sampler/logprob_diff_mean": mean}
+        agrees = largest <= AGREES
+        if not agrees and self.source == "auto":
+            self.source = "forward"
+        if not self.said or not agrees:
+            taken = "the sampler's" if agrees or self.source == "sampler" else "a forward of the trainer's own"
+            log.log(
+                logging.INFO if agrees else logging.WARNING,
+                "old log-probabilities: %s; the two differ by at most %.2g (%.2g are allowed) on %d tokens",
+                taken,
+                largest,
+                AGREES,
+                len(gap),
+            )
+        self.said = True
+        return agrees or self.source == "sampler"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self.source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.source == "auto":
+            self.source = state.get("source", "forward")
 
 
 class SameAsOld(Estimator):
@@ -49,14 +99,15 @@ class Reference(Estimator):
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
-        self.policy, self.temperature, self.max_tokens = frozen_copy(policy), temperature, max_tokens
+        own = shared_copy(policy).requires_grad_(False) if placement.sharded else frozen_copy(policy)
+        self.policy, self.temperature, self.max_tokens = own, temperature, max_tokens
         self._remember(placement)
         placement.place(self.policy)
 
     def _remember(self, placement: Placement) -> None:
         """Take the fingerprint now where it cannot be had later."""
         if placement.sharded:
-            self.__dict__["fingerprint"] = fingerprint(self.policy)
+            self.__dict__["fingerprint"] = placement.ranks.on_main(lambda: fingerprint(self.policy))
 
     @cached_property
     def fingerprint(self) -> int:
@@ -91,8 +142,42 @@ class ReferenceWithoutAdapters(Reference):
 
 @provider()
 def old_policy(context: Context) -> OldPolicy:
+    """By the sampler where it gives the full distribution's log-probabilities from the same weights, else by a forward.
+
+    Importance weights are the ratio of the two, so for them both are there.
+    """
+    sampling, importance = sampler_traits(context.config), context.config.objective.importance
+    own = not sampling.elsewhere and "rollout_logprobs" in sampling.columns and importance == "none"
+    return _old_policy(context, "auto" if own else "forward")
+
+
+@provider()
+def by_forward(context: Context) -> OldPolicy:
+    return _old_policy(context, "forward")
+
+
+@provider()
+def by_sampler(context: Context) -> OldPolicy:
+    """
+    Raises:
+        UserError: the sampler does not give them, is another program, or importance weights need both.
+    """
+    config, sampling = context.config, sampler_traits(context.config)
+    why = ""
+    if sampling.elsewhere:
+        why = f"'{config.sampler.name}' is another program, which computes otherwise"
+    elif "rollout_logprobs" not in sampling.columns:
+        why = f"'{config.sampler.name}' gives no rollout_logprobs"
+    elif config.objective.importance != "none":
+        why = "objective.importance is the ratio of the trainer's to the sampler's"
+    if why:
+        raise UserError(f"estimators.old_logprobs: sampler does not go here: {why}; take forward")
+    return _old_policy(context, "sampler")
+
+
+def _old_policy(context: Context, source: Source) -> OldPolicy:
     config = context.config
-    return OldPolicy(context.policy, config.sampler.temperature, config.optim.max_tokens_per_micro_batch)
+    return OldPolicy(context.policy, config.sampler.temperature, config.optim.max_tokens_per_micro_batch, source)
 
 
 def _own(config: Config, needed: Collection[str]) -> bool:
@@ -125,11 +210,15 @@ def reference(context: Context) -> Estimator:
 
 
 def fingerprint(policy: Policy) -> int:
-    """A number that changes with any bit of any weight but the adapters'; the same on every device."""
+    """A number that changes with any bit of any weight but the adapters'; the same on every device.
+
+    And the same for weights in bf16 as for these in fp32: a run may go on with another `train.dtype`.
+    """
     total = 0
     weights = [weight for name, weight in policy.state_dict().items() if "lora_" not in name]
     for number, weight in enumerate(weights, 1):
         place = number
+        weight = weight.float() if weight.dtype == torch.bfloat16 else weight
         for piece in weight.contiguous().flatten().view(torch.uint8).split(1 << 24):
             factors = torch.arange(place, place + len(piece), device=piece.device) % 65521 + 1
             total = (total * 31 + int((piece.to(torch.int64) * factors).sum())) % (1 << 61)

@@ -65,7 +65,8 @@ class ImplicitPRM(Estimator):
         placement: Placement = UNSHARDED,
     ) -> None:
         super().__init__()
-        self.policy, self.options = placement.place(trainable_copy(policy, share_frozen=not placement.sharded)), options
+        own = trainable_copy(policy, share_frozen=True, until_sharded=placement.sharded)
+        self.policy, self.options = placement.place(own), options
         self.beta, self.seed = beta, seed
         where = " in the process reward model"
         self.learner = self.trained = Learner(self.policy, placement, options, max_tokens, where)

@@ -11,7 +11,7 @@ from typing import Any
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
-from stepcredit.estimators.frozen import old_policy, reference
+from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.imports import by_name
@@ -23,6 +23,9 @@ PROVIDERS: dict[str, Builder] = {
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
     "prm_logprobs": implicit_prm,
+}
+NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
+    "old_logprobs": {"forward": by_forward, "sampler": by_sampler},
 }
 
 
@@ -86,13 +89,16 @@ def observers(config: Config, wanted: Mapping[str, str], there: Iterable[str] = 
 def providers(config: Config) -> dict[str, Provider]:
     """The provider of each column: the table's, and those that the config names."""
     shared = {builder: Provider(builder) for builder in PROVIDERS.values()}
-    found = {column: shared[builder] for column, builder in PROVIDERS.items()}
+    named = {column: shared[builder] for column, builder in PROVIDERS.items()}
     for column, choice in config.estimators.items():
         section = f"estimators.{column}"
-        builder = by_name(section, choice.name, {})
+        names = NAMES.get(column, {})
+        builder = by_name(section, choice.name, names)
         check_options(section, choice.name, builder, choice.options)
-        found[column] = Provider(builder, choice.options)
-    return found
+        named[column] = Provider(builder, choice.options)
+        if choice.name in names:  # for all columns that it adds
+            named |= {other: named[column] for other, one in PROVIDERS.items() if one is PROVIDERS[column]}
+    return named
 
 
 def _reads(table: Mapping[str, Provider], column: str, config: Config, readers: Mapping[str, str]) -> set[str]:

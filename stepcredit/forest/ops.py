@@ -35,7 +35,7 @@ def segment_sum(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
     >>> segment_sum(torch.tensor([1., 2., 3.]), torch.tensor([0, 2, 2]), 3).tolist()
     [1.0, 0.0, 5.0]
     """
-    return torch.zeros(num_segments, dtype=values.dtype).index_add_(0, index, values)
+    return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add_(0, index, values)
 
 
 def mean_by(values: Tensor, *keys: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:

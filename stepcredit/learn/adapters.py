@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from stepcredit.errors import UserError
-from stepcredit.learn.placement import copy_into
+from stepcredit.learn.spread import copy_into, shared_copy
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.precision import hold_in
 from stepcredit.policy.weights import (
     ADAPTER,
     ADAPTER_WEIGHTS,
@@ -32,6 +33,8 @@ from stepcredit.policy.weights import (
 
 def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Freeze a policy and add adapters to it, which change no output yet, in place.
+
+    Under autocast the frozen weights are held in its type from now on (`policy/precision.py`).
 
     Args:
         targets: names of linear layers; empty takes all but the output layer.
@@ -54,6 +57,8 @@ def add_adapters(policy: Policy, rank: int, alpha: float, targets: Sequence[str]
         value.requires_grad_("lora_" in name)
         if value.requires_grad:
             value.data = value.data.float()
+    if policy.autocast is not None:
+        hold_in(policy.model, policy.autocast)
 
 
 def has_adapters(policy: Policy) -> bool:
@@ -91,12 +96,16 @@ def adapters_off(policy: Policy) -> Iterator[None]:
         policy.model.enable_adapters()
 
 
-def trainable_copy(policy: Policy, share_frozen: bool) -> Policy:
+def trainable_copy(policy: Policy, share_frozen: bool, until_sharded: bool = False) -> Policy:
     """A copy that is trained independently.
 
     Args:
         share_frozen: the copy uses the same tensors for weights that are not trained.
+        until_sharded: it will be sharded next, and uses the same tensors for all weights until then.
     """
+    if until_sharded:
+        made = shared_copy(policy)
+        return made if has_adapters(policy) else made.requires_grad_(True)
     shared = [value for value in policy.parameters() if share_frozen and not value.requires_grad]
     made = copy.deepcopy(policy, {id(value): value for value in shared})
     return made if has_adapters(policy) else made.requires_grad_(True)

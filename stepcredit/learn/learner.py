@@ -4,18 +4,17 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores, out_of_memory
 from stepcredit.learn.options import AdamWOptions
 from stepcredit.learn.placement import Placement, full_tensor
+from stepcredit.learn.replicas import share_weights, sum_gradients
 from stepcredit.policy.forward import Policy
 
 log = logging.getLogger("stepcredit")
@@ -24,7 +23,9 @@ NOT_DECAYING = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)")  # names
 
 T = TypeVar("T")
 
-ScoreFunction = Callable[..., TokenScores]  # the policy as it is called in a training pass: itself or wrapped in DDP
+FUSED = {"cuda"}  # kinds of devices on which AdamW is one kernel for many weights
+
+ScoreFunction = Callable[..., TokenScores]  # the policy as it is called in a training pass
 
 
 class Learner:
@@ -46,9 +47,16 @@ class Learner:
     ) -> None:
         self.policy, self.placement, self.grad_clip = policy, placement, options.grad_clip
         self.max_tokens, self.where = max_tokens, where
-        self.wrapped = placement.wrap(policy)
+        self.trained = [value for value in policy.parameters() if value.requires_grad]
+        if placement.replicated:
+            share_weights(policy, placement.ranks)
+        self.fused = self.trained[0].device.type in FUSED
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(policy), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+            parameter_groups(policy),
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=True if self.fused else None,
         )
 
     def accumulate(
@@ -56,8 +64,9 @@ class Learner:
     ) -> tuple[list[Forest], list[T]]:
         """Add up the gradient of a step, part by part.
 
-        When out of memory, `max_tokens` is halved for good and the step begins again: how a step is split changes
-        nothing else. With several processes the run ends, because the others are in the middle of their passes.
+        When out of memory, in whichever process, `max_tokens` is halved for good in all and the step begins again: how
+        a step is split changes nothing else. In shards the run ends, because in every layer the others wait for this
+        process.
 
         Args:
             loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
@@ -68,42 +77,62 @@ class Learner:
         """
         while True:
             parts = self.policy.parts(step, self.max_tokens, whole_trees)
-            try:
-                return parts, self._passes(parts, loss)
-            except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-                if not out_of_memory(error):
-                    raise
-                if self.placement.ranks.size > 1:
-                    raise UserError(
-                        f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; lower "
-                        "--optim.max-tokens-per-micro-batch or set --train.gradient-checkpointing true ('stepcredit "
-                        "plan' estimates what fits)"
-                    ) from error
+            results = self._passes(parts, loss)
+            own = self._smaller(parts, whole_trees) if results is None else None
+            asked = [own] if self.placement.sharded else self.placement.ranks.gather(own)
+            smaller = min((size for size in asked if size is not None), default=None)
+            if results is not None and smaller is None:
+                if self.placement.replicated:
+                    sum_gradients(self.trained, self.placement.ranks)
+                return parts, results
+            assert smaller is not None
+            self._check_cut(smaller, whole_trees)
             self.optimizer.zero_grad()
-            if len(parts) == (step.num_trees if whole_trees else int(step.ends.sum())):
-                what = "tree" if whole_trees else "completion"
-                raise UserError(
-                    f"out of memory{self.where} with a single {what} in a micro-batch; set "
-                    "--train.gradient-checkpointing true, lower --sampler.max-new-tokens or --task.max-prompt-tokens, "
-                    "or take a smaller model"
-                )
-            self.max_tokens = max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+            results, self.max_tokens = None, smaller
             log.warning(
                 "out of memory%s: micro-batches have at most %d tokens from now on", self.where, self.max_tokens
             )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _passes(self, parts: Sequence[Forest], loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]]) -> list[T]:
-        """A forward and backward for each part; every process has as many."""
+    def _passes(
+        self, parts: Sequence[Forest], loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]]
+    ) -> list[T] | None:
+        """A forward and backward for each part; None when out of memory. In shards every process has as many parts."""
         results, ranks = [], self.placement.ranks
-        for number, part in enumerate(parts, 1):
-            local = isinstance(self.wrapped, DistributedDataParallel) and number < len(parts)
-            with ranks.name_missing(), self.wrapped.no_sync() if local else nullcontext():  # type: ignore[attr-defined]
-                value, result = loss(part, self.wrapped)
-                (value * ranks.size).backward()  # DDP and FSDP2 take the mean over processes
-            results.append(result)
+        scale = ranks.size if self.placement.sharded else 1  # FSDP2 takes the mean over processes
+        try:
+            for part in parts:
+                with ranks.name_missing():
+                    value, result = loss(part, self.policy)
+                    (value * scale).backward()
+                results.append(result)
+        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            if not out_of_memory(error):
+                raise
+            return None
         return results
+
+    def _smaller(self, parts: Sequence[Forest], whole_trees: bool = False) -> int:
+        """The budget to try when these parts were too large; 0: they cannot be cut."""
+        if all((part.num_trees if whole_trees else int(part.ends.sum())) == 1 for part in parts):
+            return 0
+        return max(1, min(self.max_tokens, max(map(self.policy.num_positions, parts))) // 2)
+
+    def _check_cut(self, smaller: int, whole_trees: bool) -> None:
+        """Refuse to go on where a step cannot be cut smaller, and in shards, where all wait for each in every layer."""
+        if not smaller:
+            what = "tree" if whole_trees else "completion"
+            raise UserError(
+                f"out of memory{self.where} with a single {what} in a micro-batch; set --train.gradient-checkpointing "
+                "true, lower --sampler.max-new-tokens or --task.max-prompt-tokens, or take a smaller model"
+            )
+        if self.placement.sharded and self.placement.ranks.size > 1:
+            raise UserError(
+                f"out of memory{self.where} with {self.max_tokens} tokens in a micro-batch; continue with --resume auto"
+                f" --optim.max-tokens-per-micro-batch {smaller}, or set --train.gradient-checkpointing true "
+                "('stepcredit plan' estimates what fits)"
+            )
 
     def step(self, loss_is_valid: bool = True) -> tuple[float, bool]:
         """Clip and step, unless the gradient is not finite or `loss_is_valid` is False, and clear the gradient.
@@ -135,7 +164,7 @@ class Learner:
                 continue
             if fill and value not in self.optimizer.state:
                 self.optimizer.state[value] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=value.device if self.fused else "cpu"),
                     "exp_avg": torch.zeros_like(value),
                     "exp_avg_sq": torch.zeros_like(value),
                 }

@@ -1,19 +1,19 @@
-"""How models lie on the processes: a copy on each, whose gradients DDP adds up, or in shards (FSDP2)."""
+"""How models lie on the processes: a copy on each (`replicas`), or in shards (FSDP2)."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from stepcredit.errors import UserError
+from stepcredit.learn.spread import copy_into, shared_copy, spread
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.precision import hold_in
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
 
 CPU = torch.device("cpu")
@@ -37,10 +37,15 @@ class Placement:
     def sharded(self) -> bool:
         return self.ranks.distributed and self.strategy == "fsdp"
 
+    @property
+    def replicated(self) -> bool:
+        """Whether several processes have a whole model each."""
+        return self.ranks.size > 1 and not self.sharded
+
     def place(self, policy: Policy) -> Policy:
         """Prepare a policy for the run, in place; with "fsdp" it is sharded layer by layer.
 
-        Copies of the policy must be made before.
+        The weights are those of the main process (`spread.py`). Copies of the policy must be made before.
         """
         policy.ranks = self.ranks
         if not self.sharded:
@@ -50,8 +55,10 @@ class Placement:
         offloads = self.cpu_offload and self.device.type != "cpu"
         offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
         for layer in decoder_layers(policy):
+            spread(layer, self.ranks, self.device)
             fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # Resharded after each forward, so that gathered weights are never older than the last update.
+        spread(policy, self.ranks, self.device)
         fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
         policy.compute_device = self.device
         return policy
@@ -63,14 +70,11 @@ class Placement:
         """
         if not self.sharded:
             return policy
-        unsharded = copy.deepcopy(policy).requires_grad_(False)
-        return unsharded.to(self.device, policy.autocast) if policy.autocast else unsharded.to(self.device)
-
-    def wrap(self, policy: Policy) -> Callable[..., Any]:
-        """The policy as a training pass calls it: wrapped in DDP where that has to sum gradients over processes."""
-        if self.ranks.size == 1 or self.sharded:
-            return policy
-        return DistributedDataParallel(policy, find_unused_parameters=_has_experts(policy))
+        unsharded = shared_copy(policy).requires_grad_(False)
+        if policy.autocast is not None:
+            hold_in(unsharded.model, policy.autocast, self.device if self.ranks.main else None)
+        spread(unsharded, self.ranks, self.device)
+        return unsharded
 
 
 UNSHARDED = Placement()
@@ -88,23 +92,25 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
     return layers
 
 
-def _has_experts(policy: Policy) -> bool:
-    """Whether the policy is a mixture of experts: a pass leaves out the experts that no token is routed to."""
-    return any("expert" in name for name, _ in policy.named_parameters())
-
-
 def full_tensor(value: Tensor) -> Tensor:
     """The full tensor of one that may be sharded; all processes call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
-    """The model's state on the CPU, gathered tensor by tensor; tied weights stay one tensor. All processes call this.
+def full_state(
+    policy: Policy,
+    collect: bool = True,
+    on_host: bool = True,
+    types: Callable[[str, Tensor], torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """The model's state, gathered tensor by tensor; tied weights stay one tensor. All processes call this.
 
     For a model with adapters only the adapters' state.
 
     Args:
         collect: False: take part in the gathering, but return an empty state.
+        on_host: in the memory of the CPU; False: what is not sharded stays the policy's own tensors.
+        types: in which a tensor is wanted, by name; it is cast before it is gathered, in all processes alike.
     """
     state: dict[str, Tensor] = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
@@ -112,6 +118,7 @@ def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
     for name, value in policy.model.state_dict().items():
         if adapted and "lora_" not in name:
             continue
+        sharded = isinstance(value, DTensor)
         local = value.to_local() if isinstance(value, DTensor) else value
         key = (local.data_ptr(), tuple(value.shape))
         tied = seen.setdefault(key, name) if local.numel() else name
@@ -119,9 +126,9 @@ def full_state(policy: Policy, collect: bool = True) -> dict[str, Tensor]:
             if collect:
                 state[name] = state[tied]
             continue
-        full = full_tensor(value)
+        full = full_tensor(value.to(types(name, value)) if types else value)
         if collect:
-            state[name] = full.cpu()
+            state[name] = full.cpu() if on_host or sharded else full
     return state
 
 
@@ -143,14 +150,6 @@ def load_full_heads(policy: Policy, state: Mapping[str, Tensor]) -> None:
     """Load the heads' full weights, which every process has, into a policy that has these heads."""
     for name, value in policy.heads.state_dict(keep_vars=True).items():
         copy_into(value, state[name])
-
-
-def copy_into(value: Tensor, full: Tensor) -> None:
-    """Copy a full tensor into one that may be sharded, without communication."""
-    if isinstance(value, DTensor):
-        on_device = full.to(value.device, value.dtype)
-        full = distribute_tensor(on_device, value.device_mesh, value.placements, src_data_rank=None)
-    value.copy_(full)
 
 
 @torch.no_grad()

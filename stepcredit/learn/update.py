@@ -9,7 +9,7 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.options import OptimOptions
-from stepcredit.losses.objective import Objective, Sums
+from stepcredit.losses.objective import Objective, Sums, read_sums
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.seeds import MINIBATCHES, generator, mixed
 
@@ -59,7 +59,7 @@ class PolicyUpdate:
         by_node = self.objective.unit == "segment"
         unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
         sums = self._accumulate(step)
-        finite_loss = all(math.isfinite(row.sums["optim/loss"]) for row in sums)
+        finite_loss = all(math.isfinite(float(row.sums["optim/loss"])) for row in sums)
         norm, finite = self.learner.step(finite_loss)
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
         return step_metrics(sums) | flags | {"tokens/unshared": float(unshared)}
@@ -73,12 +73,12 @@ class PolicyUpdate:
             owned = part.with_token(weights=weights, owned=weights != 0)
             scores = call(owned, self.temperature, entropy_grad)
             value, sums = self.objective.loss(scores, owned)
-            sums.sums["optim/loss"] = float(value.detach())
+            sums.sums["optim/loss"] = value.detach()
             sums.sums["tokens/computed"] = float(policy.num_positions(part))
             return value, sums
 
         _, own = self.learner.accumulate(step, loss, whole_trees=self.objective.needs.unit == "tree")
-        return [sums for each in self.learner.placement.ranks.gather(own) for sums in each]
+        return [sums for each in self.learner.placement.ranks.gather(read_sums(own)) for sums in each]
 
 
 def step_metrics(parts: Sequence[Sums]) -> dict[str, float]:
@@ -86,6 +86,6 @@ def step_metrics(parts: Sequence[Sums]) -> dict[str, float]:
     count = sum(part.count for part in parts)
     metrics: dict[str, float] = {}
     for name in parts[0].sums:
-        total = sum(part.sums[name] for part in parts)
+        total = sum(float(part.sums[name]) for part in parts)
         metrics[name] = total if name in ("optim/loss", "tokens/computed") else total / count
-    return metrics | {name: max(part.largest[name] for part in parts) for name in parts[0].largest}
+    return metrics | {name: max(float(part.largest[name]) for part in parts) for name in parts[0].largest}

@@ -19,6 +19,8 @@ from stepcredit.forest.ops import MAX_LOG_RATIO, TokenScores, segment_sum
 
 LossUnit = Literal["token", "completion", "tree"]
 
+COMPLETION, TREE = "completion of the token", "tree of the token"  # beside the names of columns
+
 
 class LossParts(NamedTuple):
     """
@@ -79,14 +81,29 @@ class Tokens:
     Attributes:
         forest: columns `advantages` and `weights`, and those that the loss declared.
         scores: of the current policy, with gradient.
+        read: token columns that go to the device together, with `COMPLETION` or `TREE` for a loss over these; others go
+            there when they are read.
     """
 
     forest: Forest
     scores: TokenScores = field(repr=False)
+    read: tuple[str, ...] = ()
+
+    @cached_property
+    def _on_device(self) -> dict[str, Tensor]:
+        return to_device({name: self._on_cpu(name) for name in self.read}, self.scores.logprobs.device)
+
+    def _on_cpu(self, name: str) -> Tensor:
+        if name == COMPLETION:
+            return self.forest.leaf[self.forest.token["segment"]]
+        return self.forest.token_tree if name == TREE else self.forest.token[name]
+
+    def _column(self, name: str) -> Tensor:
+        return self._on_device[name] if name in self._on_device else self._on_cpu(name)
 
     @cached_property
     def weights(self) -> Tensor:
-        return self.forest.token["weights"].to(self.scores.logprobs.device)
+        return self._column("weights").to(self.scores.logprobs.device)
 
     @cached_property
     def counted(self) -> Tensor:
@@ -99,7 +116,7 @@ class Tokens:
 
     def column(self, name: str) -> Tensor:
         """A token column, 0 where there is no weight."""
-        return self.used(self.forest.token[name])
+        return self.used(self._column(name))
 
     @cached_property
     def logprobs(self) -> Tensor:
@@ -123,12 +140,12 @@ class Tokens:
     @cached_property
     def completion(self) -> Tensor:
         """[num_tokens] the completion of each token, a row of the segment table (its leaf). Flat forests only."""
-        return self.forest.leaf[self.forest.token["segment"]].to(self.weights.device)
+        return self._column(COMPLETION).to(self.weights.device)
 
     @cached_property
     def tree(self) -> Tensor:
         """[num_tokens] the tree of each token."""
-        return self.forest.token_tree.to(self.weights.device)
+        return self._column(TREE).to(self.weights.device)
 
     def mean_by_completion(self, values: Tensor) -> Tensor:
         """[num_tokens] at each token the mean of `values` over the tokens of its completion that count."""
@@ -136,3 +153,37 @@ class Tokens:
         total = segment_sum(self.used(values), self.completion, rows)
         count = segment_sum(self.counted.to(values.dtype), self.completion, rows)
         return (total / count.clamp(min=1))[self.completion]
+
+
+def to_device(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Columns [n] on a device: all whose numbers 32 bits hold in one transfer, which does not wait for the device."""
+    if device.type == "cpu":
+        return dict(columns)
+    moved = {name: values.to(device) for name, values in columns.items() if not _fits_in_32_bits(values)}
+    narrow = {name: values for name, values in columns.items() if name not in moved}
+    if narrow:
+        bits = packed(narrow)
+        bits = bits.pin_memory() if device.type == "cuda" else bits
+        moved |= unpacked(bits.to(device, non_blocking=True), narrow)
+    return moved
+
+
+def _fits_in_32_bits(values: Tensor) -> bool:
+    if values.dtype.is_floating_point:
+        return values.dtype == torch.float32
+    return not len(values) or (int(values.min()) >= -(1 << 31) and int(values.max()) < 1 << 31)
+
+
+def packed(columns: Mapping[str, Tensor]) -> Tensor:
+    """[columns, n] int32: the bits of fp32, other numbers as they are."""
+    return torch.stack(
+        [values.view(torch.int32) if values.dtype == torch.float32 else values.int() for values in columns.values()]
+    )
+
+
+def unpacked(bits: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `packed`, for columns of these names and types."""
+    return {
+        name: row.view(torch.float32) if values.dtype == torch.float32 else row.to(values.dtype)
+        for row, (name, values) in zip(bits, like.items(), strict=True)
+    }

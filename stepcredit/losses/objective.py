@@ -3,7 +3,7 @@
 sum over tokens of weight * (loss + kl_coef * kl - entropy_coef * entropy)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +12,33 @@ from torch import Tensor
 
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import KL_ESTIMATORS, TokenScores
-from stepcredit.losses.base import LossFunction, LossNeeds, LossParts, Tokens, loss_needs
+from stepcredit.losses.base import COMPLETION, TREE, LossFunction, LossNeeds, LossParts, Tokens, loss_needs
 from stepcredit.losses.clip import clip
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.losses.weights import AGGREGATORS, Unit, by_depth, importance_weights
+
+Number = Tensor | float  # a tensor without dimensions, on any device, until `read_sums`
 
 
 @dataclass(frozen=True)
 class Sums:
     """Of a part of an optimiser step: sums over the tokens that count, how many these are, and largest values."""
 
-    sums: dict[str, float]
+    sums: dict[str, Number]
     count: int
-    largest: dict[str, float]
+    largest: dict[str, Number]
+
+
+def read_sums(parts: Sequence[Sums]) -> list[Sums]:
+    """The same in numbers of Python; those on a device come from there in one transfer."""
+    values = [value for part in parts for value in (*part.sums.values(), *part.largest.values())]
+    tensors = [value.detach().double() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    numbers = iter([next(read) if isinstance(value, Tensor) else float(value) for value in values])
+    return [
+        Sums({name: next(numbers) for name in part.sums}, part.count, {name: next(numbers) for name in part.largest})
+        for part in parts
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,17 +107,25 @@ class Objective:
                 them it is taken to be exactly on-policy, ratio 1); `ref_logprobs` for a KL term in the loss; and what
                 the loss declared.
         """
-        tokens = Tokens(forest, scores)
+        tokens = Tokens(forest, scores, self._read(forest))
         given = self.function(tokens, **self.options)
         per_token, means = given if isinstance(given, LossParts) else (given, {})
         moved = tokens.log_ratio.detach()
-        sums = {name: float(values[tokens.counted].sum()) for name, values in means.items()}
-        sums["policy/kl_old"] = float((moved.exp() - 1 - moved).sum())
+        sums: dict[str, Number] = {name: tokens.used(values.detach()).sum() for name, values in means.items()}
+        sums["policy/kl_old"] = (moved.exp() - 1 - moved).sum()
         if self.kl_in_loss:
             kl, ref = self.given.kl, tokens.column("ref_logprobs")
             per_token = per_token + kl.coef * KL_ESTIMATORS[kl.estimator](tokens.logprobs, ref)
-            sums["policy/kl_ref_update"] = float((tokens.logprobs.detach() - ref).sum())
+            sums["policy/kl_ref_update"] = (tokens.logprobs.detach() - ref).sum()
         if self.given.entropy_coef:
             per_token = per_token - self.given.entropy_coef * tokens.entropy
-        largest = {"policy/ratio_max": float(moved.max().exp()) if len(moved) else 1.0}
-        return (tokens.weights * per_token).sum(), Sums(sums, int(tokens.counted.sum()), largest)
+        largest: dict[str, Number] = {"policy/ratio_max": moved.max().exp() if len(moved) else 1.0}
+        count = int((forest.token["weights"] != 0).sum())
+        return (tokens.weights * per_token).sum(), Sums(sums, count, largest)
+
+    def _read(self, forest: Forest) -> tuple[str, ...]:
+        """What the loss reads of each token."""
+        names = ["weights", "advantages", "old_logprobs", *self.needs.columns]
+        names += ["ref_logprobs"] if self.kl_in_loss else []
+        rows = {"token": (), "completion": (COMPLETION,), "tree": (TREE,)}[self.needs.unit]
+        return *(name for name in dict.fromkeys(names) if name in forest.token), *rows

@@ -1,11 +1,15 @@
 """What to change where a run does not fit: the largest micro-batch and rows that do, and options that make it fit."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from stepcredit.config import Config
 from stepcredit.plan.memory import (
+    GIB,
     PASS,
     SAMPLING,
     Plan,
@@ -14,6 +18,8 @@ from stepcredit.plan.memory import (
     plan_of,
     tokens_of_a_step,
 )
+
+log = logging.getLogger("stepcredit")
 
 LARGEST_BUDGET = 1 << 24
 MAX_GPUS = 256
@@ -83,6 +89,40 @@ def largest_budget(config: Config, plan: Plan) -> int:
     low = longest_path(config)
     high = max(low, min(LARGEST_BUDGET, tokens_of_a_step(config, plan.gpus)))
     return _largest(low, high, fits)
+
+
+def fitting_budget(config: Config, gpus: int, memory: float, strategy: str) -> int:
+    """What a run takes for optim.max_tokens_per_micro_batch: what is asked for, or the largest below it that fits.
+
+    At least the longest path, which is never split, even where that does not fit.
+
+    Args:
+        memory: bytes of a GPU.
+        strategy: "ddp" or "fsdp".
+    """
+    asked, plan = config.optim.max_tokens_per_micro_batch, estimate_memory(config, gpus, strategy, memory)
+    if plan.taken(PASS) <= plan.usable:
+        return asked
+    return min(asked, max(longest_path(config), _rounded_down(largest_budget(config, plan), 256)))
+
+
+def with_fitting_budget(config: Config, device: torch.device, gpus: int, strategy: str) -> Config:
+    """The config with `fitting_budget` on a GPU, and a line in the log where that is lower; elsewhere as it is."""
+    if device.type != "cuda":
+        return config
+    memory = torch.cuda.get_device_properties(device).total_memory
+    asked, fitting = config.optim.max_tokens_per_micro_batch, fitting_budget(config, gpus, memory, strategy)
+    if fitting == asked:
+        return config
+    log.warning(
+        "micro-batches have at most %d tokens, not %d (optim.max_tokens_per_micro_batch): more would not fit into "
+        "%.0f GiB, as 'stepcredit plan' reckons; --train.gradient-checkpointing true or more GPUs with "
+        "--distributed.strategy fsdp leave room for more",
+        fitting,
+        asked,
+        memory / GIB,
+    )
+    return with_options(config, {"optim.max_tokens_per_micro_batch": fitting})
 
 
 def largest_rows(config: Config, plan: Plan) -> int:

@@ -12,13 +12,14 @@ from stepcredit.estimators.reads import models_beside
 from stepcredit.plan.activations import saved_by_checkpoint, saved_by_layer, saved_outside
 from stepcredit.plan.sizes import ModelSize, size_of
 from stepcredit.policy.decoding import MAX_PREFILL
-from stepcredit.policy.head import MAX_LOGITS
+from stepcredit.policy.head import max_logits_on
+from stepcredit.policy.paged import PAGE, CacheShape, pages_needed, pages_wanted, pool_bytes
 from stepcredit.samplers.table import sampler_traits
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory that a run may fill
 ALWAYS, SAMPLING, PASS, STEP = "all the time", "while sampling", "in a training pass", "at the end of a step"
-LOGIT_BUFFERS = 4  # fp32 buffers of MAX_LOGITS in a pass
+LOGIT_BUFFERS = 2  # fp32 buffers of a chunk of logits in a pass: logits, and their gradient in bf16 or fp32
 DRAW_BUFFERS = 6  # fp32 buffers of [rows, vocabulary] when tokens are drawn
 
 
@@ -159,29 +160,30 @@ def _permanent(setting: Setting, policy: Model) -> tuple[list[Part], list[Model]
         if load.adapted and model.adapters:
             shares_base = model is policy and not setting.sharded
             own = model.adapters + (0 if shares_base else model.size.weights)
-        parts += _learner(load.name, setting, model, own, load.learns)
+        parts += _learner(load.name, setting, model, own, load.learns, load.adapted)
         if load.learns:
             learning.append(model)
     sampler = sampler_traits(config)
     if setting.sharded and sampler.copies_when_sharded:
         kind = "bf16" if setting.mixed else "fp32"
         parts.append(Part(ALWAYS, f"sampler: a whole copy of the policy, {kind}", setting.width * whole_policy))
-    if config.growth.name == "tree" and not sampler.elsewhere:
-        parts.append(Part(ALWAYS, "sampler: kept keys and values", config.sampler.keep_mb * 2**20))
     return parts, learning
 
 
-def _learner(name: str, setting: Setting, model: Model, weights: int, learns: bool = True) -> Iterator[Part]:
+def _learner(
+    name: str, setting: Setting, model: Model, weights: int, learns: bool = True, adapted: bool = True
+) -> Iterator[Part]:
     """A model and what it learns with.
 
     Args:
         weights: those that it holds for itself.
+        adapted: if the run has adapters, it has some; the rest of its weights is then as it is computed with.
     """
-    yield Part(ALWAYS, f"{name}: weights, fp32", 4 * setting.held(weights))
+    frozen = weights - model.adapters if adapted and model.adapters and setting.mixed else 0
+    yield Part(ALWAYS, f"{name}: frozen weights, bf16", 2 * setting.held(frozen))
+    yield Part(ALWAYS, f"{name}: weights, fp32", 4 * setting.held(weights - frozen))
     if learns:
         yield Part(ALWAYS, f"{name}: AdamW, fp32", 8 * setting.held(model.trained))
-        if not setting.sharded and setting.gpus > 1:
-            yield Part(ALWAYS, f"{name}: DDP's buckets of gradients", 4 * model.trained)
 
 
 def micro_batch(config: Config, gpus: int) -> int:
@@ -225,51 +227,54 @@ def _training_pass(setting: Setting, model: Model, tokens: int) -> list[Part]:
         gathered = width * (2 * size.largest_layer + size.outside) + (width + 4) * size.largest_layer * share
         parts.append(Part(PASS, "gathered: two layers and what is outside", gathered))
     elif mixed:
-        parts.append(Part(PASS, "bf16 casts of weights", 2 * (size.weights - size.outside + head)))
-    logits = LOGIT_BUFFERS * 4 * max(MAX_LOGITS, size.vocabulary)
+        cast = model.adapters or size.weights - size.outside + head
+        parts.append(Part(PASS, "bf16 casts of weights", 2 * cast))
+    logits = LOGIT_BUFFERS * 4 * max(min(max_logits_on("cuda"), tokens * size.vocabulary), size.vocabulary)
     gradient = 0 if model.adapters else head * (4 + (2 if mixed else 0))
     parts.append(Part(PASS, "output layer: chunks of logits, its gradient", logits + gradient))
     return parts
 
 
 def _end_of_step(setting: Setting, largest: Model) -> list[Part]:
-    """The update of the model that trains most weights."""
-    gradients = 4 * setting.held(largest.trained)
+    """The update of the model that trains most weights; AdamW is one kernel, without buffers."""
     spreading = (2 * setting.width + 4) * largest.size.outside if setting.sharded and not largest.adapters else 0
     return [
-        Part(STEP, "gradients, fp32", gradients),
-        Part(STEP, "buffers of AdamW, or of spreading gradients", max(gradients, spreading)),
+        Part(STEP, "gradients, fp32", 4 * setting.held(largest.trained)),
+        Part(STEP, "buffers of spreading gradients", spreading),
     ]
 
 
 def _sampling(setting: Setting, policy: Model) -> tuple[list[Part], int]:
-    """What the sampler takes in the call that takes most, and the rows that it decodes at once."""
+    """What the sampler takes, and the rows that it decodes at once in the call that takes most."""
     size = policy.size
-    tokens, prompts, rows = max(_sampler_calls(setting))
-    a_token = 2 * size.kv_heads * size.head_dim * setting.width
-    parts = [Part(SAMPLING, f"keys and values of {rows} rows", tokens * a_token * (size.layers + 1))]
-    if setting.mixed and not setting.sharded:
-        held = 0 if policy.adapters else size.weights - size.outside  # frozen ones are cast one by one
-        parts.append(Part(SAMPLING, "bf16 casts of weights", 2 * (held + size.vocabulary * size.hidden)))
+    shape = CacheShape(size.layers, size.kv_heads, size.head_dim, torch.bfloat16 if setting.mixed else torch.float32)
+    pages, prompts, rows = max(_sampler_calls(setting, shape))
+    parts = [Part(SAMPLING, f"pages of keys and values of {rows} rows", pool_bytes(shape, pages))]
+    if setting.mixed and not setting.sharded and not policy.adapters:
+        cast = size.weights - size.outside + size.vocabulary * size.hidden
+        parts.append(Part(SAMPLING, "bf16 copies of weights", 2 * cast))
     buffers = min(prompts, MAX_PREFILL) * saved_by_layer(size, setting.mixed, setting.sharded)
     buffers += DRAW_BUFFERS * 4 * rows * size.vocabulary
     parts.append(Part(SAMPLING, "prompts being read, logits being drawn from", buffers))
     return parts, rows
 
 
-def _sampler_calls(setting: Setting) -> Iterator[tuple[int, int, int]]:
-    """For training and for evaluation: tokens whose keys and values are held, those of prompts among them, rows."""
+def _sampler_calls(setting: Setting, shape: CacheShape) -> Iterator[tuple[int, int, int]]:
+    """For training and for evaluation: pages of keys and values, tokens of prompts, rows."""
     config, gpus = setting.config, setting.gpus
     growth = config.growth
-    siblings = max(1, growth.num_branches - 1) if growth.name == "tree" else growth.group_size
+    reuses = growth.name == "tree"
+    siblings = max(1, growth.num_branches - 1) if reuses else growth.group_size
     oversample = config.filter.oversample if config.filter.enabled else 1
     problems = math.ceil(config.train.problems_per_iteration * oversample / gpus)
     evaluated = math.ceil(config.eval.num_problems / gpus) * config.eval.num_samples
-    calls = ((problems * _completions(config), siblings), (evaluated, config.eval.num_samples))
-    for total, rows_of_a_prompt in calls:
+    calls = ((problems * _completions(config), siblings, reuses), (evaluated, config.eval.num_samples, False))
+    for total, rows_of_a_prompt, keeps in calls:
         rows = min(config.sampler.max_rows, total)
-        prompts = math.ceil(rows / rows_of_a_prompt) * config.task.max_prompt_tokens
-        yield rows * config.sampler.max_new_tokens + prompts, prompts, rows
+        prompts, longest = math.ceil(rows / rows_of_a_prompt), config.task.max_prompt_tokens
+        least = pages_needed(rows, config.sampler.max_new_tokens, prompts + 1, longest, PAGE) if rows else 0
+        cached = config.sampler.keep_mb * 2**20 // (PAGE * shape.token_bytes) if keeps else 0
+        yield pages_wanted(least, cached), prompts * longest, rows
 
 
 # ---------------------------------------------------------------------- the strategy

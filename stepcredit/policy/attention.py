@@ -3,18 +3,10 @@
 Registered with transformers' `AttentionInterface` under `FOREST`. A forward call that is given `plan=` (an
 `AttentionPlan`) hands its queries, keys and values to the plan; without one the function is ordinary attention.
 
-The scores of a plan are computed block by block. Each block gives an output and the log of the sum of its exponentiated
-scores; two blocks of the same query merge as
-
-    lse = log(exp(lse_1) + exp(lse_2)),     out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
-
-and the gradient of each block follows from the *merged* output and sum alone, so that only these are saved for the
-backward. Kernels that return the sum exist for the CPU and CUDA; elsewhere a plain one computes it.
+The scores of a packed forest are computed in one of two ways (`in_one_call` decides): in one call with a mask
+(`policy/flex.py`), on CUDA; or square by square and rectangle by rectangle (`policy/kernels.py`), whose outputs merge.
 """
 
-import logging
-from collections.abc import Callable
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,19 +14,17 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from stepcredit.policy import flex
+from stepcredit.policy.kernels import AttentionRule, hide, kernel_for, merge, plain_forward
 from stepcredit.policy.packing import Block, Packing
 
-log = logging.getLogger("stepcredit")
-
 FOREST = "stepcredit_forest"
-MASKED = -1e30  # a score with weight 0; finite, so that a query without keys stays finite
-MAX_SCORES = 1 << 24  # scores that the plain kernel holds at once
 
 
 class AttentionPlan(Protocol):
     """Says what each token of one forward call attends to."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: "AttentionRule") -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """Attention of one layer.
 
         Args:
@@ -45,202 +35,6 @@ class AttentionPlan(Protocol):
             [rows, length, heads, size]
         """
         ...
-
-
-class AttentionRule:
-    """How a layer turns queries and keys into scores.
-
-    Args:
-        scale: of the products.
-        window: a query sees keys less than this many positions back; None: all.
-        cap: scores are bounded by cap * tanh(score / cap); None: they are not.
-    """
-
-    def __init__(self, scale: float, window: int | None = None, cap: float | None = None) -> None:
-        self.scale, self.window, self.cap = scale, window, cap
-
-
-# ------------------------------------------------------------------ kernels
-
-# One block: queries [b, heads, q, size], keys and values [b, kv heads, k, size], mask broadcastable to
-# [b, heads, q, k] or None. Forward gives the output [b, heads, q, size] and lse [b, heads, q] in fp32.
-
-
-def plain_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """Scores written out, a few queries at a time; grouped heads without repeating keys."""
-    outs, sums = [], []
-    for rows in _query_chunks(query, key):
-        scores, _ = _scores(query, key, rows, causal, mask, rule)
-        outs.append(scores.softmax(-1).to(value.dtype) @ value[:, :, None])
-        sums.append(scores.logsumexp(-1))
-    return torch.cat(outs, 3).flatten(1, 2), torch.cat(sums, 3).flatten(1, 2)
-
-
-def plain_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    rule: AttentionRule,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block from the merged output and lse of its queries."""
-    heads = key.shape[1]
-    grad_query = torch.empty_like(query)
-    grad_key = torch.zeros(key.shape, device=key.device)
-    grad_value = torch.zeros(value.shape, device=value.device)
-    for rows in _query_chunks(query, key):
-        scores, slope = _scores(query, key, rows, causal, mask, rule)
-        grouped_grad, grouped_out = (tensor[:, :, rows].unflatten(1, (heads, -1)).float() for tensor in (grad, out))
-        probs = (scores - lse[:, :, rows].unflatten(1, (heads, -1))[..., None]).exp()
-        delta = (grouped_grad * grouped_out).sum(-1, keepdim=True)
-        grad_scores = probs * (grouped_grad @ value[:, :, None].float().transpose(-1, -2) - delta) * rule.scale
-        if slope is not None:
-            grad_scores = grad_scores * slope
-        grouped_query = query[:, :, rows].unflatten(1, (heads, -1)).float()
-        grad_query[:, :, rows] = (grad_scores @ key[:, :, None].float()).flatten(1, 2).to(query.dtype)
-        grad_key += (grad_scores.transpose(-1, -2) @ grouped_query).sum(2)
-        grad_value += (probs.transpose(-1, -2) @ grouped_grad).sum(2)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-def _query_chunks(query: Tensor, key: Tensor) -> list[slice]:
-    step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
-    return [slice(first, first + step) for first in range(0, query.shape[2], step)]
-
-
-def _scores(
-    query: Tensor, key: Tensor, rows: slice, causal: bool, mask: Tensor | None, rule: AttentionRule
-) -> tuple[Tensor, Tensor | None]:
-    """Scores [b, kv heads, group, rows, k] of some queries in fp32, and their slope where they are capped."""
-    grouped = query[:, :, rows].unflatten(1, (key.shape[1], -1))
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * rule.scale
-    slope = None
-    if rule.cap is not None:
-        bounded = torch.tanh(scores / rule.cap)
-        scores, slope = bounded * rule.cap, 1 - bounded * bounded
-    if causal:
-        first = torch.arange(rows.start, rows.start + grouped.shape[3], device=query.device)
-        hidden = torch.arange(key.shape[2], device=query.device)[None] > first[:, None]
-        scores = scores.masked_fill(hidden, MASKED)
-    if mask is not None:
-        part = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        scores = scores + part[:, :, None]
-    return scores, slope
-
-
-def fused_cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash attention; it groups heads and takes masks by itself."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=rule.scale
-    )
-
-
-def fused_cpu_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    rule: AttentionRule,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=rule.scale
-    )
-
-
-def fused_cuda_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, rule: AttentionRule
-) -> tuple[Tensor, Tensor]:
-    """torch's CUDA flash attention: half precision, no masks."""
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=rule.scale)
-    return out, lse
-
-
-def fused_cuda_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    rule: AttentionRule,
-) -> tuple[Tensor, Tensor, Tensor]:
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        lse.contiguous(),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        causal,
-        no_dropout,
-        no_dropout[:0],
-        scale=rule.scale,
-    )
-
-
-Kernel = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]
-PLAIN: Kernel = (plain_forward, plain_backward)
-FUSED: dict[str, Kernel] = {
-    "cpu": (fused_cpu_forward, fused_cpu_backward),
-    "cuda": (fused_cuda_forward, fused_cuda_backward),
-}
-
-
-def kernel_for(query: Tensor, mask: Tensor | None, rule: AttentionRule) -> Kernel:
-    """The fastest kernel that can compute this block."""
-    kind, dtype, size = query.device.type, query.dtype, query.shape[-1]
-    if kind not in FUSED or rule.cap is not None:
-        return PLAIN
-    if kind == "cuda" and (mask is not None or dtype not in (torch.bfloat16, torch.float16) or size % 8):
-        return PLAIN
-    return FUSED[kind] if fused_agrees(kind, dtype, size) else PLAIN
-
-
-@cache
-@torch.no_grad()
-def fused_agrees(device: str, dtype: torch.dtype, size: int) -> bool:
-    """Whether the fused kernel of a device gives what the plain one gives, forward and backward; tried once."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 9, size), (2, 2, 9, size), (2, 2, 9, size), (2, 4, 9, size)]
-    query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    rule = AttentionRule(size**-0.5)
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    try:
-        with torch.autocast(device, enabled=False):
-            for causal in (True, False):
-                actual, expected = (
-                    kernel[0](query, key, value, causal, None, rule) for kernel in (FUSED[device], PLAIN)
-                )
-                merged = expected[0], expected[1] + 0.5  # as if further blocks had been merged in
-                grads, expected_grads = (
-                    kernel[1](grad, query, key, value, *merged, causal, None, rule) for kernel in (FUSED[device], PLAIN)
-                )
-                for got, want in zip((*actual, *grads), (*expected, *expected_grads), strict=True):
-                    torch.testing.assert_close(got.float(), want.float(), atol=tolerance, rtol=tolerance)
-    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        log.warning("fused attention on %s (%s) cannot be used; the plain one is slower: %s", device, dtype, error)
-        return False
-    return True
 
 
 # ------------------------------------------------------------------ a packed forest
@@ -257,13 +51,27 @@ class ForestPlan:
     def __init__(self, packing: Packing, record: bool = False) -> None:
         self.packing = packing
         self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
+        self.heads: set[flex.Heads] = set()  # of the layers that have attended
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._tree_masks: dict[int | None, flex.TreeMask] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        heads = flex.Heads(query.shape[1], key.shape[1], query.shape[3], rule.scale, rule.window is not None, rule.cap)
+        self.heads.add(heads)
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         if self.recorded is not None:
-            self.recorded[layer] = (key, value)
-        return _Attend.apply(query, key, value, self, rule)[None]
+            real = slice(self.packing.num_positions)  # without padding
+            self.recorded[layer] = rows[1][real], rows[2][real]
+        if in_one_call(query.device, query.dtype, heads):
+            return flex.attend(query, key, value, self.tree_mask(rule.window), rule).transpose(1, 2)
+        return _Blocks.apply(*rows, self, rule)[None]
+
+    def tree_mask(self, window: int | None) -> flex.TreeMask:
+        """The mask of the whole row, made once per forward call and window."""
+        if window not in self._tree_masks:
+            packing = self.packing
+            self._tree_masks[window] = flex.TreeMask.of(packing.end, packing.position_on_cpu, window, packing.device)
+        return self._tree_masks[window]
 
     def mask(self, number: int, rule: AttentionRule) -> Tensor | None:
         """The mask that is added to the scores of a block, made once per forward call."""
@@ -289,20 +97,27 @@ class ForestPlan:
         return query[:, :, None] - key[:, None]
 
 
-class _Attend(torch.autograd.Function):
-    """Attention of packed tokens: query [num_positions, heads, size], key and value [num_positions, kv heads, size]."""
+def in_one_call(device: torch.device, dtype: torch.dtype, heads: flex.Heads) -> bool:
+    """Whether such a layer attends in one masked call there; otherwise by squares and rectangles."""
+    return device.type in flex.DEVICES and flex.one_mask_agrees(device, dtype, heads)
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention by squares and rectangles: query [length, heads, size], key and value [length, kv heads, size]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: ForestPlan, rule: AttentionRule) -> Tensor:
         out = query.new_empty(query.shape, dtype=torch.float32)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        if len(query) > plan.packing.num_positions:  # padding is in no block
+            out[plan.packing.num_positions :], lse[plan.packing.num_positions :] = 0, 0
         for number, block in enumerate(plan.packing.blocks):
             part = block.queries.take(query), block.keys.take(key), block.keys.take(value)
             mask = plan.mask(number, rule)
             causal = block.causal and (mask is None)
-            block_out, block_lse = kernel_for(part[0], mask, rule)[0](*part, causal, mask, rule)
+            block_out, block_lse = kernel_for(part[0], mask, rule, part[1].shape[1])[0](*part, causal, mask, rule)
             block_out, block_lse = block.queries.flat(block_out), block.queries.flat(block_lse)
-            rows = block.queries.index if isinstance(block.queries.index, slice) else block.queries.real
+            rows = block.queries.real
             if block.causal:  # every row is in one square, and these come first
                 out[rows], lse[rows] = block_out.float(), block_lse
             else:
@@ -324,24 +139,13 @@ class _Attend(torch.autograd.Function):
             if block.queries.filled is not None:  # exp(score - inf) = 0: padding has no gradient
                 block_lse = block_lse.masked_fill(~block.queries.filled[:, None], torch.inf)
             part = block.queries.take(query), block.keys.take(key), block.keys.take(value)
-            backward = kernel_for(part[0], mask, rule)[1]
+            backward = kernel_for(part[0], mask, rule, part[1].shape[1])[1]
             taken = block.queries.take(grad), *part, block.queries.take(out), block_lse
             for rows, total, piece in zip(
                 (block.queries, block.keys, block.keys), grads, backward(*taken, causal, mask, rule), strict=True
             ):
                 rows.add(piece, total)
         return *(total.to(tensor.dtype) for total, tensor in zip(grads, (query, key, value), strict=True)), None, None
-
-
-def hide(visible: Tensor) -> Tensor:
-    """The mask that is added to scores so that only the visible ones count; fp32."""
-    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, MASKED)
-
-
-def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the attention over each: out [..., size], lse [...]."""
-    total = torch.logaddexp(lse, more_lse)
-    return out * (lse - total).exp()[..., None] + more_out * (more_lse - total).exp()[..., None], total
 
 
 # ------------------------------------------------------------------ inside transformers

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stepcredit.policy.attention import AttentionRule, ForestPlan, hide, kernel_for, merge
+from stepcredit.policy.attention import ForestPlan
 from stepcredit.policy.batching import cheapest_batches
 from stepcredit.policy.forward import Policy
+from stepcredit.policy.kernels import AttentionRule, hide, kernel_for, merge
 from stepcredit.policy.packing import Packing
 
 MAX_PREFILL = 1 << 14  # token positions of prompts that are encoded in one call
@@ -57,6 +58,13 @@ class Prefix:
             run = run.above
         return [run, *reversed(runs)]
 
+    def cut(self, length: int) -> tuple["Prefix", int]:
+        """The prefix of its first tokens, and the bytes that this takes: none, for both parts are stored once."""
+        prefix = self
+        while prefix.above is not None and prefix.start >= length:
+            prefix = prefix.above
+        return (prefix.split(length - prefix.start) if prefix.end > length else prefix), 0
+
     def split(self, length: int) -> "Prefix":
         """Split it after `length` of its tokens: returns the first part; this prefix becomes the rest."""
         first = self._part(slice(length))
@@ -87,8 +95,8 @@ class Prefix:
     def detach(self) -> None:
         """Copy tensors that are small views of a larger batch, so that the batch can be freed."""
         for tensors in (self.keys, self.values):
-            tensors[:] = [_compact(tensor) for tensor in tensors]
-        self.logits = None if self.logits is None else _compact(self.logits)
+            tensors[:] = [compact(tensor) for tensor in tensors]
+        self.logits = None if self.logits is None else compact(self.logits)
 
 
 class _PrefixBatch:
@@ -189,7 +197,7 @@ class ForestRows:
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
         """Prefixes of whole prompts, each encoded once, in packed rows."""
         prefixes = []
-        for batch in _by_budget(prompts, MAX_PREFILL):
+        for batch in by_budget(prompts, MAX_PREFILL):
             packing = Packing.of_rows(batch, self.device)
             plan = ForestPlan(packing, record=True)
             states = self.policy.hidden(packing.token_ids[None], packing.position[None], plan)[0]
@@ -215,6 +223,7 @@ class ForestRows:
                 keys = [torch.cat(pair, 1) for pair in zip(prefix.keys, keys, strict=True)]
                 values = [torch.cat(pair, 1) for pair in zip(prefix.values, values, strict=True)]
                 longer.append(Prefix(keys, values, prefix.above, logits[number]))
+                prefix.keys, prefix.values = ([one[:, :-1] for one in pair] for pair in (keys, values))  # not twice
             else:
                 longer.append(Prefix(keys, values, prefix, logits[number]))
         return longer
@@ -399,7 +408,7 @@ class CachedRows:
         ).logits[:, -1]
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def compact(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where it is less than half of the storage that it is a view of."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
 
@@ -413,7 +422,7 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return out
 
 
-def _by_budget(prompts: Sequence[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
+def by_budget(prompts: Sequence[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
     """Prompts in batches of at most this many tokens; a longer one alone."""
     batch: list[Sequence[int]] = []
     size = 0

@@ -1,8 +1,8 @@
 """`Policy`: a causal language model that scores forests, each token computed once.
 
 A forest is one row of tokens (`Packing`) whose attention follows the trees (`ForestPlan`), so a part of a batch is one
-forward call of the model whatever its shape, and one call of the policy, head included, because DDP and FSDP2 act on
-module calls. Models for which that does not hold are scored in another way (`reference`), which `choose_scoring_form`
+forward call of the model whatever its shape, and one call of the policy, head included, because FSDP2 acts on module
+calls. Models for which that does not hold are scored in another way (`reference`), which `choose_scoring_form`
 finds out.
 """
 
@@ -22,12 +22,14 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.policy.agreement import difference_in_training, try_kernels
 from stepcredit.policy.attention import FOREST, AttentionPlan, ForestPlan
 from stepcredit.policy.batching import PREFERRED_TOKENS_ON_CPU, gather_owned, split_into_parts, tree_sizes, unowned_part
 from stepcredit.policy.head import LogitRule, score_states
 from stepcredit.policy.limits import check_positions, check_token_ids, positions_of, steady_length, vocabulary_of
 from stepcredit.policy.packing import Packing
 from stepcredit.policy.reference import CachedForm, plain_scores, plain_states
+from stepcredit.policy.transfer import send
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks, balanced_shares
 
 log = logging.getLogger("stepcredit")
@@ -134,16 +136,16 @@ class Policy(nn.Module):
             if head == LOGPROBS:
                 scores, order = self._logprobs(forest, wanted, temperature, entropy_grad)
                 return TokenScores(*(_scatter(order, value, forest.num_tokens) for value in scores))
-            states, order = self._states(forest, wanted)
+            states, order, _ = self._states(forest, wanted)
             return _scatter(order, self.heads[head](states), forest.num_tokens)
 
     def _logprobs(
         self, forest: Forest, wanted: Tensor, temperature: float, entropy_grad: bool
     ) -> tuple[TokenScores, Tensor]:
         if self.scoring_form == "plain":
-            return plain_scores(self.model, forest, wanted, temperature, entropy_grad)
-        states, order = self._states(forest, wanted)
-        targets = forest.token["token_ids"][order].to(self.device)
+            scores, order = plain_scores(self.model, forest, wanted, temperature, entropy_grad)
+            return scores, order.to(self.device)
+        states, order, targets = self._states(forest, wanted)
         output = self.model.get_output_embeddings()
         return score_states(
             states, targets, output, temperature, rule=self.logit_rule, entropy_grad=entropy_grad
@@ -212,16 +214,21 @@ class Policy(nn.Module):
             return len(forest.prompt_ids) + forest.num_tokens - left_out
         return int(forest.ends.sum()) * int(forest.path_length.max())
 
-    def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The states that predict the wanted tokens [n, hidden], and the tokens [n]."""
+    def _states(self, forest: Forest, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states that predict the wanted tokens [n, hidden], and the tokens' rows and ids [n], on the device."""
+        token_ids = forest.token["token_ids"]
+        if self.scoring_form == "forest":
+            packing, before = Packing.of_forest(forest, self.device)
+            order = wanted.nonzero().squeeze(1)
+            before, order, targets = packing.send(before[order], order, token_ids[order])
+            states = self.hidden(packing.token_ids[None], packing.position[None], ForestPlan(packing))[0]
+            return states.index_select(0, before), order, targets
         if self.scoring_form == "plain":
-            return plain_states(self.model, forest, wanted)
-        if self.scoring_form == "cached":
-            return CachedForm(self.model).states(forest, wanted)
-        packing, before = Packing.of_forest(forest, self.device)
-        states = self.hidden(packing.token_ids[None], packing.position[None], ForestPlan(packing))[0]
-        order = wanted.nonzero().squeeze(1)
-        return states.index_select(0, before[order.to(self.device)]), order
+            states, order = plain_states(self.model, forest, wanted)
+        else:
+            states, order = CachedForm(self.model).states(forest, wanted)
+        order, targets = send([order, token_ids[order]], self.device)
+        return states, order, targets
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's logits of states, as its own forward would give them."""
@@ -244,7 +251,7 @@ class Policy(nn.Module):
 
 def _scatter(rows: Tensor, values: Tensor, size: int) -> Tensor:
     """[size] fp32: `values` at `rows`, 0 elsewhere."""
-    return values.new_zeros(size, dtype=torch.float32).index_copy(0, rows.to(values.device), values.float())
+    return values.new_zeros(size, dtype=torch.float32).index_copy(0, rows, values.float())
 
 
 @torch.no_grad()
@@ -260,11 +267,17 @@ def score(policy: Policy, forest: Forest, temperature: float, max_tokens: int) -
 
 
 @torch.no_grad()
-def choose_scoring_form(policy: Policy, tolerance: float = 1e-3) -> float:
+def choose_scoring_form(policy: Policy, tolerance: float = 1e-3, home: torch.device | None = None) -> float:
     """Compare the scoring forms with the model's own logits on a small random tree and take the fastest that agrees.
 
-    Sets `policy.scoring_form`. Where neither the packed nor the cached form gives the model's own logits (a cap or
-    scale that its config does not name, attention of another kind), the plain form is taken and the log says so.
+    They are compared in fp32, and then, with gradients, in the types of training (`agreement`). Sets
+    `policy.scoring_form`. Where neither the packed nor the cached form gives the model's own logits (a cap or scale
+    that its config does not name, attention of another kind), the plain form is taken and the log says so.
+
+    Args:
+        tolerance: of log-probabilities in fp32.
+        home: the device that it will compute on, where that is not the device of its weights: there only the attention
+            kernel is tried.
 
     Returns:
         The largest difference of log-probabilities of the chosen form in fp32; infinite for the plain form.
@@ -277,18 +290,28 @@ def choose_scoring_form(policy: Policy, tolerance: float = 1e-3) -> float:
         policy.scoring_form = "plain"
         plain = policy(forest).logprobs
         for form in _forms_to_try(policy.model):
-            policy.scoring_form = form
             try:
+                policy.scoring_form, policy.autocast = form, None
                 difference = float((policy(forest).logprobs - plain).abs().max())
+                policy.autocast = autocast
+                if not difference <= tolerance:
+                    why = f"it differs from the model's own logits by {difference:.2g}"
+                elif home is not None and home.type != policy.device.type:
+                    why = ""
+                    if form == "forest":
+                        try_kernels(policy, home)
+                else:
+                    why = difference_in_training(policy, forest, form)
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 log.warning("the %s form does not run on this model (%s)", form, error)
                 continue
-            if difference <= tolerance:
+            if not why:
+                policy.scoring_form = form
                 level = logging.INFO if form == "forest" else logging.WARNING  # the others take longer
                 text = f"{form} form; within {difference:.1e} of the model's own logits"
                 log.log(level, "scoring each token once (%s)%s", text, "" if form == "forest" else ", level by level")
                 return difference
-            log.warning("the %s form differs from the model's own logits by %.2g", form, difference)
+            log.warning("the %s form is not used: %s", form, why)
     finally:
         policy.autocast = autocast
     policy.scoring_form = "plain"

@@ -1,20 +1,25 @@
 """Loading and saving policies: the embedded model, a local folder or a hub id."""
 
 import copy
+import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
-from stepcredit.policy.forward import Policy, check_causal, choose_scoring_form
-from stepcredit.policy.heads import load_heads
+from stepcredit.policy.forward import Policy, ScoringForm, check_causal, choose_scoring_form
+from stepcredit.policy.heads import add_head, load_heads
 from stepcredit.policy.limits import check_vocabulary
 from stepcredit.policy.weights import ADAPTER, ADAPTER_WEIGHTS, UNREADABLE, load_network, why_unreadable
+
+log = logging.getLogger("stepcredit")
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -47,6 +52,10 @@ def source_of(model: str, config_only: bool = False, option: str = "model") -> s
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder, config_only, option)
+    elif folder.suffix == ".gguf":
+        raise UserError(
+            f"{option}: '{model}' is a GGUF file; make a folder of it: stepcredit convert --in {model} --out FOLDER"
+        )
     elif folder.exists() or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(
             f"{option}: '{model}' is no folder; give one with model and tokenizer, a hub id OWNER/NAME, or embedded"
@@ -79,25 +88,84 @@ def load_policy(
     source = source_of(model, option=option)
     where = pick_device(device)
     network = load_network(source, option, trust_remote_code=trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise UserError(f"{option}: '{model}' has no tokenizer to load ({why_unreadable(source, error)})") from error
+    tokenizer = _tokenizer(source, f"{option}: '{model}'", trust_remote_code)
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):
         raise UserError(
             f"{option}: '{model}' ({network.config.model_type}) keeps states other than keys and values (recurrent or "
             "convolution layers); choose a model of attention layers only"
         )
     network.to(where)  # type: ignore[arg-type]
-    autocast = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and (home or where).type == "cuda") else None
     if network.generation_config is not None and network.can_generate():
         network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
-    policy = Policy(network, tokenizer, autocast)
+    policy = Policy(network, tokenizer, autocast_type(dtype, home or where))
     check_vocabulary(policy, f"{option}: '{model}'")
     check_causal(policy, f"{option}: '{model}'")
     load_heads(policy, Path(source), option)
-    choose_scoring_form(policy)
+    choose_scoring_form(policy, home=home)
     return policy
+
+
+def autocast_type(dtype: str, device: torch.device) -> torch.dtype | None:
+    """What `train.dtype` asks for on a device."""
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else None
+
+
+def _tokenizer(source: str, where: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        raise UserError(f"{where} has no tokenizer to load ({why_unreadable(source, error)})") from error
+
+
+# ---------------------------------------------------------------------- without weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is known of a policy that was loaded, beside its weights.
+
+    Attributes:
+        tensors: name, shape and type of its weights and buffers; tied ones once.
+    """
+
+    scoring_form: ScoringForm
+    generation_config: Any
+    heads: list[str]
+    tensors: list[tuple[str, tuple[int, ...], torch.dtype]]
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Loaded":
+        tensors = [
+            (name, tuple(value.shape), value.dtype)
+            for name, value in (*policy.named_parameters(), *policy.named_buffers())
+        ]
+        return cls(policy.scoring_form, policy.model.generation_config, list(policy.heads), tensors)
+
+
+def empty_policy(
+    model: str, loaded: Loaded, dtype: str, home: torch.device, trust_remote_code: bool = False
+) -> Policy | None:
+    """A policy like one that another process has loaded, without weights (on the meta device).
+
+    Returns:
+        None where it cannot be made from the model's config alone.
+    """
+    source = source_of(model)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            network.tie_weights()
+    except UNREADABLE as error:
+        log.debug("'%s' cannot be made without weights: %r", model, error)
+        return None
+    network.generation_config, network.name_or_path = loaded.generation_config, source
+    tokenizer = _tokenizer(source, f"model: '{model}'", trust_remote_code)
+    policy = Policy(network, tokenizer, autocast_type(dtype, home))
+    for name in loaded.heads:
+        add_head(policy, name)
+    policy.scoring_form = loaded.scoring_form
+    return policy if Loaded.of(policy).tensors == loaded.tensors else None
 
 
 def _check_folder(folder: Path, config_only: bool, option: str) -> None:

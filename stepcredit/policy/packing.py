@@ -23,15 +23,17 @@ Example: a prompt of 3 tokens with completions of 2 and 4.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepcredit.forest import Forest
 from stepcredit.policy.batching import cheapest_batches, children_of
+from stepcredit.policy.flex import padded_length
+from stepcredit.policy.transfer import send
 
 UNBATCHED_SCORES = {"cpu": 1 << 14}  # scores of a block that is worth a call of its own, without copies
 UNBATCHED_SCORES_ELSEWHERE = 1 << 20
@@ -45,30 +47,24 @@ class RowIndex:
     """
 
     index: slice | Tensor  # [blocks, longest]
+    real: slice | Tensor  # [n] the rows without padding
     filled: Tensor | None = None  # [blocks, longest] False where padded; None: nothing is padded
+    places: Tensor | None = None  # [n] places of the real rows in the flattened index; None: nothing is padded
 
     @classmethod
     def of(cls, spans: list[tuple[int, int]]) -> "RowIndex":
         if len(spans) == 1:
-            return cls(slice(*spans[0]))
+            return cls(slice(*spans[0]), slice(*spans[0]))
         bounds = torch.tensor(spans)
         length = bounds[:, 1] - bounds[:, 0]
         offset = torch.arange(int(length.max()))
         filled = offset < length[:, None]
         index = torch.where(filled, bounds[:, :1] + offset, bounds[:, :1])
-        return cls(index, None if bool(filled.all()) else filled)
-
-    @cached_property
-    def places(self) -> Tensor | None:
-        """[n] places of the real rows in the flattened index; None: all are real."""
-        return None if self.filled is None else self.filled.flatten().nonzero().squeeze(1)
-
-    @cached_property
-    def real(self) -> Tensor:
-        """[n] the real rows."""
-        assert isinstance(self.index, Tensor)
-        flat = self.index.flatten()
-        return flat if self.places is None else flat[self.places]
+        flat = index.flatten()
+        if bool(filled.all()):
+            return cls(index, flat)
+        places = filled.flatten().nonzero().squeeze(1)
+        return cls(index, flat[places], filled, places)
 
     def take(self, rows: Tensor) -> Tensor:
         """[num_positions, heads, ...] -> [blocks, heads, longest, ...]"""
@@ -85,15 +81,14 @@ class RowIndex:
 
     def add(self, values: Tensor, to: Tensor) -> None:
         """Add values of the shape that `take` gives to the rows that they came from."""
-        if isinstance(self.index, slice):
-            to[self.index] += self.flat(values)
+        if isinstance(self.real, slice):
+            to[self.real] += self.flat(values)
         else:
             to.index_add_(0, self.real, self.flat(values).to(to.dtype))
 
-    def to(self, device: torch.device | str) -> "RowIndex":
-        if isinstance(self.index, slice):
-            return self
-        return RowIndex(self.index.to(device), None if self.filled is None else self.filled.to(device))
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by the names of its attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -110,13 +105,14 @@ class Packing:
     """Trees of tokens in one row.
 
     Args:
-        token_ids, position: [num_positions]; positions count from the start of the prompt.
+        token_ids, position: [num_positions], on the CPU; positions count from the start of the prompt.
         squares: (start, end) of the runs.
         rectangles: (start, end, last) of the runs that others continue, in lists that each hold a query once at most.
-        device: of the tensors.
+        device: that computes it.
 
     Attributes:
-        blocks: the squares and rectangles, batched; squares first.
+        num_positions: tokens. The row is longer where attention is one masked call (`flex.padded_length`): token 0 at
+            position 0, which sees nothing and is seen by nothing.
     """
 
     def __init__(
@@ -127,13 +123,65 @@ class Packing:
         rectangles: list[list[tuple[int, int, int]]],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.squares, self.rectangles = squares, rectangles
-        self.token_ids, self.position = token_ids.to(device), position.to(device)
-        unbatched = UNBATCHED_SCORES.get(torch.device(device).type, UNBATCHED_SCORES_ELSEWHERE)
-        self.blocks = [
-            Block(block.queries.to(device), block.keys.to(device), block.causal, block.reach)
-            for block in self._blocks(position, unbatched)
-        ]
+        self.squares, self.rectangles, self.device = squares, rectangles, torch.device(device)
+        self.num_positions = len(token_ids)
+        padding = padded_length(len(token_ids), self.device) - len(token_ids)
+        if padding:
+            token_ids, position = (nn.functional.pad(tensor, (0, padding)) for tensor in (token_ids, position))
+        self._on_cpu = token_ids, position
+        self._sent: list[Tensor] = []
+
+    def send(self, *others: Tensor) -> list[Tensor]:
+        """Send token ids and positions to the device, and with them, in the same transfer, other tensors.
+
+        Returns:
+            The others, there.
+        """
+        sent = send([*self._on_cpu, *others], self.device)
+        self._sent = sent[:2]
+        return sent[2:]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The row [length], on the device."""
+        if not self._sent:
+            self.send()
+        return self._sent[0]
+
+    @property
+    def position(self) -> Tensor:
+        """Positions of the row's tokens [length], on the device."""
+        if not self._sent:
+            self.send()
+        return self._sent[1]
+
+    @property
+    def position_on_cpu(self) -> Tensor:
+        """Positions of the row's tokens [length]."""
+        return self._on_cpu[1]
+
+    @cached_property
+    def end(self) -> Tensor:
+        """For each key the end of what continues its run: query q sees key k where k <= q < end[k].
+
+        Returns:
+            [length] int32, on the CPU; 0 for padding.
+        """
+        runs = {first: end for first, end in self.squares}
+        length = torch.tensor([end - first for first, end in sorted(self.squares)])
+        runs.update({first: last for level in self.rectangles for first, end, last in level if end > first})
+        end = torch.tensor([runs[first] for first in sorted(runs)], dtype=torch.int32).repeat_interleave(length)
+        return nn.functional.pad(end, (0, len(self.position_on_cpu) - len(end)))
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The squares and rectangles, batched; squares first. Their tensors are on the device."""
+        unbatched = UNBATCHED_SCORES.get(self.device.type, UNBATCHED_SCORES_ELSEWHERE)
+        blocks = list(self._blocks(self.position_on_cpu, unbatched))
+        rows = [rows for block in blocks for rows in (block.queries, block.keys)]
+        sent = iter(send([tensor for one in rows for tensor in one.tensors().values()], self.device))
+        there = iter([replace(one, **{name: next(sent) for name in one.tensors()}) for one in rows])
+        return [replace(block, queries=next(there), keys=next(there)) for block in blocks]
 
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Packing":
@@ -145,7 +193,10 @@ class Packing:
 
     @classmethod
     def of_forest(cls, forest: Forest, device: torch.device | str = "cpu") -> tuple["Packing", Tensor]:
-        """The packing of a forest and, for each of its tokens, the position whose state predicts it [num_tokens]."""
+        """The packing of a forest and, for each of its tokens, the position whose state predicts it.
+
+        The second is [num_tokens], on the CPU.
+        """
         children = children_of(forest)
         length, prompt_length = forest.segment["length"].tolist(), forest.tree["prompt_length"].tolist()
         squares: list[tuple[int, int]] = []
@@ -200,7 +251,7 @@ class Packing:
         position_of = (prompt_lengths[forest.segment["tree"]] + forest.path_offset)[of] + offset
         read = ~forest.ends[of] | (offset + 1 < forest.segment["length"][of])
         token_ids[row[read]], position[row[read]] = forest.token["token_ids"][read], position_of[read]
-        return cls(token_ids, position, squares, list(rectangles.values()), device), before.to(device)
+        return cls(token_ids, position, squares, list(rectangles.values()), device), before
 
     def _blocks(self, position: Tensor, unbatched: int) -> Iterator[Block]:
         """Large blocks one by one, small ones batched with others of similar size; squares first."""

@@ -276,11 +276,11 @@ def why_unreadable(source: str, error: Exception) -> str:
     """In one line why a model cannot be loaded: what is wrong with its files, else what the error says first."""
     folder = Path(source)
     if folder.is_dir():
-        return next((why for file in sorted(folder.iterdir()) if (why := _broken(file))), _first_line(error))
+        return next((why for file in sorted(folder.iterdir()) if (why := _broken(file))), first_line(error))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         return "there is no folder of this name"
     return (
-        f"there is no folder of this name, and as a hub id: {_first_line(error)}. Check the spelling, and the network "
+        f"there is no folder of this name, and as a hub id: {first_line(error)}. Check the spelling, and the network "
         "if it was not loaded before"
     )
 
@@ -303,7 +303,8 @@ def _broken(file: Path) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error that says what is wrong; where none does, its kind too."""
     first, *rest = str(error).strip().splitlines() or [""]
     if first.startswith("Error(s) in loading state_dict") and rest:
         first = rest[0].strip()

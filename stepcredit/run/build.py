@@ -23,6 +23,7 @@ from stepcredit.policy.limits import PromptCheck, check_stop_tokens
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.checks import check_combination
+from stepcredit.run.servers import fit_server
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.shapers import SHAPERS, Shaper
@@ -85,7 +86,7 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, ranks.local_size)
     judge.start()  # while the prompts are checked
     parts.task.fit(encode, given.long_prompts)
-    sampler = build_sampler(config, policy, placement)
+    sampler = build_sampler(fit_server(config, placement, policy.device), policy, placement)
     check_stop_tokens(
         sampler.stop_token_ids if parts.params.stop_token_ids is None else parts.params.stop_token_ids,
         policy.vocabulary,

@@ -26,11 +26,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedModel
 
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import has_adapters, load_adapters
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.placement import full_heads_state, full_state, load_full_heads, load_full_state
+from stepcredit.learn.spread import load_from_main
 from stepcredit.policy.heads import save_heads, saved_heads
 from stepcredit.policy.loading import save_policy
 from stepcredit.policy.weights import ADAPTER, Names, load_network
@@ -126,6 +128,11 @@ def load_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
         raise UserError(f"--resume: '{model_folder}' has {have}; continue with {rank}, or start a new run")
     if has_adapters(policy):
         load_adapters(policy, model_folder, "--resume")
+    elif learner.placement.sharded:
+        read: list[PreTrainedModel] = []  # by the main process
+        ranks = learner.placement.ranks
+        ranks.on_main(lambda: read.append(load_network(str(model_folder), "--resume", type(policy.model))))
+        load_from_main(policy, read[0].state_dict() if read else {}, ranks)
     else:
         saved = load_network(str(model_folder), "--resume", type(policy.model))
         load_full_state(policy, saved.state_dict())

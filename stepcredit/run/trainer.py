@@ -13,6 +13,7 @@ from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
+from stepcredit.plan.advice import with_fitting_budget
 from stepcredit.policy.forward import Policy
 from stepcredit.run.build import Parts, build_estimators, build_rollouts
 from stepcredit.run.by_source import reported_sources
@@ -25,6 +26,7 @@ from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
 from stepcredit.run.work import Work
+from stepcredit.samplers.base import rest
 from stepcredit.samplers.table import check_training
 
 
@@ -41,6 +43,8 @@ class Trainer:
     def __init__(
         self, config: Config, parts: Parts, policy: Policy, console: Console, placement: Placement = UNSHARDED
     ) -> None:
+        device = placement.device if placement.sharded else policy.device
+        config = with_fitting_budget(config, device, placement.ranks.size, placement.strategy)
         self.config, self.parts, self.policy, self.console = config, parts, policy, console
         self.sampling = check_training(config)
         adapt(config, policy)
@@ -97,6 +101,7 @@ class Trainer:
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
         batch = self.source.next()
+        rest(self.rollouts.sampler)
         forest, observed, clock = batch.forest, dict(batch.metrics), Clock(batch.seconds)
         for shaper in self.parts.shapers:
             forest = shaper(forest)

@@ -45,6 +45,13 @@ class Sampler(Protocol):
 Builder = Callable[..., Sampler]
 
 
+def rest(sampler: Sampler) -> None:
+    """Let a sampler that can sleep (it has a method `sleep`) give back memory until it is synced or samples again."""
+    sleep = getattr(sampler, "sleep", None)
+    if sleep is not None:
+        sleep()
+
+
 def always_there(options: SamplerOptions) -> str:
     """`why_no_logprobs` of samplers whose segments have them whatever the options are: no reason."""
     return ""

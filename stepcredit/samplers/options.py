@@ -10,7 +10,7 @@ from stepcredit.section import Place
 
 
 class SamplerOptions(SamplingParams):
-    name: Place = "transformers"  # a name of samplers/table.py, or the dotted path of a builder of your own
+    name: Place = "auto"  # auto, transformers, vllm (samplers/table.py), or the dotted path of a builder of your own
     max_new_tokens: int = Field(1024, ge=1)
     max_rows: int = Field(256, ge=1)
     keep_mb: int = Field(4096, ge=0)  # keys and values that growing trees go on from

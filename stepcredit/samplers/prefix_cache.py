@@ -4,13 +4,16 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
-from stepcredit.policy.decoding import Prefix
+from stepcredit.policy.decoding import Prefix as OwnPrefix
+from stepcredit.policy.paged import PagedPrefix
+
+Prefix = OwnPrefix | PagedPrefix
 
 
 class PrefixCache:
     """Prefixes by all their token ids from the start of the prompt, up to a budget of memory.
 
-    A look-up may end inside a cached prefix, which is then split there, so that both parts are stored once.
+    A look-up may end inside a cached prefix, which is then cut there, so that both parts are stored once.
 
     Args:
         max_bytes: of keys and values; a prefix that does not fit is not stored.
@@ -24,6 +27,9 @@ class PrefixCache:
         self.bytes = 0
         self._paths: list[bytes] = []  # sorted: a path comes before those that begin with it
         self._prefixes: dict[bytes, Prefix] = {}
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
         return _key(tokens) in self._prefixes
@@ -46,20 +52,18 @@ class PrefixCache:
         self._prefixes[key] = prefix
 
     def find(self, tokens: Sequence[int]) -> Prefix | None:
-        """The prefix of these tokens, split off a longer one if need be; None: no cached prefix begins with them."""
+        """The prefix of these tokens, cut off a longer one if need be; None: no cached prefix begins with them."""
         key = _key(tokens)
         place = bisect_left(self._paths, key)
         if not tokens or place == len(self._paths) or not self._paths[place].startswith(key):
             return None
         prefix = self._prefixes[self._paths[place]]
-        while prefix.above is not None and prefix.start >= len(tokens):
-            prefix = prefix.above
-        if prefix.end > len(tokens):
-            prefix = prefix.split(len(tokens) - prefix.start)
         if key not in self._prefixes:
+            prefix, more = prefix.cut(len(tokens))
             self._prefixes[key] = prefix
+            self.bytes += more
             insort(self._paths, key)
-        return prefix
+        return self._prefixes[key]
 
 
 def _key(tokens: Sequence[int]) -> bytes:

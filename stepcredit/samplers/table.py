@@ -11,11 +11,13 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.imports import by_name
 from stepcredit.samplers.base import Builder, Sampler, Traits, traits_of
+from stepcredit.samplers.options import SamplerOptions
 
 if TYPE_CHECKING:
     from stepcredit.learn.placement import Placement
     from stepcredit.policy.forward import Policy
 
+AUTO = "auto"  # a run chooses (run/servers.py); what does not choose takes `name_of`
 SAMPLERS = {
     "transformers": "stepcredit.samplers.transformers.build",
     "vllm": "stepcredit.samplers.remote.vllm.build",
@@ -29,8 +31,8 @@ def sampler_builder(config: Config) -> Builder:
         UserError: there is none, or it does not take `sampler.options`.
     """
     given = config.sampler
-    builder = _named(given.name)
-    if given.options and given.name in SAMPLERS:
+    builder = _named(name_of(given))
+    if given.options and given.name in (AUTO, *SAMPLERS):
         names = ", ".join(given.options)
         raise UserError(
             f"sampler.options: {names}; they go to a sampler of your own, and sampler.name is {given.name}, whose "
@@ -44,6 +46,13 @@ def sampler_builder(config: Config) -> Builder:
             f"take that ({error})"
         ) from error
     return builder
+
+
+def name_of(given: SamplerOptions) -> str:
+    """The sampler of options that may leave it open: servers where they are named, else the decode loop."""
+    if given.name != AUTO:
+        return given.name
+    return "vllm" if given.server.urls or given.server.launch else "transformers"
 
 
 @cache

@@ -27,6 +27,7 @@ from stepcredit.samplers.remote.vllm import VLLM
 from stepcredit.samplers.transformers import TransformersSampler
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+SLEEP, WAKE, ASLEEP = "/sleep", "/wake_up", "/is_sleeping"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 STOP = 2
 PARAMS = SamplingParams(max_new_tokens=6)
@@ -50,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(size)) if size else {}
         try:
-            status, content = self.server.fake.reply(self.path.split("?")[0], body)
+            status, content = self.server.fake.reply(self.path, body)
         except Drop:
             return
         except RuntimeError as error:  # as vLLM tells of a worker's
@@ -84,6 +85,7 @@ class Worker(Extension):
 
     device = torch.device("cpu")
     parallel_config = SimpleNamespace(world_size=2, data_parallel_size=1)
+    model_config = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, fake: "Fake") -> None:
         self.fake, self.model_runner, self.given, self.fault, self.late = fake, self, {}, None, None
@@ -96,6 +98,7 @@ class Worker(Extension):
         return torch.nn.Module()
 
     def reload_weights(self, weights_path: str = "", weights_iterator: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+        assert "weights" not in self.fake.asleep and (not self.fake.spoilt or "kv_cache" in self.fake.asleep)
         self.given = load_file(Path(weights_path) / "model.safetensors") if weights_path else {}
         for name, tensor in weights_iterator:
             self.given[name] = tensor.clone()
@@ -103,6 +106,7 @@ class Worker(Extension):
                 raise self.fault
         if self.late:
             raise self.late
+        self.fake.spoilt = False
         if self.fake.sampler and self.fake.takes and self is self.fake.workers[0]:
             with self.fake.lock:
                 self.fake.sampler.policy.model.load_state_dict(self.given, strict=False)
@@ -119,6 +123,9 @@ class Fake:
         workers: two, as of a server with tensor parallelism.
         loads: (folder, or entries of a broadcast, and version) of each load.
         delay: seconds that a completion request takes; `most` is how many there were at once.
+        asleep, spoilt: tags of what is asleep; weights were forgotten and not given again.
+        development: has the endpoints of VLLM_SERVER_DEV_MODE; can_sleep: --enable-sleep-mode.
+        order: what it was asked, methods of workers by their names.
         takes: False: says that it has loaded weights, and has not.
         answers: of its workers that are passed on; of data parallel ones 1.
     """
@@ -128,6 +135,8 @@ class Fake:
         self.sampler = TransformersSampler(load_policy("embedded", "cpu")) if model else None
         self.port, self.delay, self.load_delay, self.takes, self.name = 0, 0.0, 0.0, True, "policy"
         self.answers = 2
+        self.asleep, self.spoilt, self.can_sleep, self.development = set[str](), False, True, True
+        self.order: list[str] = []
         self.lock = threading.Lock()
         self.start()
 
@@ -158,8 +167,10 @@ class Fake:
     def fail(self, path: str, faults: Iterable[Fault]) -> None:
         self.faults[path] = iter(faults)
 
-    def reply(self, path: str, body: dict) -> Reply:
+    def reply(self, full_path: str, body: dict) -> Reply:
+        path, _, query = full_path.partition("?")
         with self.lock:
+            self.order.append(full_path if path in (SLEEP, WAKE) else body.get("method") or path)
             self.requests.append((path, body))
             fault = next(self.faults.get(path, iter(())), None)
         answers = {
@@ -172,14 +183,37 @@ class Fake:
             COMPLETIONS: self.completions,
             RPC: self.rpc,
             RESET: self.reset,
+            SLEEP: lambda _: self.sleep(query),
+            WAKE: lambda _: self.wake(query),
+            ASLEEP: lambda _: {"is_sleeping": bool(self.asleep)},
         }
+        if not self.development:
+            answers = {name: answer for name, answer in answers.items() if name not in (SLEEP, WAKE, ASLEEP)}
         if path not in answers or body.get("model", self.name) not in (self.name, *self.adapters):
             return 404, b"not found"
         content = answers[path](body)
         found = 200, content if isinstance(content, bytes) else json.dumps(content).encode()
         return fault(found) if fault else found
 
+    def sleep(self, query: str) -> bytes:
+        """As one with --enable-sleep-mode; level 2 spoils the weights."""
+        if not self.can_sleep:
+            raise RuntimeError("sleep mode is not enabled")
+        self.asleep = {"weights", "kv_cache"}
+        if query == "level=2":
+            self.spoilt = True
+        return b""
+
+    def wake(self, query: str) -> bytes:
+        what = query.removeprefix("tags=")
+        if what not in self.asleep:
+            raise RuntimeError(f"{what} is awake")
+        self.asleep.remove(what)
+        return b""
+
     def completions(self, body: dict) -> dict:
+        if self.asleep or self.spoilt:
+            raise RuntimeError("asleep" if self.asleep else "the weights are gone")
         with self.lock:
             self.served.append(self.version or body["model"])
             self.now += 1

@@ -133,7 +133,8 @@ def test_a_server_that_goes_down_in_the_middle(policy, fakes, caplog):
         version = sampler.weights.version
         assert [taken for _, taken in first.loads] == [version] and version.endswith("-2")
         assert first.served and set(first.served) == {sampler.weights.version}  # not one before the weights were there
-        assert first.paths(RPC, RESET, COMPLETIONS)[:3] == [RPC, RPC, RESET]
+        # Which version, in which type, load, forget.
+        assert first.paths(RPC, RESET, COMPLETIONS)[:4] == [RPC, RPC, RPC, RESET]
 
 
 def test_the_only_server_goes_down_and_comes_back(policy, fake, caplog):

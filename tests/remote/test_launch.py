@@ -94,6 +94,7 @@ def test_close_ends_all_processes(python, tmp_path, monkeypatch, caplog):
     """And how the server is called: with what the worker extension needs, and not as one of torchrun's."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     caplog.set_level(logging.INFO)
     with closing(local(python, tmp_path, processed=True)) as server:
         found = told(tmp_path)
@@ -110,6 +111,7 @@ def test_close_ends_all_processes(python, tmp_path, monkeypatch, caplog):
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(launch.SERVER), "elsewhere"]
     assert (launch.SERVER / "stepcredit_worker.py").is_file()
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and "RANK" not in environment
+    assert "PYTORCH_ALLOC_CONF" not in environment  # the run's own, with which a server could not sleep
 
 
 @linux

@@ -4,10 +4,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_server import LOAD, PARAMS, PROMPTS, RESET, RPC, SEEDS, sampling, status
+from fake_server import JOIN_S, LOAD, PARAMS, PROMPTS, RESET, RPC, SEEDS, Fake, sampling, status
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepcredit.errors import UserError
@@ -50,6 +51,46 @@ def test_weights_are_in_memory_and_go_with_the_sampler(policy, fake):
         assert sampler.weights.folder.stat().st_mode & 0o077 == 0
         assert Path(fake.loads[1][0]).parent == sampler.weights.folder
     assert not list(weights.MEMORY.iterdir())
+
+
+def in_bf16(fake: Fake) -> Fake:
+    for worker in fake.workers:
+        worker.model_config = SimpleNamespace(dtype=torch.bfloat16)
+    return fake
+
+
+@pytest.mark.parametrize("way", ["folder", "gloo"])
+def test_weights_come_in_the_type_of_the_server(policy, fakes, way, monkeypatch):
+    """Cast before they leave; what the model keeps in fp32 stays, and so does a server in fp32."""
+    monkeypatch.setattr(policy.model, "_keep_in_fp32_modules_strict", {"input_layernorm"})
+    half, full = in_bf16(fakes()), fakes()
+    own = policy.model.state_dict()
+    with sampling(policy, half, full, way=way, patience_s=JOIN_S) as sampler:
+        for _ in range(2):
+            for worker in half.workers:
+                assert {value.dtype for value in worker.given.values()} == {torch.bfloat16, torch.float32}
+                for name, value in worker.given.items():
+                    kept = "input_layernorm" in name
+                    assert value.equal(own[name] if kept else own[name].bfloat16()), name
+            for worker in full.workers:
+                assert all(value.equal(own[name]) for name, value in worker.given.items())
+            assert half.version == full.version == sampler.weights.version
+            sampler.sync(policy)
+        if way == "folder":  # a second folder, in half the bytes
+            sizes = [
+                (sampler.weights.folder / f"{sampler.weights.version}{kind}" / "model.safetensors").stat().st_size
+                for kind in ("-bfloat16", "")
+            ]
+            assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_server_that_comes_back_in_another_type_is_asked_again(policy, fake):
+    with sampling(policy, fake) as sampler:
+        fake.stop()
+        fake.start()
+        in_bf16(fake)
+        sampler.sample(PROMPTS, 2, PARAMS, SEEDS)
+        assert {value.dtype for value in fake.workers[0].given.values()} == {torch.bfloat16}
 
 
 def test_only_the_first_process_writes(policy, fakes, tmp_path):

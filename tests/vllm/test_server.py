@@ -108,6 +108,15 @@ def test_five_iterations(algorithm, tmp_path):
         assert all(row["sampler/prefix_hits"] > 0.1 for row in rows(theirs))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a server on a CPU does not sleep")
+@pytest.mark.parametrize(("algorithm", "level"), [("grpo", "2"), ("grpo", "1"), (LORA, "1")])
+def test_five_iterations_beside_the_trainer(algorithm, level, tmp_path):
+    """On one GPU, in bf16, asleep during each update; the weights are the trainer's whenever it is awake."""
+    run, beside = tmp_path / "run", ["--sampler.server.sleep", level, "--sampler.server.memory", "0.3"]
+    assert main(["train", "--algorithm", *algorithm.split(), *LAUNCH, *beside, "--run-dir", str(run)]) in (0, 1)
+    assert len(rows(run)) == 5 and all(row["sampler/logprob_diff_mean"] < 0.03 for row in rows(run))
+
+
 def test_seeds_and_weights(sampler, policy):
     first = [segment.token_ids for segment in sampler.sample([[5, 6, 7]], 4, SamplingParams(), [3])[0]]
     assert first == [segment.token_ids for segment in sampler.sample([[5, 6, 7]], 4, SamplingParams(), [3])[0]]

@@ -83,14 +83,45 @@ function tokenSpan(chunk, token, column, scale, signed, position, begins, less) 
   return span;
 }
 
+// Of a long completion the middle is folded, and made when it is opened.
+const FOLDED_FROM = 400, SHOWN_FIRST = 240, SHOWN_LAST = 80;
+
+function foldOf(count, make) {
+  const button = el("button", {class: "fold", onclick: () => {
+    const opened = make();
+    button.replaceWith(...opened);
+    opened[0].closest(".steps").querySelector(`[data-position="${SHOWN_FIRST}"]`)?.focus();
+  }}, `… ${count} tokens …`);
+  return button;
+}
+
 // The steps of a path as rows: tokens, and the mean of the column at the end; `less` is taken off every value.
 function stepRows(chunk, group, number, column, scale, running, less = 0) {
-  const signed = SIGNED(column);
-  let position = 0;
-  const rows = chunk.steps(group, number).map((step) => {
-    const spans = step.tokens.map((token, place) => tokenSpan(chunk, token, column, scale, signed, position++, !place && (!running || !position), less));
-    return el("div", {class: `step${step.wrong ? " first-wrong" : ""}${step.pruned ? " pruned" : ""}`}, el("div", {}, spans), el("span", {}, short(chunk.mean(column, step.tokens) - less, signed)));
-  });
+  const signed = SIGNED(column), steps = chunk.steps(group, number), wanted = state.search.trim().toLowerCase();
+  const total = steps.reduce((sum, step) => sum + step.tokens.length, 0);
+  const folds = total > FOLDED_FROM && !(wanted && whole(chunk, group, number).toLowerCase().includes(wanted));
+  const isFolded = (position) => folds && position >= SHOWN_FIRST && position < total - SHOWN_LAST;
+  const spansOf = (step, from, to) => step.tokens.slice(from, to).map((token, place) => tokenSpan(chunk, token, column, scale, signed, step.first + from + place, !(from + place) && (!running || !step.first), less));
+  const rowOf = (step, content) => el("div", {class: `step${step.wrong ? " first-wrong" : ""}${step.pruned ? " pruned" : ""}`}, el("div", {}, content), el("span", {}, short(chunk.mean(column, step.tokens) - less, signed)));
+  const rows = [];
+  let position = 0, hidden = [];
+  const close = () => {
+    const steps = hidden;
+    if (steps.length) rows.push(foldOf(steps.reduce((sum, step) => sum + step.tokens.length, 0), () => steps.map((step) => rowOf(step, spansOf(step, 0)))));
+    hidden = [];
+  };
+  for (const step of steps) {
+    const size = step.tokens.length;
+    step.first = position;
+    position += size;
+    const from = step.tokens.findIndex((_, place) => isFolded(step.first + place));
+    const to = step.tokens.findLastIndex((_, place) => isFolded(step.first + place)) + 1;
+    if (from === 0 && to === size && !step.wrong) { hidden.push(step); continue; }
+    close();
+    const content = from < 0 || step.wrong ? spansOf(step, 0) : [...spansOf(step, 0, from), foldOf(to - from, () => spansOf(step, from, to)), ...spansOf(step, to)];
+    rows.push(rowOf(step, content));
+  }
+  close();
   const box = el("div", {class: `steps${running ? " running" : ""}`}, rows);
   box.querySelector(".token")?.setAttribute("tabindex", "0");
   return box;

@@ -9,6 +9,7 @@ from stepcredit.errors import UserError
 from stepcredit.samplers.remote.dialect import Dialect
 from stepcredit.samplers.remote.transfer import Transfer
 
+MEMORY = ("weights", "kv_cache")  # what a server has memory for
 QUICK_S = 10.0  # seconds for what takes no computing
 HEALTH_S = 5.0
 
@@ -26,6 +27,8 @@ class Server:
         lock: of the one that asks.
         way: how it gets weights: "folder", or a backend of `Transfer`; empty: not yet decided.
         transfer: of a way that needs one.
+        dtype: in which it holds weights, such as "bfloat16"; empty: it does not say; None: not yet asked.
+        asleep: what it has no memory for, of `MEMORY`; one that is woken halfway may go down.
     """
 
     def __init__(self, url: str, client: httpx.Client, dialect: Dialect) -> None:
@@ -34,6 +37,8 @@ class Server:
         self.waiting, self.down = 0, False
         self.lock = threading.Lock()
         self.transfer: Transfer | None = None
+        self.dtype: str | None = None
+        self.asleep: set[str] = set()
 
     def get(self, path: str, timeout_s: float = QUICK_S) -> httpx.Response:
         """

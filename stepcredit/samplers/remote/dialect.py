@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepcredit.errors import UserError
 from stepcredit.samplers.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class Start:
         python: the interpreter of the environment that has the engine.
         port: 0 takes a free one.
         lora_rank: of the adapters that it will be given; 0: none.
+        sleeps: it will be asked to give back its memory and take it again.
+        memory: share of its GPU that it takes; None: what the engine takes by itself.
+        gpus: those that it sees, as CUDA_VISIBLE_DEVICES names them; None: all that this process sees.
         args: further arguments of the server.
     """
 
@@ -37,6 +41,9 @@ class Start:
     python: str = sys.executable
     port: int = 0
     lora_rank: int = 0
+    sleeps: bool = False
+    memory: float | None = None
+    gpus: Sequence[str] | None = None
     args: Sequence[str] = ()
 
 
@@ -82,11 +89,13 @@ class Place:
         gpu: what tells its GPU from all others; empty without one.
         sees_folder: it can read the run's folder.
         is_heard: the trainer would be told if it failed to load weights from there.
+        dtype: in which it holds weights, such as "bfloat16"; empty: it does not say.
     """
 
     gpu: str
     sees_folder: bool
     is_heard: bool
+    dtype: str = ""
 
 
 class Dialect(ABC):
@@ -189,6 +198,26 @@ class Dialect(ABC):
     @abstractmethod
     def commit(self, server: "Server", version: str) -> bool:
         """Let it say from now on that it has this version; whether it will."""
+
+    # ------------------------------------------------------------------ memory
+
+    def is_asleep(self, server: "Server") -> bool:
+        """Whether it has given back its memory, and answers no requests for completions."""
+        return False
+
+    def sleep(self, server: "Server", level: int) -> None:
+        """Let it give back the memory of its GPU.
+
+        Args:
+            level: 1: it keeps its weights in the memory of the CPU; 2: it forgets them.
+        """
+        raise UserError(f"sampler.server.sleep: a {self.name} server cannot; take --sampler.server.sleep off")
+
+    def wake(self, server: "Server", what: str) -> None:
+        """Let a server that sleeps take memory again for its "weights", or for its "kv_cache"."""
+        raise UserError(f"sampler.server.sleep: a {self.name} server cannot; take --sampler.server.sleep off")
+
+    # ------------------------------------------------------------------ adapters
 
     @abstractmethod
     def load_adapter(self, server: "Server", name: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
-                env=server_environment(dialect, os.environ),
+                env=server_environment(dialect, os.environ, start.gpus),
             )
         self._end = weakref.finalize(self, _close, self.process)
         log.info("%s: starting %s at %s; its log is %s", dialect.name, start.model, self.url, log_file)
@@ -85,13 +85,17 @@ class LocalServer:
         return f" ({found[0]})" if found else ""
 
 
-def server_environment(dialect: Dialect, own: Mapping[str, str]) -> dict[str, str]:
+def server_environment(dialect: Dialect, own: Mapping[str, str], gpus: Sequence[str] | None = None) -> dict[str, str]:
     """The environment variables of a server: it finds what it runs for us, and is no process of torchrun's."""
     found = dialect.environment(own)
+    if gpus is not None:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     paths = [str(SERVER)]
     if found.get("PYTHONPATH"):
         paths.append(found["PYTHONPATH"])
     found["PYTHONPATH"] = os.pathsep.join(paths)
+    if found.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":  # this process's (run/allocator.py)
+        del found["PYTORCH_ALLOC_CONF"]  # vLLM's memory that it gives back while it sleeps does not go with it
     return {name: value for name, value in found.items() if name not in OF_TORCHRUN}
 
 

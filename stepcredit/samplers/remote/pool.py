@@ -9,7 +9,7 @@ import httpx
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy
-from stepcredit.samplers.remote.connection import QUICK_S, Retry, Server
+from stepcredit.samplers.remote.connection import MEMORY, QUICK_S, Retry, Server
 from stepcredit.samplers.remote.dialect import Completion, Dialect, Request
 from stepcredit.samplers.remote.launch import LocalServer
 from stepcredit.samplers.remote.weights import Weights
@@ -113,7 +113,21 @@ class Pool:
             server.waiting += 1
             return server
 
-    # ------------------------------------------------------------------ servers that end and come back
+    # ------------------------------------------------------------------ servers that sleep, end and come back
+
+    def sleep(self, level: int) -> None:
+        """Let all servers sleep.
+
+        Raises:
+            UserError: one cannot.
+        """
+        for server in self.servers:
+            if not server.down:
+                try:
+                    self.dialect.sleep(server, level)
+                except Retry as error:
+                    server.down = True
+                    log.warning("%s: %s", self.dialect.name, error)
 
     def check(self, server: Server) -> set[str]:
         """A server runs a model of the policy's vocabulary, and has our methods; the versions of its weights.
@@ -129,10 +143,15 @@ class Pool:
             raise UserError(
                 f"sampler.server.urls: {server.url} serves '{server.model}', whose vocabulary is not the policy's"
             )
+        self._look(server)
         return self.weights.loaded(server)
 
+    def _look(self, server: Server) -> None:
+        """Ask a server whether it sleeps: another run may have left it so, or another process woken it."""
+        server.asleep = (server.asleep or set(MEMORY)) if self.dialect.is_asleep(server) else set()
+
     def ensure(self) -> None:
-        """All servers have the weights that they should have; one that was restarted gets them."""
+        """All servers are awake and have the weights that they should have; one that was restarted gets them."""
         for server in self.servers:
             if server.down:
                 continue
@@ -141,6 +160,9 @@ class Pool:
                     log.warning("%s: %s was started anew; it gets the weights", self.dialect.name, server.url)
                     self.weights.forget_way(server)
                     self.check(server)
+                    self.weights.load(server)
+                elif server.asleep:
+                    self._look(server)
                     self.weights.load(server)
             except Retry as error:
                 server.down = True
@@ -153,7 +175,7 @@ class Pool:
         try:
             if not server.down or not server.is_healthy():
                 return
-            if self.check(server) != {self.weights.version}:
+            if self.check(server) != {self.weights.version} or server.asleep:
                 self.weights.forget_way(server)
                 self.weights.load(server)
             server.down = False  # not before: other threads would take it with other weights

@@ -22,8 +22,9 @@ from stepcredit.learn.placement import Placement
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import source_of
 from stepcredit.processes.ranks import SINGLE_PROCESS, Ranks
+from stepcredit.samplers.gpus import server_gpus
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.remote.connection import Retry
+from stepcredit.samplers.remote.connection import MEMORY, Retry
 from stepcredit.samplers.remote.dialect import Completion, Dialect, Request, Start
 from stepcredit.samplers.remote.launch import LocalServer
 from stepcredit.samplers.remote.options import ServerOptions
@@ -66,6 +67,7 @@ class RemoteSampler:
         self.dialect, self.policy, self.max_rows = dialect, policy, max_rows
         self.on_progress: Callable[[int], None] = lambda _: None
         self.metrics: dict[str, float] = {}
+        self.sleep_level = 0 if options.sleep in ("auto", "off") else int(options.sleep)
         self.weights = Weights(dialect, policy, ranks, options.transfer, device or policy.device)
         self.pool = Pool(dialect, policy, self.weights, urls, options.timeout_s, options.patience_s, local)
         for server in self.pool.servers:
@@ -89,14 +91,33 @@ class RemoteSampler:
         self.pool.close()
         self.weights.close()
 
+    def sleep(self) -> None:
+        """Let the servers give back their memory until `sync` or `sample`; all processes call this.
+
+        Raises:
+            UserError: a server cannot.
+        """
+        if not self.sleep_level:
+            return
+        self.weights.ranks.barrier()  # some may be sampling still
+        self.weights.ranks.on_main(lambda: self.pool.sleep(self.sleep_level))
+        for server in self.pool.servers:
+            server.asleep = set(MEMORY)
+
     def sync(self, policy: Policy) -> None:
-        """Give all servers the policy's weights and let them forget what they computed with others.
+        """Give all servers the policy's weights and let them forget what they computed with others; they are awake.
 
         Raises:
             UserError: a server does not take them.
         """
+        self._make_room()
         self.weights.update(policy, self.pool.servers)
         self.metrics = self.pool.cache_metrics()
+
+    def _make_room(self) -> None:
+        """What an update has left of the GPU's memory is room for servers that wake."""
+        if any(server.asleep for server in self.pool.servers):
+            torch.cuda.empty_cache()
 
     def sample(
         self,
@@ -121,6 +142,7 @@ class RemoteSampler:
             Request(list(prompt), number, n // number, limit, seed, stop, params)
             for prompt, limit, seed in zip(prompts, limits, seeds, strict=True)
         ]
+        self._make_room()
         self.pool.ensure()
         over = threading.Event()
         threads = ThreadPoolExecutor(max(1, self.max_rows // n))
@@ -156,6 +178,8 @@ def segment_of(completion: Completion, with_logprobs: bool) -> Segment:
 def remote_sampler(dialect: Dialect, config: Config, policy: Policy, placement: Placement) -> RemoteSampler:
     """The sampler of a config, with servers that run or with one that is started here.
 
+    Whether a server of the run's own sleeps, and its share of a GPU, `fit_server` (run/servers.py) has decided.
+
     Raises:
         UserError: neither is named, or both are; the server does not start.
     """
@@ -175,6 +199,9 @@ def remote_sampler(dialect: Dialect, config: Config, policy: Policy, placement: 
             port=options.port,
             params=given,
             lora_rank=config.lora.rank,
+            sleeps=options.sleep in ("1", "2"),
+            memory=options.memory,
+            gpus=server_gpus(policy.device, placement.ranks),
             args=tuple(options.args),
         )
         log_file = Path(tempfile.gettempdir()) / f"stepcredit-{dialect.name.lower()}-{os.getpid()}.log"
@@ -182,6 +209,7 @@ def remote_sampler(dialect: Dialect, config: Config, policy: Policy, placement: 
         return started[0].url
 
     if options.launch:
+        torch.cuda.empty_cache()  # what loading has left is room for the server
         urls = [placement.ranks.on_main(start)]
     return RemoteSampler(
         dialect,

@@ -69,14 +69,18 @@ class Transfer:
 
         self._together(meet, "stepcredit_join", self.key, backend, str(self.size), str(TIMEOUT_S))
 
-    def send(self, tensors: Mapping[str, Tensor], version: str) -> None:
+    def send(self, tensors: Mapping[str, Tensor], version: str, types: Mapping[str, torch.dtype] | None = None) -> None:
         """Give the workers these weights.
+
+        Args:
+            types: that they are sent in, where these are others; they are cast on the device that they are on.
 
         Raises:
             TransferError: they have not got them all.
         """
+        sent = {name: (types or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
         entries: list[Entry] = [
-            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors.items()
+            (name, str(sent[name]).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors.items()
         ]
         limit = CHUNK[self.backend]
 
@@ -84,7 +88,7 @@ class Transfer:
             for chunk in chunks(entries, limit):
                 flat = torch.empty(sum(map(room, chunk)), dtype=torch.uint8, device=self.device)
                 for name, piece in pieces(flat, chunk):
-                    piece.copy_(tensors[name])
+                    piece.copy_(tensors[name].detach().to(sent[name]))
                 self._send(flat, answer)
 
         self._together(broadcast, "stepcredit_receive", self.key, str(limit), json.dumps(entries), version)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from stepcredit.config import Config
@@ -16,7 +17,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.samplers.base import sampler
 from stepcredit.samplers.options import SamplerOptions
 from stepcredit.samplers.params import SamplingParams
-from stepcredit.samplers.remote.connection import Server
+from stepcredit.samplers.remote.connection import Retry, Server
 from stepcredit.samplers.remote.dialect import Completion, Dialect, Place, Request, Start
 from stepcredit.samplers.remote.sampler import RemoteSampler, remote_sampler
 
@@ -30,10 +31,16 @@ SPACING = 0xD1342543DE82EF95
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 
 RPC, RESET = "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true"
-DEVELOPMENT = (RPC, RESET)  # paths of VLLM_SERVER_DEV_MODE
+SLEEP, WAKE, ASLEEP = "/sleep", "/wake_up", "/is_sleeping"
+DEVELOPMENT = (RPC, RESET, SLEEP, WAKE)  # paths of VLLM_SERVER_DEV_MODE
+LASTING = (RPC, SLEEP, WAKE)  # paths whose failures, with status 500, too, stay
 LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 EXTENSION_HINT = "; is it started with --worker-extension-cls (docs/vllm.md)?"
 ADAPTER_HINT = "; is it started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (docs/vllm.md)?"
+SLEEP_HINT = (
+    "; is it started with --enable-sleep-mode, and does its GPU have room for it beside the trainer (a smaller "
+    "--gpu-memory-utilization)? --sampler.server.sleep off leaves it awake"
+)
 OTHER_MODEL = (
     "If most tokens are concerned, the server has other weights, an output layer that was not renewed, another type of "
     "numbers or, at a temperature other than 1, lacks --logprobs-mode processed_logprobs; if few are, its prefix cache "
@@ -62,6 +69,10 @@ class VLLM(Dialect):
             command += ["--logprobs-mode", "processed_logprobs"]
         if not torch.cuda.is_available():  # on CPUs vLLM 0.32 dies when it cuts the prompt of a request with a seed
             command += ["--no-enable-chunked-prefill"]
+        if start.sleeps:
+            command += ["--enable-sleep-mode"]
+        if start.memory is not None:
+            command += ["--gpu-memory-utilization", f"{start.memory:.2f}"]
         return [*command, *lora_args(start.lora_rank), *start.args]
 
     def environment(self, own: Mapping[str, str]) -> dict[str, str]:
@@ -121,12 +132,12 @@ class VLLM(Dialect):
 
     def is_temporary(self, path: str, status: int) -> bool:
         """A worker's failure comes with status 500, too, and stays."""
-        return status >= 500 and path != RPC
+        return status >= 500 and path.split("?")[0] not in LASTING
 
     def refusal(self, path: str, body: Mapping[str, Any], status: int, text: str) -> str:
-        if status == 404 and path in DEVELOPMENT:
+        if status == 404 and path.startswith(DEVELOPMENT):
             return f" has no {path}; start it with VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
-        hint = ""
+        hint = SLEEP_HINT if path.startswith((SLEEP, WAKE)) else ""
         if path in (LOAD_ADAPTER, UNLOAD_ADAPTER):
             hint = ADAPTER_HINT
         elif path == RPC and (body["method"] == "stepcredit_loaded" or "no attribute" in text):
@@ -150,7 +161,13 @@ class VLLM(Dialect):
         if not all(isinstance(place, dict) for place in found):
             return []
         return [
-            Place(str(place.get("gpu") or ""), bool(place.get("sees")), bool(place.get("heard"))) for place in found
+            Place(
+                gpu=str(place.get("gpu") or ""),
+                sees_folder=bool(place.get("sees")),
+                is_heard=bool(place.get("heard")),
+                dtype=str(place.get("dtype") or ""),
+            )
+            for place in found
         ]
 
     def load_folder(self, server: Server, folder: Path, version: str) -> None:
@@ -161,6 +178,24 @@ class VLLM(Dialect):
 
     def commit(self, server: Server, version: str) -> bool:
         return bool(self.call_workers(server, "stepcredit_commit", version))
+
+    # ------------------------------------------------------------------ memory
+
+    def is_asleep(self, server: Server) -> bool:
+        """Not one without the development endpoints: nobody could have made it sleep."""
+        try:
+            answer = server.get(ASLEEP)
+            return answer.status_code == 200 and bool(answer.json().get("is_sleeping"))
+        except (AttributeError, httpx.TransportError, ValueError) as error:
+            raise Retry(f"{server.url}{ASLEEP} does not answer ({type(error).__name__})") from error
+
+    def sleep(self, server: Server, level: int) -> None:
+        server.tell(f"{SLEEP}?level={level}", {})
+
+    def wake(self, server: Server, what: str) -> None:
+        server.tell(f"{WAKE}?tags={what}", {})
+
+    # ------------------------------------------------------------------ adapters
 
     def load_adapter(self, server: Server, name: str, folder: Path) -> None:
         server.tell(LOAD_ADAPTER, {"lora_name": name, "lora_path": str(folder)})  # it answers in words

@@ -19,15 +19,17 @@ from typing import IO, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stepcredit.errors import UserError
 from stepcredit.learn.adapters import has_adapters
 from stepcredit.learn.placement import full_state
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.loading import checkpoint_tensors, save_policy
+from stepcredit.policy.precision import stays_in_fp32
 from stepcredit.processes.ranks import Ranks
 from stepcredit.samplers.remote.connection import Retry, Server
-from stepcredit.samplers.remote.dialect import Dialect
+from stepcredit.samplers.remote.dialect import Dialect, Place
 from stepcredit.samplers.remote.transfer import Transfer, TransferError
 
 log = logging.getLogger("stepcredit")
@@ -47,6 +49,8 @@ class Weights:
         device: on which the policy will compute.
         ranks: the processes of the run; the first sends the weights.
 
+    They are sent in the type that the server holds them in, cast on the device that they are on.
+
     Attributes:
         number: of the update that they are of.
         token: of the run; a server may know other runs.
@@ -61,6 +65,8 @@ class Weights:
         self.token, self.number = ranks.on_main(lambda: uuid.uuid4().hex[:8]), 0
         self.adapted = has_adapters(policy)
         self.state: dict[str, Tensor] = {}  # of the first process
+        self.copied = False  # `state` takes memory of its own
+        self.buffers = {name for name, _ in policy.model.named_buffers()}
         self._writing = threading.Lock()
         self._remove: Callable[[], object] | None = None
         if way == "nccl" and device.type != "cuda":
@@ -96,13 +102,34 @@ class Weights:
         Raises:
             UserError: a server does not take them.
         """
-        self.state = full_state(policy, collect=self.ranks.main)
+        self.state = self._gathered(policy, servers)
         self.number += 1
         ways = self.ranks.on_main(lambda: self._send(servers))
         for server, way in zip(servers, ways, strict=True):
             server.way = way
-        if all(server.way == "folder" for server in servers) and self._version_folder.exists():
+            if not server.down:  # else it is woken when it is back
+                server.asleep = set()
+        in_folder = all(server.way == "folder" for server in servers)
+        written = all(self._version_folder(server.dtype or "").exists() for server in servers)
+        if in_folder and written and self.copied:
             self.state = {}  # the folder holds them
+
+    def _gathered(self, policy: Policy, servers: Sequence[Server]) -> dict[str, Tensor]:
+        """The state, in the first process: the policy's own tensors, or, of shards, copies on the host.
+
+        The policy does not change while servers are asked for samples, so that its own tensors stay those of `version`.
+        """
+        self.copied = not self.adapted and any(isinstance(value, DTensor) for value in policy.parameters())
+        if not self.copied:
+            return full_state(policy, collect=self.ranks.main, on_host=False)
+        dtypes = self.ranks.on_main(lambda: {server.dtype or "" for server in servers})
+        only = next(iter(dtypes)) if len(dtypes) == 1 else ""
+        return full_state(policy, self.ranks.main, types=partial(self._sent_as, only))
+
+    def _sent_as(self, wanted: str, name: str, value: Tensor) -> torch.dtype:
+        """The type in which a tensor goes to a server that holds weights in another: buffers stay what they are."""
+        casts = wanted and value.dtype == torch.float32 and name not in self.buffers
+        return getattr(torch, wanted) if casts and not stays_in_fp32(self.policy.model, name) else value.dtype
 
     def _send(self, servers: Sequence[Server]) -> list[str]:
         """Load all servers, as the first process; the way that each gets weights."""
@@ -139,14 +166,21 @@ class Weights:
             Retry: it does not answer, or the first process has to give it weights first.
             UserError: it does not take them.
         """
+        self._wake(server, "weights")  # alone: room for keys and values is taken once they are there
         if not server.way:
             self._find_way(server)
         if self.adapted:
             self._load_adapters(server)
         else:
             self._load_weights(server)
+        self._wake(server, "kv_cache")
         if self.loaded(server) != {self.version}:
             raise server.not_taken()
+
+    def _wake(self, server: Server, what: str) -> None:
+        if what in server.asleep:
+            self.dialect.wake(server, what)
+            server.asleep.remove(what)
 
     def _load_adapters(self, server: Server) -> None:
         """Under a new name, so that nothing that was computed with others is found in the prefix cache."""
@@ -157,7 +191,7 @@ class Weights:
 
     def _load_weights(self, server: Server) -> None:
         if server.way == "folder":
-            self.dialect.load_folder(server, self._written(), self.version)
+            self.dialect.load_folder(server, self._written(self._dtype(server)), self.version)
         else:
             self._broadcast(server)
         if not self.dialect.forget(server):
@@ -167,6 +201,7 @@ class Weights:
 
     def forget_way(self, server: Server) -> None:
         """Forget how a server got weights: it may be another now."""
+        server.dtype = None
         if server.transfer is not None:
             server.transfer.close()
             server.transfer, server.way = None, ""
@@ -205,6 +240,7 @@ class Weights:
         places = self.dialect.places(server, self.folder)
         if not places:
             raise server.not_taken()
+        server.dtype = common_dtype(places)
         all_see = all(place.sees_folder for place in places)
         if self.way == "folder" or not self.state:
             return ["folder"] if all_see else []
@@ -218,11 +254,18 @@ class Weights:
             ways.append("folder")
         return [*ways, "gloo"]
 
+    def _dtype(self, server: Server) -> str:
+        if server.dtype is None:
+            server.dtype = common_dtype(self.dialect.places(server, self.folder))
+        return server.dtype
+
     def _broadcast(self, server: Server) -> None:
         self._main_only(server)
         assert server.transfer is not None
         try:
-            server.transfer.send(checkpoint_tensors(self.policy, self.state), self.version)
+            tensors, dtype = checkpoint_tensors(self.policy, self.state), self._dtype(server)
+            types = {name: self._sent_as(dtype, name, value) for name, value in tensors.items()}
+            server.transfer.send(tensors, self.version, types)
         except TransferError as error:
             self.forget_way(server)
             raise Retry(f"{server.url} has not got the weights ({error})") from error
@@ -233,21 +276,42 @@ class Weights:
 
     # ------------------------------------------------------------------ the folder
 
-    @property
-    def _version_folder(self) -> Path:
-        return self.folder / self.version
+    def _version_folder(self, dtype: str) -> Path:
+        return self.folder / (f"{self.version}-{dtype}" if dtype else self.version)
 
-    def _written(self) -> Path:
-        """The folder with the weights; the first process writes it when it is needed."""
-        folder = self._version_folder
+    def _written(self, dtype: str = "") -> Path:
+        """The folder with the weights in a type; the first process writes it when it is needed."""
+        folder = self._version_folder(dtype)
         with self._writing:
             if self.ranks.main and not folder.exists():
+                if not self.state:
+                    raise UserError(
+                        f"sampler: a server was started anew in {dtype or 'fp32'}, which the others are not; start it "
+                        "with the --dtype that it had"
+                    )
                 part = folder.with_suffix(".part")
-                save_policy(self.policy, part, self.state)
+                save_policy(self.policy, part, self._on_host(dtype))
                 part.rename(folder)
         if not folder.exists():
             raise Retry(f"{folder} is not there yet")
         return folder
+
+    def _on_host(self, dtype: str) -> dict[str, Tensor]:
+        """The state in a type, cast before it leaves its device; tied tensors stay one."""
+        made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        state = {}
+        for name, value in self.state.items():
+            key = (value.data_ptr(), tuple(value.shape))
+            if key not in made or not value.numel():
+                made[key] = value.to(self._sent_as(dtype, name, value)).cpu()
+            state[name] = made[key]
+        return state
+
+
+def common_dtype(places: Sequence[Place]) -> str:
+    """The type of numbers that weights are cast to for a server; empty: they stay in fp32."""
+    dtypes = {place.dtype for place in places}
+    return "" if len(dtypes) != 1 or dtypes == {"float32"} else dtypes.pop()
 
 
 def new_folder(parent: Path | None) -> Path:

@@ -53,6 +53,7 @@ class Extension:
 
     model_runner: Any
     parallel_config: Any
+    model_config: Any
     device: torch.device
     stepcredit_taken = stepcredit_version = stepcredit_key = ""
     stepcredit_store: Any = None
@@ -78,14 +79,16 @@ class Extension:
 
     @answering
     def stepcredit_place(self, folder: str) -> dict[str, Any]:
-        """Where this worker is: the GPU that it has, or none; whether it can read a folder, and would be heard if not.
+        """Where this worker is: the GPU that it has, or none; whether it can read a folder, and would be heard if not;
+        and the type of its weights.
 
         Of several engines of several workers each nobody hears that the workers of the second one have failed.
         """
         on_gpu, config = self.device.type == "cuda", self.parallel_config
         gpu = str(torch.cuda.get_device_properties(self.device).uuid) if on_gpu else ""
         heard = config.world_size == 1 or config.data_parallel_size == 1
-        return {"gpu": gpu, "sees": os.access(folder, os.R_OK | os.X_OK), "heard": heard}
+        sees, dtype = os.access(folder, os.R_OK | os.X_OK), str(self.model_config.dtype).removeprefix("torch.")
+        return {"gpu": gpu, "sees": sees, "heard": heard, "dtype": dtype}
 
     @answering
     def stepcredit_arrive(self, key: str, host: str, port: str, timeout_s: str) -> int:
