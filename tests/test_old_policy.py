@@ -44,30 +44,40 @@ def old(policy, source: str) -> OldPolicy:
 
 
 def test_a_sampler_that_agrees_saves_the_pass(calls, caplog):
-    """Its numbers are taken as they are; one tree of sixteen is scored, and the difference is a metric and a line."""
+    """The first forest is scored and compared whole. Then the sampler's numbers are taken as they are, and one tree of
+    sixteen is scored; the difference is a metric, and one line."""
     policy = fresh("qwen3")
     forest, estimator = rolled_out(policy, AGREES / 2), old(policy, "auto")
     with caplog.at_level(logging.INFO, "stepcredit"):
+        first = estimator.observe(forest)
         for _ in range(2):
             seen = estimator.observe(forest)
+    assert torch.equal(first.token["old_logprobs"], rolled_out(policy).token["rollout_logprobs"])
     assert torch.equal(seen.token["old_logprobs"], forest.token["rollout_logprobs"])
-    assert calls == [1, 1]
+    assert calls == [20, 1, 1]
     assert estimator.metrics["sampler/logprob_diff"] == pytest.approx(AGREES / 2, rel=0.01)
     assert caplog.text.count("old log-probabilities: the sampler's") == 1
-
-
-def test_one_that_does_not_is_left_for_good(calls, caplog):
-    policy = fresh("qwen3")
-    estimator = old(policy, "auto")
-    seen = estimator.observe(rolled_out(policy, 10 * AGREES))
-    torch.testing.assert_close(seen.token["old_logprobs"], rolled_out(policy).token["rollout_logprobs"])
-    assert calls == [1, 20] and "a forward of the trainer's own" in caplog.text
-    estimator.observe(rolled_out(policy))
-    assert calls == [1, 20, 20]
     resumed = old(policy, "auto")
     resumed.load_state_dict(estimator.state_dict())
-    resumed.observe(rolled_out(policy))
-    assert calls == [1, 20, 20, 20]
+    assert torch.equal(resumed.observe(forest).token["old_logprobs"], forest.token["rollout_logprobs"])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_does_not_is_left_for_good(calls, caplog, late):
+    """From the first forest on, or once a later one differs."""
+    policy = fresh("qwen3")
+    exact, estimator = rolled_out(policy), old(policy, "auto")
+    if late:
+        estimator.observe(exact)
+    seen = estimator.observe(rolled_out(policy, 10 * AGREES))
+    assert torch.equal(seen.token["old_logprobs"], exact.token["rollout_logprobs"])
+    assert calls == ([20, 1, 20] if late else [20]) and "a forward of the trainer's own" in caplog.text
+    calls.clear()
+    estimator.observe(exact)
+    resumed = old(policy, "auto")
+    resumed.load_state_dict(estimator.state_dict())
+    resumed.observe(exact)
+    assert calls == [20, 20]
 
 
 def test_asked_for_by_name(calls, caplog):

@@ -20,7 +20,7 @@ as large as the model. Needs the package gguf: pip install 'stepcredit[gguf]'.
 
 Example
   stepcredit convert --in SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
-  stepcredit train recipes/real.yaml --model smollm2"""
+  stepcredit train --model smollm2 --data gym:chain_sum --task.gym-answer line"""
 
 
 def main(words: Sequence[str]) -> int:

@@ -6,11 +6,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Context, Estimator, Load, provider
 from stepcredit.forest import Forest
+from stepcredit.forest.ops import TokenScores
 from stepcredit.learn.adapters import adapters_off, has_adapters
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.spread import shared_copy
@@ -31,7 +33,7 @@ class OldPolicy(Estimator):
     sampler gave them. And `entropy`, where the sampler does not give it.
 
     A sampler that computes with the same weights gives the same numbers up to rounding, so that a pass over all tokens
-    can be left out. Every iteration a few trees are scored to see that it is so.
+    can be left out. The first forest is scored to see that it is so, and of later ones a few trees.
 
     Args:
         source: "forward"; "sampler"; "auto": the sampler, as long as it agrees.
@@ -40,30 +42,38 @@ class OldPolicy(Estimator):
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, source: Source = "forward") -> None:
         super().__init__()
         self.policy, self.temperature, self.max_tokens, self.source = policy, temperature, max_tokens, source
-        self.said = False
+        self.compared = False
 
     def observe(self, forest: Forest) -> Forest:
         self.metrics = {}
-        given = {"rollout_logprobs", "entropy"} <= forest.token.keys()
-        if given and self.source != "forward" and self._agrees(forest):
-            return forest.with_token(old_logprobs=forest.token["rollout_logprobs"])
-        scores = score(self.policy, forest, self.temperature, self.max_tokens)
+        compares = self.source != "forward" and {"rollout_logprobs", "entropy"} <= forest.token.keys()
+        if compares and (self.compared or self.source == "sampler"):
+            some = forest.select_trees(torch.arange(max(1, forest.num_trees // PROBED)))
+            if self._agrees(some, self._scores(some).logprobs) or self.source == "sampler":
+                return forest.with_token(old_logprobs=forest.token["rollout_logprobs"])
+            compares = False
+        scores = self._scores(forest)
+        if (
+            compares
+        ):  # the first forest: all of it is compared, and a policy that has not moved is exactly the reference
+            self._agrees(forest, scores.logprobs)
         if "entropy" not in forest.token:
             forest = forest.with_token(entropy=scores.entropy)
         return forest.with_token(old_logprobs=scores.logprobs)
 
-    def _agrees(self, forest: Forest) -> bool:
+    def _scores(self, forest: Forest) -> TokenScores:
+        return score(self.policy, forest, self.temperature, self.max_tokens)
+
+    def _agrees(self, forest: Forest, own: Tensor) -> bool:
         """Whether the sampler's log-probabilities can be taken; with "auto" from now on never, once they differ."""
-        some = forest.select_trees(torch.arange(max(1, forest.num_trees // PROBED)))
-        own = score(self.policy, some, self.temperature, self.max_tokens).logprobs
-        gap = (own - some.token["rollout_logprobs"]).abs()[some.token_sampled]
+        gap = (own - forest.token["rollout_logprobs"]).abs()[forest.token_sampled]
         largest, mean = (float(gap.max()), float(gap.mean())) if len(gap) else (0.0, 0.0)
         self.metrics = {"sampler/logprob_diff": largest, "sampler/logprob_diff_mean": mean}
         agrees = largest <= AGREES
         if not agrees and self.source == "auto":
             self.source = "forward"
-        if not self.said or not agrees:
-            taken = "the sampler's" if agrees or self.source == "sampler" else "a forward of the trainer's own"
+        if not (self.compared and agrees):
+            taken = "a forward of the trainer's own" if self.source == "forward" else "the sampler's from now on"
             log.log(
                 logging.INFO if agrees else logging.WARNING,
                 "old log-probabilities: %s; the two differ by at most %.2g (%.2g are allowed) on %d tokens",
@@ -72,15 +82,16 @@ class OldPolicy(Estimator):
                 AGREES,
                 len(gap),
             )
-        self.said = True
-        return agrees or self.source == "sampler"
+        self.compared = True
+        return agrees
 
     def state_dict(self) -> dict[str, Any]:
-        return {"source": self.source}
+        return {"source": self.source, "compared": self.compared}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.source == "auto":
             self.source = state.get("source", "forward")
+        self.compared = state.get("compared", False)
 
 
 class SameAsOld(Estimator):
