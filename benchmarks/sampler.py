@@ -79,7 +79,7 @@ def by_generate(case: Case) -> Callable[[], int]:
     longest = max(map(len, case.prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in case.prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in case.prompts])
-    exact = case.params.stop_token_ids == ()
+    exact = case.params.stop_token_ids is not None and not case.params.stop_token_ids
     stop = policy.model.config.vocab_size - 1 if exact else policy.stop_token_ids
     pad = 0 if exact else policy.model.generation_config.pad_token_id
 
