@@ -69,8 +69,10 @@ def metrics(run: Path) -> list[dict]:
 
 
 def same_metrics(one: Path, two: Path) -> None:
-    """Within 1e-5, relative or absolute; the largest ratio within 5e-5: it is that of one token, the one that moved most,
-    and AdamW turns the rounding of small gradients into steps of full size."""
+    """Within 1e-5, relative or absolute; the largest ratio within 5e-5.
+
+    It is that of one token, the one that moved most, and AdamW turns the rounding of small gradients into whole steps.
+    """
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() - {"time/gather"} == b.keys() - {"time/gather"}
         for name, value in a.items():
