@@ -112,6 +112,7 @@ def test_who_may_take_the_sampler_s():
     elsewhere = {"name": "vllm", "server": {"urls": ["http://127.0.0.1:1"]}}
     assert built().source == "auto"
     assert built(objective={"importance": "token"}).source == "forward"
+    assert built(optim={"num_epochs": 2}).source == built(optim={"num_minibatches": 2}).source == "forward"
     assert built(sampler=elsewhere).source == "forward"
     assert built(estimators={"old_logprobs": "forward"}).source == "forward"
     assert built(estimators={"old_logprobs": "sampler"}).source == "sampler"

@@ -155,11 +155,15 @@ class ReferenceWithoutAdapters(Reference):
 def old_policy(context: Context) -> OldPolicy:
     """By the sampler where it gives the full distribution's log-probabilities from the same weights, else by a forward.
 
-    Importance weights are the ratio of the two, so for them both are there.
+    With several optimiser steps a batch the loss measures by them how far the policy has moved, so that rounding of the
+    sampler, which depends on what it decodes together, would stand in every ratio: they are the trainer's own. So they
+    are with importance weights, which are the ratio of the two.
     """
-    sampling, importance = sampler_traits(context.config), context.config.objective.importance
-    own = not sampling.elsewhere and "rollout_logprobs" in sampling.columns and importance == "none"
-    return _old_policy(context, "auto" if own else "forward")
+    config = context.config
+    sampling, steps = sampler_traits(config), config.optim.num_epochs * config.optim.num_minibatches
+    same = not sampling.elsewhere and "rollout_logprobs" in sampling.columns
+    takes = same and steps == 1 and config.objective.importance == "none"
+    return _old_policy(context, "auto" if takes else "forward")
 
 
 @provider()
