@@ -69,12 +69,16 @@ def metrics(run: Path) -> list[dict]:
 
 
 def same_metrics(one: Path, two: Path) -> None:
-    """Within 1e-5, relative or absolute."""
+    """Within 1e-5, relative or absolute; the largest ratio within 5e-5.
+
+    It is that of one token, the one that moved most, and AdamW turns the rounding of small gradients into whole steps.
+    """
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() - {"time/gather"} == b.keys() - {"time/gather"}
         for name, value in a.items():
             if not name.startswith(APART) and name not in CUT:
-                near = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)
+                bound = 5e-5 if name == "policy/ratio_max" else 1e-5
+                near = value if value is None else pytest.approx(value, rel=bound, abs=bound)
                 assert b[name] == near, (a["iteration"], name)
 
 
