@@ -15,12 +15,8 @@ APART = ("time/", "tokens/per_second")  # no two runs share them
 CUT = ("tokens/computed", "tokens/sharing")  # depend on how a step is cut
 
 
-def run_on(folders: Mapping[int, Path], words: Sequence[str]) -> None:
-    """Train with these words, into a folder for each number of processes."""
-    jobs = [
-        {"words": ["train", *words, "--run-dir", str(folder)], "size": size, "log": f"{folder}.log"}
-        for size, folder in folders.items()
-    ]
+def launch(jobs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The exit codes of the processes of each job, which `ranks.py` describes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     done = subprocess.run(
         [sys.executable, str(HERE / "ranks.py")],
@@ -31,7 +27,17 @@ def run_on(folders: Mapping[int, Path], words: Sequence[str]) -> None:
         timeout=600,
         check=True,
     )
-    codes = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_on(folders: Mapping[int, Path], words: Sequence[str]) -> None:
+    """Train with these words, into a folder for each number of processes."""
+    codes = launch(
+        [
+            {"words": ["train", *words, "--run-dir", str(folder)], "size": size, "log": f"{folder}.log"}
+            for size, folder in folders.items()
+        ]
+    )
     logs = "\n".join(Path(f"{folder}.log.0").read_text() for folder in folders.values())
     assert all(code in (0, 1) for of_job in codes for code in of_job), logs
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks_of import launch
 from safetensors.torch import load_file
 
 from stepcredit.cli.main import main
@@ -49,21 +50,6 @@ def _with_seed(given: list[str], seed: str) -> list[str]:
 
 def job(run: Path, size: int, given: list[str], **more: object) -> dict:
     return {"words": given, "size": size, "log": f"{run}.log", **more}
-
-
-def launch(jobs: list[dict]) -> list[list[int]]:
-    """The exit codes of the processes of each job."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "ranks.py")],
-        input=json.dumps(jobs),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def logs(run: Path, rank: int = 0) -> str:
