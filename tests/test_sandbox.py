@@ -22,7 +22,7 @@ needs_sandbox = pytest.mark.skipif(REASON is not None, reason=f"{REASON} (bubble
 MARK = os.getpid() * 1e-9  # makes the limits, which stand in the command line, those of this process
 SHORT = Limits(seconds=1.5 + MARK, memory_mb=256)
 LONG = Limits(seconds=6 + MARK)
-SLACK_S = 1.5
+SLACK_S = 30  # against what never ends; how fast a busy machine ends it is no matter
 TESTS = ["assert f(2) == 4", "assert f(3) == 6"]
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_left(kind):
     """Also between the runs on two inputs."""
     count = "import os, time\ntime.sleep(0.2)\nprint(sum(n.isdigit() for n in os.listdir('/proc')), flush=True)\n"
     program = count + LEFTOVERS[kind]  # the sleep is for the dead to be buried
-    first, second = run_each(program, ["", ""], SHORT)
+    first, second = run_each(program, ["", ""], LONG)
     assert first.status == second.status == "ok"
     assert first.stdout == second.stdout
     assert not [name for name in os.listdir("/proc") if name.isdigit() and b"sleep\x001000" in _command(name)]
@@ -107,7 +107,7 @@ def test_fakes_pass_no_test(kind):
 
 @needs_sandbox
 def test_a_right_program_passes():
-    assert list(run_tests("def f(x): return 2 * x", "", TESTS, SHORT)) == [True, True]
+    assert list(run_tests("def f(x): return 2 * x", "", TESTS, LONG)) == [True, True]
 
 
 @needs_sandbox
@@ -191,7 +191,7 @@ def test_a_killed_caller_takes_its_sandbox_along():
 
 
 def _until(true) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -207,8 +207,8 @@ def test_unprotected(monkeypatch, caplog):
     """Limits and the end of what was left hold there, too."""
     monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
     sandbox._warn_unprotected.cache_clear()
-    assert run("print(int(input()) + 1)", "1", SHORT, allow_unsafe=True).stdout == "2\n"
+    assert run("print(int(input()) + 1)", "1", LONG, allow_unsafe=True).stdout == "2\n"
     assert run("while True: pass", "", SHORT, allow_unsafe=True).status == "timeout"
     assert run("x = bytearray(10 ** 9)", "", SHORT, allow_unsafe=True).status == "error"
-    assert list(run_tests("def f(x): return 4", "", TESTS, SHORT, allow_unsafe=True)) == [True, False]
+    assert list(run_tests("def f(x): return 4", "", TESTS, LONG, allow_unsafe=True)) == [True, False]
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -52,7 +52,7 @@ def everything() -> dict[int, tuple[str, int, int]]:
 
 def soon_empty(look) -> list[int]:
     """What `look` still finds after some seconds."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := look()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
@@ -98,7 +98,7 @@ def test_hanging_calls_wait_for_their_deadlines_side_by_side(workers) -> None:
     run(workers, "sleeps", ["good"])
     started = time.monotonic()
     found = run(workers, "sleeps", texts)
-    assert time.monotonic() - started < 3 * TIMEOUT
+    assert time.monotonic() - started < 6 * TIMEOUT
     assert sum(outcome.failure == "timeout" for outcome in found) == 6
     assert sum(outcome.value == 1.0 for outcome in found) == 594
 

@@ -94,7 +94,7 @@ def test_a_refusal_ends_at_once(policy, fake, monkeypatch):
         with pytest.raises(UserError, match=r"completions refuses \(too long\)"):
             sampler.sample(PROMPTS[:2], 2, PARAMS, [1, 2])
         while any("Executor" in thread.name for thread in threading.enumerate()):
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 4
             time.sleep(0.01)
         assert len(fake.paths(COMPLETIONS)) == 2
         assert not any(one.waiting for one in sampler.pool.servers)

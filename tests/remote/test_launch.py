@@ -82,7 +82,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def all_gone(pids: list[int], within: float = 5.0) -> bool:
+def all_gone(pids: list[int], within: float = 30.0) -> bool:
     until = time.monotonic() + within
     while any(map(alive, pids)) and time.monotonic() < until:
         time.sleep(0.05)
