@@ -109,6 +109,9 @@ def test_the_question_asks_for_the_form_that_is_read():
     completions = [f"<answer>{right}</answer>", f"No, <answer>0</answer> <answer> {right} </answer>", right, "", "x"]
     assert score(tags, *completions) == [1, 1, 0, 0, 0]
     assert score(line, f"It is\n{right}\n", "", f"{right}\nand more") == [1, 0, 0]
+    (plain,) = task(form="plain").draw(0, 1)
+    assert plain.question == line.question.partition("\n\n")[0] and gym.gold(plain) == right
+    assert score(plain, f" {right}\n", "", " ") == [1, 0, 0] and 0 < score(plain, f"It is {right}")[0] < 1
     assert gym.final_answer(f"<answer>{right}</answer> so") == right and gym.final_answer("so\n5") == "5"
 
 

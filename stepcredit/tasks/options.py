@@ -23,7 +23,7 @@ class TaskOptions(Section):
     )
     weights: Numbers = []  # of several sources; empty: all alike, and of files alone every row as often
     gym: dict[str, dict[str, Any]] = {}  # of reasoning-gym: task -> its options, level, allow (docs/gym.md)
-    gym_answer: Literal["tags", "line"] = "tags"  # asked for and read: in <answer> tags, or on the last line
+    gym_answer: Literal["tags", "line", "plain"] = "tags"  # where the answer is asked for and read
     split: str = "train"
     eval_data: Place | None = None  # held-out problems; None holds out a share of `data`
     eval_split: str = "test"

@@ -2,7 +2,7 @@
 
 A problem of such a task has the column `gym`: {"task", "options", "seed", "form", "entry"}, of which `entry` is what
 the task's own `score_answer` asks for. A completion's answer is what stands in its last `<answer>` tags, as
-reasoning-gym has it ("tags"), or its last line ("line"); scores between 0 and 1 are kept.
+reasoning-gym has it ("tags"), its last line ("line"), or all of it ("plain"); scores between 0 and 1 are kept.
 """
 
 import json
@@ -64,6 +64,8 @@ def stated(answer: str, form: str) -> str:
 
 def answer_in(completion: str, form: str) -> str | None:
     """The answer of a completion; None where it has none in this form."""
+    if form == "plain":
+        return completion.strip() or None
     if form == "line":
         return exact.final_answer(completion) or None
     return library().utils.extract_answer(completion) or None

@@ -18,6 +18,7 @@ log = logging.getLogger("stepcredit")
 INSTRUCTIONS = {
     "tags": "Give your final answer between <answer> and </answer>, nothing else between them.",
     "line": "Give your final answer on the last line, nothing else on it.",
+    "plain": "",
 }
 SEED_BITS = 31  # one task takes seeds of no more than 32, and the last of these tells training from held-out
 MAX_ATTEMPTS = 20  # seeds for one problem, where the task makes none of a seed or the prompt is too long
@@ -35,7 +36,7 @@ class GymTask(Task):
     Args:
         task: the name in reasoning-gym.
         options: checked by `check_task`.
-        form: "tags" or "line", how an answer is asked for and read.
+        form: "tags", "line" or "plain", how an answer is asked for and read.
         seed: of the run.
 
     Raises:
@@ -128,7 +129,7 @@ class GymTask(Task):
             log.warning("%s: another problem takes its place (%d so far); %s", self.name, self.replaced, why)
 
     def _made(self, seed: int, made: Mapping[str, Any]) -> Problem:
-        question = f"{made['question'].rstrip()}\n\n{INSTRUCTIONS[self.form]}"
+        question = f"{made['question'].rstrip()}\n\n{INSTRUCTIONS[self.form]}".rstrip()
         gym = {
             "task": self.task,
             "options": self.options,
