@@ -32,9 +32,8 @@ def run_dir(out: Path, setting: str, seed: int) -> Path:
     return out / f"{name}-seed{seed}"
 
 
-def train(out: Path, setting: str, seed: int) -> list[dict]:
-    """The rows of metrics.jsonl of one run."""
-    folder = run_dir(out, setting, seed)
+def train(folder: Path, setting: str, seed: int) -> list[dict]:
+    """The rows of metrics.jsonl of one run; one that has ended is not repeated."""
     if not (folder / "latest").is_file():
         command = [sys.executable, "-m", "stepcredit", "train", *shlex.split(setting), "--seed", str(seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,7 +68,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = {
-            setting: [pool.submit(train, given.out, setting, seed) for seed in range(given.seeds)]
+            setting: [
+                pool.submit(train, run_dir(given.out, setting, seed), setting, seed) for seed in range(given.seeds)
+            ]
             for setting in given.settings
         }
         print("| setting | sampled accuracy, % | greedy accuracy, % | length | entropy, nats | tokens sampled |")
