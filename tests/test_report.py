@@ -560,6 +560,39 @@ def test_seeds_become_a_mean_with_a_band(trained, watched):
 
 
 @needs_browser
+def test_methods_whose_names_begin_alike_have_a_bar_each(trained, watched, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, rate in zip(folders, ("1e-05", "2e-05"), strict=True):
+        shutil.copytree(trained / "grpo", folder)
+        config = (folder / "config.yaml").read_text()
+        changed = re.sub(r"learning_rate: \S+", f"learning_rate: {rate}", config)
+        (folder / "config.yaml").write_text(changed)
+    page = watched(*map(str, folders), view="curves")
+    place = "document.querySelector(\"[aria-label='Where the time goes']\")"
+    page.locator("[aria-label='Where the time goes']").scroll_into_view_if_needed()
+    page.wait_for_selector("[aria-label='Where the time goes'] .main-svg")
+    bars = page.evaluate(f"{place}.data.map((t) => [[...t.x], [...t.y]])")
+    assert all(places == [0, 1] for _, places in bars)
+    assert [sum(shares[method] for shares, _ in bars) for method in (0, 1)] == pytest.approx([100, 100], abs=0.5)
+    names = page.evaluate(f"{place}.layout.yaxis.ticktext")
+    assert len(set(names)) == 2
+
+
+@needs_browser
+def test_what_all_questions_begin_with_is_cut_in_the_list(run, watched):
+    for path in (run / "rollouts").iterdir():
+        rows = [record for record, _ in read_records(str(path))]
+        for number, row in enumerate(rows):
+            row["prompt"] = f"State the final answer to problem {number}"
+        path.unlink()
+        path.with_suffix("").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = watched(run, view="rollouts")
+    texts = [each.inner_text() for each in page.locator(".problems .question").all()]
+    assert len(texts) > 1 and all(re.fullmatch(r"… \d+", text) for text in texts)
+    assert page.locator(".question-card").inner_text().startswith("Question  State the final answer to problem")
+
+
+@needs_browser
 def test_a_run_without_rollouts_still_has_curves(run, watched):
     shutil.rmtree(run / "rollouts")
     page = watched(run, view="curves")

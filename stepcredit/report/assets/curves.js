@@ -140,15 +140,16 @@ function curvesView(view) {
 function drawPhases(box) {
   const names = {"time/sample": "sample", "time/judge": "judge", "time/gather": "gather", "time/observe": "observe", "time/learn": "update"}, shapes = ["", "/", "x", "\\", "."];
   const shown = report.methods.map((label, method) => [label, method]).filter(([, method]) => !state.hidden.has(method)).reverse();
+  const labels = shown.map(([label]) => escaped(label.length > 18 ? `…${label.slice(-17)}` : label));
   const total = (runs, metric) => runs.reduce((sum, run) => sum + (run.metrics[metric] || []).reduce((inner, value) => inner + (value || 0), 0), 0);
   const bars = report.phases.map((phase, number) => {
     const share = shown.map(([, method]) => {
       const runs = report.runs.filter((run) => run.method === method), all = report.phases.reduce((sum, each) => sum + total(runs, each), 0);
       return all ? (100 * total(runs, phase)) / all : 0;
     });
-    return {type: "bar", orientation: "h", name: names[phase], x: share, y: shown.map(([label]) => escaped(label.length > 18 ? `${label.slice(0, 17)}…` : label)), marker: {color: COLOURS[(number + 1) % 8], pattern: {shape: shapes[number], size: 6, solidity: 0.25}}, hovertemplate: "%{x:.1f}%"};
+    return {type: "bar", orientation: "h", name: names[phase], x: share, y: shown.map((_, place) => place), marker: {color: COLOURS[(number + 1) % 8], pattern: {shape: shapes[number], size: 6, solidity: 0.25}}, hovertemplate: "%{x:.1f}%"};
   }).filter((bar) => bar.x.some((value) => value > 0.05));
-  Plotly.react(box, bars, layout({xaxis: {title: {text: ""}, range: [0, 100]}, all: {barmode: "stack", showlegend: true, legend: {orientation: "h", y: -0.15, font: {size: 11}}, hovermode: "y unified"}}), CONFIG);
+  Plotly.react(box, bars, layout({xaxis: {title: {text: ""}, range: [0, 100]}, yaxis: {tickvals: labels.map((_, place) => place), ticktext: labels}, all: {barmode: "stack", showlegend: true, legend: {orientation: "h", y: -0.15, font: {size: 11}}, hovermode: "y unified"}}), CONFIG);
 }
 
 const last = (run, metric) => (run.metrics[metric] || []).filter((value) => value !== null).at(-1) ?? null;

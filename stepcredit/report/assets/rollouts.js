@@ -20,11 +20,12 @@ function picker(chunk) {
   const box = el("ul", {class: "problems", "aria-label": "Problems"});
   const list = () => {
     const found = ordered(chunk).filter((number) => matches(chunk, chunk.groups[number]));
+    const common = commonStart(chunk.groups.map((group) => group.question));
     box.replaceChildren(...found.map((number) => {
       const group = chunk.groups[number], rewards = group.leaves.map((leaf) => group.nodes[leaf].reward);
       const marks = el("span", {class: "outcomes", "aria-hidden": "true"}, rewards.slice(0, 24).map((reward) => el("i", {class: verdict(reward)[2] || "none"})));
       const right = rewards.filter(isRight).length;
-      return el("li", {}, el("button", {"aria-current": String(number === state.problem), "data-problem": group.id, onclick: () => go({problem: number})}, el("span", {class: "question"}, group.question || group.id), el("span", {class: "small soft"}, marks, ` ${right} of ${rewards.length} right`)));
+      return el("li", {}, el("button", {"aria-current": String(number === state.problem), "data-problem": group.id, onclick: () => go({problem: number})}, el("span", {class: "question", title: group.question}, shortened(group.question, common) || group.id), el("span", {class: "small soft"}, marks, ` ${right} of ${rewards.length} right`)));
     }));
     if (!found.length) box.append(el("li", {class: "small soft", style: {padding: ".5rem"}}, "nothing matches"));
     if (view()) shownAgain();
@@ -151,6 +152,17 @@ function rolloutsView(target, chunk, group) {
 }
 
 const lengthOf = (chunk, group, leaf) => chunk.path(group, leaf).reduce((sum, number) => sum + group.nodes[number].length, 0);
+
+// Characters that all questions begin with, up to a space; 0 where there are too few to be in the way.
+function commonStart(questions) {
+  const least = questions.length > 1 ? Math.min(...questions.map((text) => text.length)) : 0;
+  let length = 0;
+  while (length < least && questions.every((text) => text[length] === questions[0][length])) length += 1;
+  const words = questions[0].lastIndexOf(" ", length - 1) + 1;
+  return words > 12 ? words : 0;
+}
+
+const shortened = (text, start) => (start && text.length > start ? `… ${text.slice(start)}` : text);
 
 function question(group) {
   return el("div", {class: "card question-card"}, el("b", {}, "Question  "), group.question || group.id, group.answer === null ? null : [el("br"), el("b", {}, "Answer  "), group.answer]);
