@@ -1,6 +1,7 @@
 """The command line: help without heavy imports, one-line errors with a remedy, and credit of saved rollouts."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_help_is_short(capsys, words):
     examples = [line.split()[1:] for line in shown if line.startswith("  stepcredit ") and "--" in line]
     assert examples
     for command, *rest in examples:
-        rest = " ".join(rest).split("   ")[0].replace('"', "").split()
+        rest = shlex.split(" ".join(rest).split("   ")[0])
         own: dict[str, str | None] = dict.fromkeys(("config", "resume", "in", "out", "prompt", "steps", "batch-size"))
         own |= dict.fromkeys(("json", "records", "verifier", "completion-column", "prm", "ref")) | dict.fromkeys(
             ("gpus", "gpu-memory-gib")
