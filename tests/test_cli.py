@@ -64,7 +64,7 @@ def test_help_is_short(capsys, words):
             ("gpus", "gpu-memory-gib")
         )
         own |= {"gold": "false"}
-        if command in ("report", "show", "compare"):
+        if command in ("algorithms", "report", "show", "compare"):
             assert not {word for word in rest if word.startswith("-")} - set(shown_options(shown)), rest
         elif "--prompt" not in rest:
             resolve(parse(rest, own, command)[0])
