@@ -69,6 +69,7 @@ test-vllm: install .venv-vllm/installed
 
 bench: install .venv-bench/installed
 	.venv-bench/bin/python benchmarks/table.py --json bench.json $(ARGS)
+	$(BIN)/python benchmarks/algorithms.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py

@@ -62,12 +62,15 @@ def main() -> None:
         "test": write_rows(given.out / "test.jsonl", 2, 304),
     }
     with ThreadPoolExecutor(given.jobs) as pool:
-        for name, options in FILTERS.items():
-            setting = f"{COMMON.format(**files)} {options} {given.more}"
-            for seed in range(given.seeds):
-                pool.submit(train, given.out / f"{name}-{seed}", setting, seed)
-    folders = [str(given.out / f"{name}-{seed}") for name in FILTERS for seed in range(given.seeds)]
-    subprocess.run([sys.executable, "-m", "stepcredit", "compare", *folders, "--target", str(given.target)], check=True)
+        runs = {
+            given.out / f"{name}-{seed}": (f"{COMMON.format(**files)} {options} {given.more}", seed)
+            for name, options in FILTERS.items()
+            for seed in range(given.seeds)
+        }
+        for run in [pool.submit(train, folder, *words) for folder, words in runs.items()]:
+            run.result()  # ends here if it failed
+    command = [sys.executable, "-m", "stepcredit", "compare", *map(str, runs), "--target", str(given.target)]
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

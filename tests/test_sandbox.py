@@ -22,7 +22,7 @@ needs_sandbox = pytest.mark.skipif(REASON is not None, reason=f"{REASON} (bubble
 MARK = os.getpid() * 1e-9  # makes the limits, which stand in the command line, those of this process
 SHORT = Limits(seconds=1.5 + MARK, memory_mb=256)
 LONG = Limits(seconds=6 + MARK)
-SLACK_S = 30  # against what never ends; how fast a busy machine ends it is no matter
+SLACK_S = 10  # against what never ends; how fast a busy machine ends it is no matter
 TESTS = ["assert f(2) == 4", "assert f(3) == 6"]
 
 
