@@ -21,6 +21,8 @@ VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "white
 VARIANTS = [
     *((name, {}) for name in CREDIT),
     ("opo", {"leave_one_out": True}),
+    ("gpg", {"alpha": "nonzero"}),
+    ("gpg", {"alpha": "none"}),
     ("reward_to_go", {"baseline": "mean"}),
     ("reward_to_go", {"baseline": "none"}),
     *(("spro", option) for option in ({"beta": 2.0}, {"uniform": "drop"}, {"normalize": "batch"}, {"sign": -1.0})),

@@ -37,8 +37,8 @@ def functions(folder: str, decorator: str) -> str:
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if f"@{decorator}(" in text else ():
             if isinstance(node, ast.FunctionDef) and decorator in map(_name_called, node.decorator_list):
-                given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]
+                given = node.args.args[len(node.args.args) - len(defaults) :]
                 words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
                 lines += _wrapped(f"  {node.name}".ljust(24), words)
     return "\n".join(lines)

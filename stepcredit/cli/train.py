@@ -31,7 +31,8 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --device NAME         auto | cpu | cuda | mps
   --eval-every N        --save-every N       iterations; 0: only at the end
   --trust-remote-code true   run code that comes with a hub model; off when not given
-  --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or your own; comma between
+  --shapers NAMES       in their order, comma between; those below or your own; with options as in YAML:
+                        --shapers '[positives_only, {{name: overlong, buffer: 512}}]'
   --estimators {{COLUMN: NAME}}   builders of your own for columns that credit and loss read
   --code-folders FOLDERS   where code of your own (my_module.f, my_file.py:f) is looked for, beside this folder and that
                         of CONFIG.yaml
@@ -44,6 +45,9 @@ Credit functions (credit.name), each with options of its own (credit.OPTION)
 
 Losses (loss.name), each with options of its own (loss.OPTION)
 {losses}
+
+Shapers, which change rewards or leave completions out of the loss, each with options of its own
+{shapers}
 
 All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
 has what was used); the same names make up a YAML file, with --section.option on top
@@ -71,9 +75,16 @@ def main(words: Sequence[str]) -> int:
 
         names = " | ".join(list(ALGORITHMS)[:3]) + " | ... (below)"
         credits, losses = help_text.functions("credit", "credit"), help_text.functions("losses", "loss")
-        options = help_text.options()
+        options, shapers = help_text.options(), help_text.functions("shaping", "shaper")
         print(
-            HELP.format(names=names, algorithms=help_text.algorithms(), credits=credits, losses=losses, options=options)
+            HELP.format(
+                names=names,
+                algorithms=help_text.algorithms(),
+                credits=credits,
+                losses=losses,
+                shapers=shapers,
+                options=options,
+            )
         )
         return 0
     given, own = parse(words, {"config": None, "resume": "never"}, "train")

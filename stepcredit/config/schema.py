@@ -5,7 +5,7 @@ defaults here < the algorithm's (algorithms.py) < the recipe of the embedded mod
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainSerializer
 
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.growth.options import GrowthOptions
@@ -13,7 +13,7 @@ from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
 from stepcredit.samplers.options import SamplerOptions
-from stepcredit.section import Choice, Place, Places, Section
+from stepcredit.section import Choice, Place, Places, Section, split
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.tasks.options import TaskOptions
 from stepcredit.verifiers.options import RewardOptions
@@ -35,7 +35,12 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _shown(value: Choice) -> Any:
+    return value.model_dump() if value.options else value.name
+
+
 Named = Annotated[Choice, BeforeValidator(_named)]
+Listed = Annotated[Choice, BeforeValidator(_named), PlainSerializer(_shown)]
 
 
 class Config(Section):
@@ -47,7 +52,7 @@ class Config(Section):
     growth: GrowthOptions = GrowthOptions()
     reward: RewardOptions = RewardOptions()
     filter: FilterOptions = FilterOptions()
-    shapers: Places = []
+    shapers: Annotated[list[Listed], BeforeValidator(split)] = []  # in this order; names, or name and options
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()

@@ -76,7 +76,10 @@ def _built(loader: Loader, node: yaml.Node, path: tuple[str, ...], seen: dict[tu
     if isinstance(node, yaml.MappingNode):
         return _section(loader, node, path, seen)
     if isinstance(node, yaml.SequenceNode):
-        return [_built(loader, item, path, seen) for item in node.value]
+        return [
+            _built(loader, item, (*path, str(number)) if isinstance(item, yaml.MappingNode) else path, seen)
+            for number, item in enumerate(node.value)
+        ]
     kind, text = kind_of(path), str(node.value)
     quoted = not isinstance(node, yaml.ScalarNode) or node.style is not None
     if quoted or node.tag not in (INT, FLOAT, BOOL, NULL, TEXT):

@@ -1,5 +1,7 @@
 """The columns that the parts of a run read, and the estimators that follow from them."""
 
+from collections.abc import Sequence
+
 from stepcredit.config import Config
 from stepcredit.credit import CREDIT, CreditFunction, needs_of
 from stepcredit.estimators.base import Load
@@ -8,16 +10,23 @@ from stepcredit.imports import by_name
 from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.samplers.table import sampler_traits
+from stepcredit.shaping.base import RAW, Shaper
+from stepcredit.shaping.choose import build_shapers
 
 
-def run_observers(config: Config, credit: CreditFunction, objective: Objective) -> Observers:
-    """What adds the columns that credit, loss and regularisers of a run read and its rollouts do not bring."""
+def run_observers(
+    config: Config, credit: CreditFunction, objective: Objective, shapers: Sequence[Shaper] = ()
+) -> Observers:
+    """What adds the columns that shapers, credit, loss and regularisers of a run read and its rollouts do not bring."""
     sampler, optim = sampler_traits(config), config.optim
     read = {column: f"loss '{config.loss.name}'" for column in objective.needs.columns}
     read |= {column: f"credit '{config.credit.name}'" for column in needs_of(credit).columns}
+    read |= {column: f"shaper '{shaper.name}'" for shaper in shapers for column in shaper.needs.columns}
     if objective.needs_reference:
         read["ref_logprobs"] = "objective.kl.coef"
-    brought = {*sampler.columns, "token_rewards"}
+    if objective.needs_entropy:
+        read["entropy"] = objective.needs_entropy
+    brought = {*sampler.columns, "token_rewards", RAW}
     if objective.kl_in_reward:
         read["token_rewards"] = "objective.kl.coef"
         brought.remove("token_rewards")
@@ -30,4 +39,4 @@ def models_beside(config: Config) -> list[Load]:
     """The models that a run holds on every GPU beside the policy and what its sampler holds."""
     credit = by_name("credit.name", config.credit.name, CREDIT)
     objective = build_objective(config, needs_of(credit).forests == "flat")
-    return run_observers(config, credit, objective).loads(config)
+    return run_observers(config, credit, objective, build_shapers(config)).loads(config)

@@ -1,5 +1,7 @@
 """Which groups are trained on."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from stepcredit.errors import UserError
@@ -8,6 +10,7 @@ from stepcredit.section import Section
 
 class FilterOptions(Section):
     enabled: bool = False
+    keep: Literal["window", "varied"] = "window"  # groups by their mean reward, or those whose rewards differ (DAPO)
     low: float = 0.2  # smallest and largest mean reward of a group, both included
     high: float = 0.8
     drop_truncated: bool = False  # reject groups with a truncated completion
