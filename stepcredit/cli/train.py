@@ -37,16 +37,16 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --code-folders FOLDERS   where code of your own (my_module.f, my_file.py:f) is looked for, beside this folder and that
                         of CONFIG.yaml
 
-Algorithms
+Algorithms, with the arXiv ids of their papers; 'stepcredit credit --help' has a line about each
 {algorithms}
 
-Credit functions (credit.name), each with options of its own (credit.OPTION)
+Credit functions (credit.name), with options of their own in brackets (credit.OPTION)
 {credits}
 
-Losses (loss.name), each with options of its own (loss.OPTION)
+Losses (loss.name), likewise (loss.OPTION)
 {losses}
 
-Shapers, which change rewards or leave completions out of the loss, each with options of its own
+Shapers, likewise: they change rewards or leave completions out of the loss
 {shapers}
 
 All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
@@ -79,7 +79,7 @@ def main(words: Sequence[str]) -> int:
         print(
             HELP.format(
                 names=names,
-                algorithms=help_text.algorithms(),
+                algorithms=help_text.algorithm_names(),
                 credits=credits,
                 losses=losses,
                 shapers=shapers,

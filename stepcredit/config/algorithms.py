@@ -94,13 +94,13 @@ ALGORITHMS = {
     "gpg": Algorithm(
         "gpg",
         "2504.02546",
-        "group mean, scaled by the share of groups that differ, without ratio and clip",
+        "group mean, scaled for groups that differ, without ratio and clip",
         loss={"name": "reinforce"},
     ),
     "dapo": Algorithm(
         "grpo",
         "2503.14476",
-        "group z-score, wider clip above, groups that differ until the batch is full, soft punishment of length",
+        "group z-score, wider clip above, only groups that differ, length is punished",
         loss={"clip_low": 0.2, "clip_high": 0.28},
         filter={"enabled": True, "keep": "varied"},
         shapers=("overlong",),
@@ -164,7 +164,7 @@ ALGORITHMS = {
     "posterior_grpo": Algorithm(
         "grpo",
         "2508.05170",
-        "group z-score of the outcome plus a reward of the thinking where the outcome is right",
+        "group z-score of the outcome, plus that of the thinking where it is right",
         objective=MEAN_OF_MEANS,
         shapers=("outcome_gate",),
     ),
