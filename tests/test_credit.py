@@ -71,6 +71,13 @@ def test_outcome_credit_by_hand(name, options, expected):
     is_near(run(forest, name, **options), wanted)
 
 
+def test_remax_by_hand():
+    """Three problems whose greedy completions got 1, 0 and nothing; a single completion has an advantage too."""
+    forest = flat_forest([[2, 1], [1], [1, 1]], [[1.0, 0.0], [1.0], [1.0, None]])
+    forest = forest.with_tree(greedy_return=torch.tensor([1.0, 0.0, torch.nan]))
+    is_near(run(forest, "remax"), [0.0, 0, -1, 1, 0, 0])
+
+
 def test_gpg_makes_up_for_uniform_groups():
     """6 judged completions, 4 of them in groups that differ: alpha 3/2; a singleton is uniform."""
     forest = flat_forest([[1, 1], [1], [1, 1], [2, 1]], [[1.0, 0.0], [1.0], [0.0, 1.0], [1.0, None]])

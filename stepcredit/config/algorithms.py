@@ -91,6 +91,13 @@ ALGORITHMS = {
         credit_options={"beta": 0.05},
         filter={"enabled": True},
     ),
+    "remax": Algorithm(
+        "remax",
+        "2310.10505",
+        "reward less that of one greedy completion of the problem",
+        loss={"name": "reinforce"},
+        objective={"aggregate": "seq_mean_token_sum"},
+    ),
     "gpg": Algorithm(
         "gpg",
         "2504.02546",

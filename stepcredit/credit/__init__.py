@@ -9,6 +9,7 @@ from stepcredit.credit.gpg import gpg
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.prime import prime
+from stepcredit.credit.remax import remax
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
 from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
@@ -22,6 +23,7 @@ CREDIT: dict[str, CreditFunction] = {
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "reward_to_go": reward_to_go,
     "gpg": gpg,
+    "remax": remax,
     "opo": opo,
     "spro": spro,
     "prime": prime,

@@ -12,6 +12,7 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
+from stepcredit.estimators.greedy import greedy_return
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.imports import by_name
@@ -22,6 +23,7 @@ PROVIDERS: dict[str, Builder] = {
     "entropy": old_policy,  # where the sampler does not give it
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
+    "greedy_return": greedy_return,
     "prm_logprobs": implicit_prm,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
