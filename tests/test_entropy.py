@@ -8,9 +8,15 @@ from builders import random_forest
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
+from stepcredit.losses.base import Tokens, loss
 from stepcredit.losses.entropy import EntropyControl, top_entropy, with_top_entropy
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.build import build_parts
+
+
+@loss(ratio=True)
+def squared(tokens: Tokens) -> torch.Tensor:
+    return (tokens.log_ratio - tokens.advantages).square()
 
 
 def prepared(seed: int = 0, kind: str = "chain") -> Forest:
@@ -119,6 +125,24 @@ def test_entropies_are_asked_for(option):
     assert "entropy" in needed
     elsewhere = {"objective": option, "sampler": {"name": "vllm"}}
     assert list(build_parts(resolve(elsewhere)).observers.providers) == ["old_logprobs"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"objective": {"entropy_step": 0.1}}, ["objective.entropy_step", "--objective.entropy-target"]),
+        ({"objective": {"entropy_coef_max": 2.0}}, ["objective.entropy_coef_max", "--objective.entropy-target"]),
+        ({"objective": {"entropy_target": 0.3, "entropy_coef": 2.0}}, ["entropy_coef (2)", "entropy_coef_max (1)"]),
+        ({"objective": {"entropy_target": 0.3, "entropy_coef": -0.1}}, ["entropy_coef (-0.1)"]),
+        ({"objective": {"entropy_top": 0.2}, "loss": {"name": f"{__name__}.squared"}}, ["entropy_top", "squared"]),
+        ({"filter": {"enabled": True, "keep": "varied", "low": 0.1}}, ["filter.low", "--filter.keep window"]),
+    ],
+    ids=str,
+)
+def test_what_would_have_no_effect_is_refused(given, words):
+    with pytest.raises(UserError) as error:
+        build_parts(resolve(given))
+    assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize("option", [{"entropy_top": 0.0}, {"entropy_top": 1.5}, {"entropy_step": 0}], ids=str)

@@ -20,7 +20,10 @@ class FilterOptions(Section):
     max_draws: float = Field(4.0, ge=1)  # problems sampled at most in an iteration, in multiples of the batch
 
     def check(self) -> None:
-        """Raise `UserError` for an empty window, or a history without a filter."""
+        """Raise `UserError` for an empty window, one that is not looked at, or a history without a filter."""
+        default = type(self)()
+        if self.keep == "varied" and (self.low, self.high) != (default.low, default.high):
+            raise UserError("filter.low and filter.high are for --filter.keep window; with varied no mean is looked at")
         if self.enabled and self.low > self.high:
             raise UserError(f"filter.low ({self.low:g}) is above filter.high ({self.high:g})")
         if self.history and not self.enabled:
