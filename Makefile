@@ -69,6 +69,7 @@ test-vllm: install .venv-vllm/installed
 
 bench: install .venv-bench/installed
 	.venv-bench/bin/python benchmarks/table.py --json bench.json $(ARGS)
+	.venv-bench/bin/python benchmarks/losses_vs_trl.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py
