@@ -46,16 +46,19 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
-def check_options(part: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(
+    part: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], num_inputs: int = 1
+) -> None:
     """Raise `UserError` when `options` has a name or a value that the function does not take.
 
-    Options are the arguments of the function behind its first one; their defaults, `Literal` and `Annotated` types say
+    Options are the arguments of the function behind its inputs; their defaults, `Literal` and `Annotated` types say
     what values they take.
 
     Args:
         part: what the function is, and the section of its options: "credit", "loss".
+        num_inputs: arguments in front that are no options.
     """
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters = list(inspect.signature(function).parameters.values())[num_inputs:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     known = {parameter.name: parameter for parameter in parameters}

@@ -21,6 +21,8 @@ VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "white
 VARIANTS = [
     *((name, {}) for name in CREDIT),
     ("opo", {"leave_one_out": True}),
+    ("gpg", {"alpha": "nonzero"}),
+    ("gpg", {"alpha": "none"}),
     ("reward_to_go", {"baseline": "mean"}),
     ("reward_to_go", {"baseline": "none"}),
     *(("spro", option) for option in ({"beta": 2.0}, {"uniform": "drop"}, {"normalize": "batch"}, {"sign": -1.0})),
@@ -91,6 +93,8 @@ def judge_only_sampled(tree: Tree) -> None:
 
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
     """The column that a credit function of the table assigns."""
+    if "greedy_return" in CREDIT[name].needs.columns and not forest.has("greedy_return"):
+        forest = forest.with_tree(greedy_return=forest.tree["prompt_length"] % 3 / 2)  # as `reference_credit.remax`
     return assign(forest, name, CREDIT[name], options).token[column]
 
 

@@ -279,6 +279,18 @@ def spo_tree(own: Fraction, group: list[Fraction]) -> tuple[float, bool]:
     return float(advantage), advantage != 0
 
 
+def remax(group: Group, greedy: float) -> Rows:
+    return [one.same(one.total - greedy) for one in group]
+
+
+def gpg(groups: list[Group], alpha: str = "varied") -> list[Rows]:
+    everyone = [one for group in groups for one in group]
+    varied = [one for group in groups for one in group if len({other.total for other in group}) > 1]
+    counted = {"varied": varied, "nonzero": [one for one in everyone if one.total], "none": everyone}[alpha]
+    scale = len(everyone) / max(1, len(counted))
+    return [[[scale * x for x in row] for row in dr_grpo(group)] if group else [] for group in groups]
+
+
 BY_SIBLINGS = {"treerpo": treerpo, "spo_tree": spo_tree}
 
 
@@ -295,6 +307,7 @@ def steps(name: str, tree: Tree, **options) -> list[Step]:
 
 BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go}
 BY_BATCH = {
+    "gpg": gpg,
     "spro": spro,
     "spro_process": spro_process,
     "prime": prime,
@@ -314,7 +327,9 @@ def advantages(name: str, trees: Sequence[Tree], **options) -> list[float]:
             for _ in segment.token_ids
         ]
     groups = [judged_completions(tree) for tree in trees]
-    if name in BY_BATCH:
+    if name == "remax":
+        values = [remax(group, len(tree.prompt_ids) % 3 / 2) for group, tree in zip(groups, trees, strict=True)]
+    elif name in BY_BATCH:
         values = BY_BATCH[name](groups, **options)
     else:
         values = [BY_GROUP[name](group, **options) if group else [] for group in groups]

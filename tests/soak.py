@@ -36,6 +36,8 @@ RUNS = {
     "spro": "--algorithm spro --group-size 4",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --filter.oversample 2",
+    "shaped": "--algorithm unlikeliness --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"
+    " --shapers running_scale,unlikeliness",
     "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
 }
 UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share

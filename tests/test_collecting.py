@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import flat_forest
 from rich.console import Console
 
 from stepcredit.config import resolve
@@ -116,7 +117,19 @@ def test_truncated_groups_and_unjudged_ones():
         "truncated": [False],
         "hard": [False],
         "easy": [False],
+        "uniform": [False],
     }
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (-1.0, 1.0), (0.3, 0.3001)], ids=str)
+def test_groups_that_differ_pass_whatever_their_mean(values):
+    """Dynamic sampling: equal rewards, a single judged completion and rounding are out, in any range of rewards."""
+    low, high = values
+    rewards = [[low, high], [high, high], [low, low], [high, None], [high, high + 1e-8], [low, low, low, high]]
+    forest = flat_forest([[1] * len(group) for group in rewards], rewards)
+    reasons = rejected(forest, FilterOptions(enabled=True, keep="varied"))
+    assert reasons["uniform"].tolist() == [False, True, True, True, True, False]
+    assert not any(bool(holds.any()) for reason, holds in reasons.items() if reason != "uniform")
 
 
 def test_failures_are_counted_over_all_that_was_sampled():

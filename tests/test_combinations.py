@@ -64,6 +64,18 @@ def test_other_credit_is_told_what_is_biased(caplog, name):
     assert not any("biased" in text for text in warnings(caplog, loss={"name": name}))
 
 
+@pytest.mark.parametrize("name", ["em_pg", "raft"])
+def test_where_several_steps_are_meant_it_is_said_so(caplog, name):
+    """As information, not as a warning; with another loss without a ratio it is a warning again."""
+    assert warnings(caplog, algorithm=name, **ON_POLICY) == []
+    with caplog.at_level(logging.INFO, logger="stepcredit"):
+        build_parts(resolve({"algorithm": name, **ON_POLICY}))
+    (found,) = [record.getMessage() for record in caplog.records if "That is meant" in record.getMessage()]
+    assert "8 optimiser steps on a batch" in found and f"arXiv {ALGORITHMS[name].paper}" in found
+    (biased,) = warnings(caplog, algorithm=name, loss={"name": f"{__name__}.own_loss"}, **ON_POLICY)[-1:]
+    assert "biased" in biased
+
+
 def test_one_tree_is_one_step(caplog):
     """More minibatches than problems are as many as there are problems."""
     given = {"loss": {"name": "reinforce"}, "optim": {"num_minibatches": 4}}
@@ -130,6 +142,11 @@ def test_every_algorithm_trains_with_every_penalty(tmp_path, capsys, algorithm, 
         SMALL | shape | {"algorithm": algorithm, "objective.kl.estimator": estimator, "run-dir": str(tmp_path / "run")}
     )
     options |= {"prm.reference": "start", "filter.enabled": "false"} if algorithm == "prime" else {}
+    options |= {"optim.num-epochs": "1", "optim.num-minibatches": "1"}  # metrics are means over the steps
+    options |= {"learning-rate": "0.002"} if algorithm == "unlikeliness" else {}  # few groups differ, so it moves less
+    if algorithm == "posterior_grpo":
+        gate = "[{name: outcome_gate, outcome: chain, think: format_think}]"
+        options |= {"reward.functions": "chain,format_think", "reward.weights": "1,0", "shapers": gate}
     code = main(["train", *(word for name, value in options.items() for word in (f"--{name}", value))])
     if (algorithm, estimator) == ("treerpo", "k1"):
         assert code == 2 and "--objective.kl.estimator k3 or k2" in capsys.readouterr().err

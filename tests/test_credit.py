@@ -50,6 +50,8 @@ BY_HAND = [
     ("grpo", {}, [SQRT, -SQRT, SQRT, -SQRT]),
     ("dr_grpo", {}, [0.5, -0.5, 0.5, -0.5]),
     ("rloo", {}, [2 / 3, -2 / 3, 2 / 3, -2 / 3]),
+    ("gpg", {}, [0.5, -0.5, 0.5, -0.5]),
+    ("gpg", {"alpha": "nonzero"}, [1.0, -1.0, 1.0, -1.0]),  # 4 completions, 2 of them with a reward
     ("opo", {}, [0.3, -0.7, 0.3, -0.7]),
     ("opo", {"leave_one_out": True}, [1 - 3 / 6, -7 / 9, 1 - 4 / 7, -7 / 8]),
     # 7 tokens of return 1, 3 of return 0: mean .7, variance 2.1 / 9
@@ -67,6 +69,21 @@ def test_outcome_credit_by_hand(name, options, expected):
     forest = flat_forest(LENGTHS, REWARDS)
     wanted = [value for value, size in zip(expected, LENGTHS[0], strict=True) for _ in range(size)]
     is_near(run(forest, name, **options), wanted)
+
+
+def test_remax_by_hand():
+    """Three problems whose greedy completions got 1, 0 and nothing; a single completion has an advantage too."""
+    forest = flat_forest([[2, 1], [1], [1, 1]], [[1.0, 0.0], [1.0], [1.0, None]])
+    forest = forest.with_tree(greedy_return=torch.tensor([1.0, 0.0, torch.nan]))
+    is_near(run(forest, "remax"), [0.0, 0, -1, 1, 0, 0])
+
+
+def test_gpg_makes_up_for_uniform_groups():
+    """6 judged completions, 4 of them in groups that differ: alpha 3/2; a singleton is uniform."""
+    forest = flat_forest([[1, 1], [1], [1, 1], [2, 1]], [[1.0, 0.0], [1.0], [0.0, 1.0], [1.0, None]])
+    is_near(run(forest, "gpg"), [0.75, -0.75, 0, -0.75, 0.75, 0, 0, 0])
+    is_near(run(forest, "gpg", alpha="none"), [0.5, -0.5, 0, -0.5, 0.5, 0, 0, 0])
+    is_near(run(forest, "gpg", alpha="nonzero"), [0.75, -0.75, 0, -0.75, 0.75, 0, 0, 0])  # 4 of 6 have a reward
 
 
 def test_opo_vector_of_the_notes():

@@ -26,6 +26,8 @@ COMMON += " --train.problems-per-iteration 5 --eval-every 5 --save-every 1 --see
 RUNS = {
     "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2 --optim.weight-decay 0.1",
     "spro": "--algorithm spro --group-size 4",
+    "shaped": "--algorithm dapo --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"
+    " --shapers running_scale,unlikeliness --estimators.old_logprobs forward",
     "treerpo": "--algorithm treerpo --growth.depth 3 --objective.kl.coef 0.01 --optim.num-minibatches 2",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --prm.reference start --prm.learning-rate 3e-4",

@@ -5,7 +5,11 @@ from builders import flat_forest, objective_of, random_forest, run
 
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.shaping.base import Shaper
+from stepcredit.shaping.choose import with_raw_rewards
 from stepcredit.shaping.shapers import SHAPERS, drop_uniform, mask_truncated, shuffle_rewards
+
+OPTIONS = {"overlong": {"max_tokens": 6, "buffer": 3}, "outcome_gate": {"outcome": "exact", "think": "other"}}
 
 
 def test_truncated_completions_are_masked_over_all_their_segments():
@@ -112,5 +116,5 @@ def test_shapers_leave_their_argument_alone(name):
     """A shaper makes a new forest."""
     forest = random_forest(0, "chain")
     reward, mask = forest.segment["reward"].clone(), forest.segment["mask"].clone()
-    SHAPERS[name](forest)
+    Shaper(name, SHAPERS[name], OPTIONS.get(name, {}))(with_raw_rewards(forest))
     assert forest.segment["reward"].equal(reward) and forest.segment["mask"].equal(mask)

@@ -17,6 +17,10 @@ def algorithms() -> str:
     return "\n".join(f"  {name:22}{row.summary} ({_source(row.paper)})" for name, row in ALGORITHMS.items())
 
 
+def algorithm_names() -> str:
+    return "\n".join(_wrapped("  ", [f"{name} ({row.paper})" for name, row in ALGORITHMS.items()]))
+
+
 def options() -> str:
     """Every `--section.option` with its default, a line or two a section."""
     lines = []
@@ -28,20 +32,20 @@ def options() -> str:
 
 
 def functions(folder: str, decorator: str) -> str:
-    """The functions of a folder that have a decorator, each with its options and defaults.
+    """The functions of a folder that have a decorator, each with its options and defaults in brackets.
 
     They are read, not imported: losses and credit functions need torch, which takes longer than anybody waits for help.
     """
-    lines = []
+    words = []
     for path in sorted((PACKAGE / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if f"@{decorator}(" in text else ():
             if isinstance(node, ast.FunctionDef) and decorator in map(_name_called, node.decorator_list):
-                given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]
-                words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
-                lines += _wrapped(f"  {node.name}".ljust(24), words)
-    return "\n".join(lines)
+                given = node.args.args[len(node.args.args) - len(defaults) :]
+                pairs = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
+                words += f"{node.name} ({', '.join(pairs)})".split(", ") if pairs else [node.name]
+    return "\n".join(_wrapped("  ", words))
 
 
 def _name_called(decorator: ast.expr) -> str | None:

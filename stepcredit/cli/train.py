@@ -31,19 +31,23 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --device NAME         auto | cpu | cuda | mps
   --eval-every N        --save-every N       iterations; 0: only at the end
   --trust-remote-code true   run code that comes with a hub model; off when not given
-  --shapers NAMES       mask_truncated, drop_uniform, shuffle_rewards (a control), or your own; comma between
+  --shapers NAMES       in their order, comma between; those below or your own; with options as in YAML:
+                        --shapers '[positives_only, {{name: overlong, buffer: 512}}]'
   --estimators {{COLUMN: NAME}}   builders of your own for columns that credit and loss read
   --code-folders FOLDERS   where code of your own (my_module.f, my_file.py:f) is looked for, beside this folder and that
                         of CONFIG.yaml
 
-Algorithms
+Algorithms, with the arXiv ids of their papers; 'stepcredit credit --help' has a line about each
 {algorithms}
 
-Credit functions (credit.name), each with options of its own (credit.OPTION); credit.sum adds several up
+Credit functions (credit.name), with options of their own in brackets (credit.OPTION); credit.sum adds several up
 {credits}
 
-Losses (loss.name), each with options of its own (loss.OPTION)
+Losses (loss.name), likewise (loss.OPTION)
 {losses}
+
+Shapers, likewise: they change rewards or leave completions out of the loss
+{shapers}
 
 All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
 has what was used); the same names make up a YAML file, with --section.option on top
@@ -72,9 +76,16 @@ def main(words: Sequence[str]) -> int:
 
         names = " | ".join(list(ALGORITHMS)[:3]) + " | ... (below)"
         credits, losses = help_text.functions("credit", "credit"), help_text.functions("losses", "loss")
-        options = help_text.options()
+        options, shapers = help_text.options(), help_text.functions("shaping", "shaper")
         print(
-            HELP.format(names=names, algorithms=help_text.algorithms(), credits=credits, losses=losses, options=options)
+            HELP.format(
+                names=names,
+                algorithms=help_text.algorithm_names(),
+                credits=credits,
+                losses=losses,
+                shapers=shapers,
+                options=options,
+            )
         )
         return 0
     given, own = parse(words, {"config": None, "resume": "never"}, "train")

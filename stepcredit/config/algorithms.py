@@ -3,7 +3,7 @@
 An algorithm only sets defaults: every part can be changed in the config. Adding one is a row here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,11 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, loss, objective, growth, filter: defaults that differ from those of the parts and of the schema.
+        credit_options, loss, objective, growth, filter, optim: defaults that differ from those of the parts and of the
+            schema.
+        shapers: by name, or name and options; a list of the user's takes their place.
+        several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
+            not.
         data: what it reads of the data beside answers that can be checked, in a few words.
     """
 
@@ -29,9 +33,13 @@ class Algorithm:
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
+    shapers: Sequence[str | Mapping[str, Any]] = ()
+    several_steps: str = ""
     data: str = ""
 
 
+MEAN_OF_MEANS = {"aggregate": "seq_mean_token_mean"}
 TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
 
 ALGORITHMS = {
@@ -86,6 +94,90 @@ ALGORITHMS = {
         "leave-one-out mean, plus the return of an implicit process reward model",
         credit_options={"beta": 0.05},
         filter={"enabled": True},
+    ),
+    "remax": Algorithm(
+        "remax",
+        "2310.10505",
+        "reward less that of one greedy completion of the problem",
+        loss={"name": "reinforce"},
+        objective={"aggregate": "seq_mean_token_sum"},
+    ),
+    "gpg": Algorithm(
+        "gpg",
+        "2504.02546",
+        "group mean, scaled for groups that differ, without ratio and clip",
+        loss={"name": "reinforce"},
+    ),
+    "dapo": Algorithm(
+        "grpo",
+        "2503.14476",
+        "group z-score, wider clip above, only groups that differ, length is punished",
+        loss={"clip_low": 0.2, "clip_high": 0.28},
+        filter={"enabled": True, "keep": "varied"},
+        shapers=("overlong",),
+    ),
+    "gspo": Algorithm(
+        "grpo",
+        "2507.18071",
+        "group z-score, one ratio and clip for a whole completion",
+        loss={"name": "gspo"},
+        objective=MEAN_OF_MEANS,
+        optim={"num_minibatches": 4},
+    ),
+    "cispo": Algorithm(
+        "grpo",
+        "2506.13585",
+        "group z-score, clipped importance weights that keep every gradient",
+        loss={"name": "cispo"},
+    ),
+    "raft": Algorithm(
+        "reward_to_go",
+        "2504.11343",
+        "log-likelihood of the completions with a reward above 0",
+        credit_options={"baseline": "none"},
+        loss={"name": "reinforce"},
+        objective={"aggregate": "seq_mean_token_sum"},
+        shapers=("positives_only",),
+        several_steps="RAFT fits the completions that it selected, as supervised learning does (arXiv 2504.11343)",
+    ),
+    "raft_pp": Algorithm(
+        "reward_to_go",
+        "2504.11343",
+        "raw reward of the completions with one above 0, clipped",
+        credit_options={"baseline": "none"},
+        objective=MEAN_OF_MEANS,
+        shapers=("positives_only",),
+    ),
+    "reinforce_rej": Algorithm(
+        "reward_to_go",
+        "2504.11343",
+        "raw reward without a baseline, clipped, in groups that differ",
+        credit_options={"baseline": "none"},
+        objective=MEAN_OF_MEANS,
+        shapers=("drop_uniform",),
+    ),
+    "em_pg": Algorithm(
+        "dr_grpo",
+        "2504.18587",
+        "group mean, several steps on a batch without ratio and clip",
+        loss={"name": "reinforce"},
+        optim={"num_minibatches": 4},
+        several_steps="the M-step of EM policy gradient takes several on the samples of its E-step (arXiv 2504.18587)",
+    ),
+    "unlikeliness": Algorithm(
+        "grpo",
+        "2506.02355",
+        "group z-score of rewards that are lower for what is likely anyway",
+        objective=MEAN_OF_MEANS,
+        optim={"num_epochs": 2},
+        shapers=({"name": "drop_uniform", "rewards": "raw"}, "unlikeliness"),
+    ),
+    "posterior_grpo": Algorithm(
+        "grpo",
+        "2508.05170",
+        "group z-score of the outcome, plus that of the thinking where it is right",
+        objective=MEAN_OF_MEANS,
+        shapers=("outcome_gate",),
     ),
 }
 

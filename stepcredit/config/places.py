@@ -59,7 +59,9 @@ def kind_of(path: Sequence[str]) -> Kind:
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         return Kind(text=True, expanded=True)  # its name alone
     many = get_origin(annotation) is list
-    one = get_args(annotation)[0] if many else annotation
+    one, _ = _bare(get_args(annotation)[0], ()) if many else (annotation, ())
+    if isinstance(one, type) and issubclass(one, Choice):
+        return Kind(text=True, many=True, expanded=True)
     words = get_args(one) if get_origin(one) is Literal else ()
     text = one is str or (bool(words) and all(isinstance(word, str) for word in words))
     return Kind(text, many, nullable, any(isinstance(mark, Expanded) for mark in marks))
@@ -106,6 +108,8 @@ def _expanded(value: Any, path: tuple[str, ...]) -> Any:
     if not kind.expanded:
         return value
     option = ".".join(path)
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [_expanded(item, (*path, str(number))) for number, item in enumerate(value)]
     if value == "" and not kind.many:
         raise UserError(f"{option}: is empty; give it a value or leave it out")
     if isinstance(value, list):

@@ -29,7 +29,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
-        {"filter": dict(chosen.filter)},
+        {"filter": dict(chosen.filter), "optim": dict(chosen.optim)},
+        {"shapers": list(chosen.shapers)},
     ]
     loss = given.get("loss")
     own_loss = chosen.loss.get("name", "clip")
@@ -41,6 +42,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
         layers.append({"credit": dict(chosen.credit_options)})
     if given.get("model", "embedded") == "embedded":
         layers += [EMBEDDED_RECIPE, EMBEDDED_TREES if chosen.growth else {}]
+        layers.append({"filter": chosen.filter} if chosen.filter.get("keep") == "varied" else {})
         if same_credit:
             layers.append({"credit": EMBEDDED_CREDIT.get(chosen.credit, {})})
     merged: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -22,7 +23,7 @@ from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
 from stepcredit.samplers.options import SamplerOptions
-from stepcredit.section import Choice, Place, Places, Section
+from stepcredit.section import Choice, Place, Places, Section, split
 from stepcredit.shaping.options import FilterOptions
 from stepcredit.tasks.options import TaskOptions
 from stepcredit.verifiers.options import RewardOptions
@@ -129,7 +130,12 @@ class LossConfig(Choice):
     name: Place = "clip"
 
 
+def _shown(value: Choice) -> Any:
+    return value.model_dump() if value.options else value.name
+
+
 Named = Annotated[Choice, BeforeValidator(_named)]
+Listed = Annotated[Choice, BeforeValidator(_named), PlainSerializer(_shown)]
 
 
 class Config(Section):
@@ -141,7 +147,7 @@ class Config(Section):
     growth: GrowthOptions = GrowthOptions()
     reward: RewardOptions = RewardOptions()
     filter: FilterOptions = FilterOptions()
-    shapers: Places = []
+    shapers: Annotated[list[Listed], BeforeValidator(split)] = []  # in this order; names, or name and options
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()

@@ -5,9 +5,11 @@ To add one, write a short file beside these and a row below, or name your own by
 """
 
 from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of
+from stepcredit.credit.gpg import gpg
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.prime import prime
+from stepcredit.credit.remax import remax
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
 from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
@@ -20,6 +22,8 @@ CREDIT: dict[str, CreditFunction] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "reward_to_go": reward_to_go,
+    "gpg": gpg,
+    "remax": remax,
     "opo": opo,
     "spro": spro,
     "prime": prime,

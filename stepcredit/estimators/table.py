@@ -12,6 +12,7 @@ from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, Passes, declared
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
+from stepcredit.estimators.greedy import greedy_return
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.imports import by_name
@@ -22,6 +23,7 @@ PROVIDERS: dict[str, Builder] = {
     "entropy": old_policy,  # where the sampler does not give it
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
+    "greedy_return": greedy_return,
     "prm_logprobs": implicit_prm,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
@@ -43,10 +45,23 @@ class Observers:
 
     Attributes:
         needed: all columns that something reads.
+        reads: of each column that an estimator adds, the column that names the estimator, and what it reads.
     """
 
     providers: dict[str, Provider]
     needed: frozenset[str]
+    reads: Mapping[str, tuple[str, frozenset[str]]] = field(default_factory=dict)
+
+    def before(self, columns: Iterable[str]) -> list[str]:
+        """The names of the estimators that add these columns, and of those before them, in their order."""
+        waiting, seen = [column for column in columns if column in self.reads], set[str]()
+        while waiting:
+            column = waiting.pop()
+            if column not in seen:
+                seen.add(column)
+                waiting += [each for each in self.reads[column][1] if each in self.reads]
+        names = {self.reads[column][0] for column in seen}
+        return [name for name in self.providers if name in names]
 
     def loads(self, config: Config) -> list[Load]:
         """The models that they hold on every GPU."""
@@ -90,7 +105,8 @@ def observers(config: Config, wanted: Mapping[str, str], there: Iterable[str] = 
         ) from error
     first = {id(provider): column for column, provider in reversed(table.items())}  # one provider may add several
     chosen = {first[id(table[column])]: table[column] for column in order}
-    return Observers(chosen, frozenset(readers) | (wanted.keys() & brought))
+    named = {column: (first[id(table[column])], frozenset(reads[column])) for column in order}
+    return Observers(chosen, frozenset(readers) | (wanted.keys() & brought), named)
 
 
 def providers(config: Config) -> dict[str, Provider]:

@@ -30,12 +30,18 @@ def build_objective(config: Config, flat: bool) -> Objective:
     name, options = config.loss.name, config.loss.options
     function = by_name("loss.name", name, LOSSES)
     check_options("loss", name, function, options)
+    config.objective.check()
     constant = float(config.sampler.max_new_tokens)
     objective = Objective(function, options, config.objective, constant, "completion" if flat else "segment")
     if not flat and objective.needs.unit == "completion":
         raise UserError(
             f"loss '{name}' is over completions, credit '{config.credit.name}' is of trees, whose completions share "
             "tokens; take another loss (clip, cispo) or another credit"
+        )
+    if config.objective.entropy_top < 1 and not objective.needs.sparse:
+        raise UserError(
+            f"objective.entropy_top makes advantages 0, which is a gradient under loss '{name}'; leave it out, or "
+            "declare the loss with @loss(sparse=True) where it is none"
         )
     _try(objective, name)
     return objective

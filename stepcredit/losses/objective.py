@@ -4,7 +4,7 @@ sum over tokens of weight * (loss + kl_coef * kl - entropy_coef * entropy)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,18 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         return self.given.kl.coef != 0
+
+    @property
+    def needs_entropy(self) -> str:
+        """The option that reads the column `entropy`; empty: none."""
+        if self.given.entropy_target is not None:
+            return "objective.entropy_target"
+        return "objective.entropy_top" if self.given.entropy_top < 1 else ""
+
+    def with_entropy_coef(self, coef: float) -> "Objective":
+        if coef == self.given.entropy_coef:
+            return self
+        return replace(self, given=self.given.model_copy(update={"entropy_coef": coef}))
 
     def weights(self, forest: Forest) -> Tensor:
         """The weight column of one optimiser step, [num_tokens]."""

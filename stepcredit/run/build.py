@@ -13,7 +13,6 @@ from stepcredit.estimators.table import Observers
 from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.growth.table import build_growth
-from stepcredit.imports import by_name
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
@@ -26,7 +25,8 @@ from stepcredit.run.checks import check_combination
 from stepcredit.run.servers import fit_server
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
-from stepcredit.shaping.shapers import SHAPERS, Shaper
+from stepcredit.shaping.base import Shaper
+from stepcredit.shaping.choose import build_shapers, check_shapers
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.mixture import build_data
 from stepcredit.tasks.prompts import PromptFormat
@@ -55,7 +55,7 @@ def build_parts(config: Config) -> Parts:
     Raises:
         UserError: an option names something that there is not, or options do not go together.
     """
-    shapers = [by_name("shapers", name, SHAPERS) for name in config.shapers]
+    shapers = build_shapers(config)
     credit, assign = build_credit(config.credit)
     flat = needs_of(credit).forests == "flat"
     fitting = ", ".join(name for name, function in CREDIT.items() if needs_of(function).forests == "tree")
@@ -64,9 +64,10 @@ def build_parts(config: Config) -> Parts:
     config.filter.check()
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)
-    seen = run_observers(config, credit, objective)
+    seen = run_observers(config, credit, objective, shapers)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)
+    check_shapers(shapers, dict(zip(rewards, weights, strict=True)))
     return Parts(task, rewards, weights, config.sampler, shapers, credit, assign, objective, seen)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from stepcredit.config import Config
+from stepcredit.config.algorithms import algorithm
 from stepcredit.credit import CreditFunction, needs_of
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -51,6 +52,10 @@ def _check_steps(config: Config, objective: Objective) -> None:
             f"{several}; OPO is exactly on-policy: take --optim.num-epochs 1 --optim.num-minibatches 1, or a loss with "
             "a ratio (--loss.name clip)"
         )
+    meant = algorithm(config.algorithm)
+    if meant.several_steps and meant.loss.get("name") == name:
+        log.info("%s. That is meant: %s", several, meant.several_steps)
+        return
     log.warning(
         "%s. Steps after the first take the samples for the moved policy's own, so their gradient is biased; take one "
         "step, a loss with a ratio (clip), or, if your own loss has one, declare it with @loss(ratio=True)",

@@ -42,6 +42,11 @@ class Alarm:
     after: int = WARN_AFTER
 
 
+def _uniform(now: Metrics) -> str:
+    share = _value(now, "filter/uniform")
+    return f", {share:.0%} of equal rewards" if share else ""
+
+
 def _value(metrics: Metrics, name: str, default: float = 0.0) -> float:
     """A metric, or the default where it is absent or was not finite."""
     value = metrics.get(name)
@@ -61,8 +66,8 @@ ALARMS: dict[str, Alarm] = {
         lambda now, first: (
             f"none of {_value(now, 'filter/problems'):.0f} problems passed the prompt filter "
             f"({_value(now, 'filter/hard'):.0%} too hard, {_value(now, 'filter/easy'):.0%} too easy, "
-            f"{_value(now, 'filter/truncated'):.0%} truncated), so nothing was learnt. Widen --filter.low and "
-            "--filter.high, raise --filter.max-draws, or take easier or harder problems"
+            f"{_value(now, 'filter/truncated'):.0%} truncated{_uniform(now)}), so nothing was learnt. Widen "
+            "--filter.low and --filter.high, raise --filter.max-draws, or take easier or harder problems"
         ),
         after=1,
     ),

@@ -5,6 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from stepcredit.errors import UserError
+from stepcredit.run.observing import restored_states, shaper_state
 from stepcredit.run.source import Position
 from stepcredit.run.state import random_state, set_random_state
 from stepcredit.run.work import Work
@@ -22,6 +23,8 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
         "iteration": trainer.done,
         "position": vars(trainer.source.position),
         "models": {name: estimator.state_dict() for name, estimator in trainer.estimators.items()},
+        "shapers": shaper_state(trainer.parts.shapers, trainer.shaper_states),
+        "entropy": trainer.entropy.state_dict(),
         "random": random_state(),
         "max_tokens": trainer.learner.max_tokens,
         "nonfinite": trainer.nonfinite,
@@ -45,6 +48,8 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     for name, estimator in trainer.estimators.items():
         if name in state["models"]:
             estimator.load_state_dict(state["models"][name])
+    trainer.shaper_states = restored_states(trainer.parts.shapers, state.get("shapers", []))
+    trainer.entropy.load_state_dict(state.get("entropy", {}))
     set_random_state(state["random"])
     trainer.learner.max_tokens = min(trainer.learner.max_tokens, state["max_tokens"])
     stopped_for_it = state["nonfinite"] >= trainer.config.optim.max_nonfinite

@@ -13,6 +13,7 @@ from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
 from stepcredit.learn.update import PolicyUpdate
+from stepcredit.losses.entropy import EntropyControl, with_top_entropy
 from stepcredit.plan.advice import with_fitting_budget
 from stepcredit.policy.forward import Policy
 from stepcredit.run.build import Parts, build_estimators, build_rollouts
@@ -22,12 +23,14 @@ from stepcredit.run.checks import check_agreement, check_gold, check_sampling
 from stepcredit.run.clock import Clock
 from stepcredit.run.evaluate import held_out_metrics
 from stepcredit.run.interrupt import Interrupted, StopRequest
+from stepcredit.run.observing import observe
 from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
 from stepcredit.run.work import Work
 from stepcredit.samplers.base import rest
 from stepcredit.samplers.table import check_training
+from stepcredit.shaping.base import fresh_states
 
 
 class Trainer:
@@ -58,6 +61,7 @@ class Trainer:
         window = config.filter if config.filter.enabled else None
         self.source: Source = InStep(self.rollouts, train.seed, train.problems_per_iteration, window)
         self.ranks, self.stop = placement.ranks, StopRequest(placement.ranks)
+        self.shaper_states, self.entropy = fresh_states(parts.shapers), EntropyControl(config.objective)
         self.done, self.resumed = 0, False
         self.work: Work | None = None
         self.nonfinite = 0  # optimiser steps in a row that were skipped
@@ -82,6 +86,7 @@ class Trainer:
                 for iteration in range(self.done + 1, self.config.train.iterations + 1):
                     self.stop.check()
                     work = self.work = self.work or self.begin()
+                    self.policy_update.objective = self.parts.objective.with_entropy_coef(self.entropy.used)
                     self.stop.check()
                     for number, step in enumerate(self.policy_update.steps(work.forest, iteration)):
                         if number >= len(work.learnt):
@@ -103,14 +108,15 @@ class Trainer:
         batch = self.source.next()
         rest(self.rollouts.sampler)
         forest, observed, clock = batch.forest, dict(batch.metrics), Clock(batch.seconds)
-        for shaper in self.parts.shapers:
-            forest = shaper(forest)
+        shapers, states = self.parts.shapers, self.shaper_states
         with clock("time/observe"):
-            for estimator in self.estimators.values():
-                forest = estimator.observe(forest)
-                observed |= estimator.metrics
+            forest, states, metrics = observe(forest, shapers, states, self.estimators, self.parts.observers)
+            observed |= metrics
             check_agreement(forest, self.config, self.sampling, self.policy)
             forest = self.parts.assign(forest)
+            observed |= self.entropy.begin(forest)
+            forest = with_top_entropy(forest, self.config.objective.entropy_top)
+        self.shaper_states = states
         return Work(forest, batch.position, clock, observed)
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:

@@ -1,5 +1,7 @@
 """Which groups are trained on."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from stepcredit.errors import UserError
@@ -8,6 +10,7 @@ from stepcredit.section import Section
 
 class FilterOptions(Section):
     enabled: bool = False
+    keep: Literal["window", "varied"] = "window"  # groups by their mean reward, or those whose rewards differ (DAPO)
     low: float = 0.2  # smallest and largest mean reward of a group, both included
     high: float = 0.8
     drop_truncated: bool = False  # reject groups with a truncated completion
@@ -17,7 +20,10 @@ class FilterOptions(Section):
     max_draws: float = Field(4.0, ge=1)  # problems sampled at most in an iteration, in multiples of the batch
 
     def check(self) -> None:
-        """Raise `UserError` for an empty window, or a history without a filter."""
+        """Raise `UserError` for an empty window, one that is not looked at, or a history without a filter."""
+        default = type(self)()
+        if self.keep == "varied" and (self.low, self.high) != (default.low, default.high):
+            raise UserError("filter.low and filter.high are for --filter.keep window; with varied no mean is looked at")
         if self.enabled and self.low > self.high:
             raise UserError(f"filter.low ({self.low:g}) is above filter.high ({self.high:g})")
         if self.history and not self.enabled:
