@@ -9,16 +9,12 @@ from pydantic import BaseModel
 from stepcredit.config import Config
 from stepcredit.config.algorithms import ALGORITHMS
 
-WIDTH = 110
+WIDTH = 119
 PACKAGE = Path(__file__).parents[1]
 
 
 def algorithms() -> str:
     return "\n".join(f"  {name:22}{row.summary} ({_source(row.paper)})" for name, row in ALGORITHMS.items())
-
-
-def algorithm_names() -> str:
-    return "\n".join(_wrapped("  ", [f"{name} ({row.paper})" for name, row in ALGORITHMS.items()]))
 
 
 def options() -> str:
@@ -45,7 +41,7 @@ def functions(folder: str, decorator: str) -> str:
                 given = node.args.args[len(node.args.args) - len(defaults) :]
                 pairs = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
                 words += f"{node.name} ({', '.join(pairs)})".split(", ") if pairs else [node.name]
-    return "\n".join(_wrapped("  ", words))
+    return "\n".join(_wrapped(f"  {decorator}".ljust(10), words))
 
 
 def _name_called(decorator: ast.expr) -> str | None:
