@@ -45,12 +45,20 @@ HOSTILE = [
 ]
 
 
+GATED = {
+    "--reward.functions": "chain,format_think",
+    "--reward.weights": "1,0",
+    "--shapers": "[{name: outcome_gate, outcome: chain, think: format_think}]",
+}
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A folder with a short real run of every algorithm, and a second seed of one."""
     root = tmp_path_factory.mktemp("trained")
     for name in ALGORITHMS:
         size = [] if ALGORITHMS[name].growth else ["--group-size", "4"]
+        size += [word for pair in GATED.items() for word in pair] if name == "posterior_grpo" else []
         assert main(["train", "--algorithm", name, *SMALL, *size, "--run-dir", str(root / name)]) in (0, 1)
     again = ["train", "--algorithm", "grpo", *SMALL, "--group-size", "4", "--seed", "1"]
     assert main([*again, "--run-dir", str(root / "grpo-again")]) in (0, 1)

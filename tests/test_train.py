@@ -31,6 +31,16 @@ TINY = {
 TREES = {"growth.num-branches": 2, "growth.depth": 2}
 
 
+OWN = {  # what an algorithm needs beside TINY
+    "dapo": {"filter.max-draws": 16},  # until the batch is full
+    "posterior_grpo": {
+        "reward.functions": "chain,format_think",
+        "reward.weights": "1,0",
+        "shapers": "[{name: outcome_gate, outcome: chain, think: format_think}]",
+    },
+}
+
+
 def words(options: dict) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -38,7 +48,7 @@ def words(options: dict) -> list[str]:
 def train(run_dir: Path, **options) -> int:
     """Exit code of a tiny run; `_` in names stands for `-`, `__` for `.`."""
     named = {name.replace("__", ".").replace("_", "-"): value for name, value in options.items()}
-    options = TINY | {"run-dir": run_dir} | named
+    options = TINY | {"run-dir": run_dir} | OWN.get(str(named.get("algorithm")), {}) | named
     if ALGORITHMS[options.get("algorithm", "grpo")].growth:
         options = {name: value for name, value in (TREES | options).items() if name != "group-size"}
     return main(["train", *words(options)])
@@ -134,7 +144,11 @@ def test_saved_rollouts_score_the_same_again(runs, tmp_path, algorithm):
     again = tmp_path / "again.jsonl.zst"
     options = {"spro": ["--credit.beta", "0.003"], "prime": ["--credit.process-coef", "0.1"]}
     own = ["--sampler.max-new-tokens", "48", *options.get(algorithm, [])]
-    assert main(["credit", "--in", str(saved), "--out", str(again), "--credit.name", algorithm, *own]) == 0
+    code = main(["credit", "--in", str(saved), "--out", str(again), "--credit.name", algorithm, *own])
+    if algorithm == "remax":  # of problems, whose columns no record has
+        assert code == 2 and not again.exists()
+        return
+    assert code == 0
     one, two = (scored(path) for path in (saved, again))
     assert [(r["id"], r["iteration"], r["prompt"], r["answer"]) for r in one] == [
         (r["id"], r["iteration"], r["prompt"], r["answer"]) for r in two

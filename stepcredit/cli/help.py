@@ -9,15 +9,11 @@ from pydantic import BaseModel
 from stepcredit.config import Config
 from stepcredit.config.algorithms import ALGORITHMS
 
-WIDTH = 110
+WIDTH = 119
 PACKAGE = Path(__file__).parents[1]
 
 
 def algorithms() -> str:
-    return "\n".join(f"  {name:22}{row.summary} ({_source(row.paper)})" for name, row in ALGORITHMS.items())
-
-
-def algorithm_names() -> str:
     return "\n".join(_wrapped("  ", [f"{name} ({row.paper})" for name, row in ALGORITHMS.items()]))
 
 
@@ -45,7 +41,7 @@ def functions(folder: str, decorator: str) -> str:
                 given = node.args.args[len(node.args.args) - len(defaults) :]
                 pairs = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
                 words += f"{node.name} ({', '.join(pairs)})".split(", ") if pairs else [node.name]
-    return "\n".join(_wrapped("  ", words))
+    return "\n".join(_wrapped(f"  {decorator}".ljust(10), words))
 
 
 def _name_called(decorator: ast.expr) -> str | None:
@@ -78,7 +74,3 @@ def _shown(value: Any) -> str:
     if value is None or value == "" or value == [] or value == {}:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-
-
-def _source(paper: str) -> str:
-    return f"arXiv {paper}" if paper[0].isdigit() else paper

@@ -37,16 +37,13 @@ Without options the embedded model learns the embedded task with GRPO: a few min
   --code-folders FOLDERS   where code of your own (my_module.f, my_file.py:f) is looked for, beside this folder and that
                         of CONFIG.yaml
 
-Algorithms, with the arXiv ids of their papers; 'stepcredit credit --help' has a line about each
+Algorithms, with the arXiv ids of their papers; 'stepcredit algorithms' says what each needs and costs
 {algorithms}
 
-Credit functions (credit.name), with options of their own in brackets (credit.OPTION); credit.sum adds several up
+Credit functions (credit.name; credit.sum adds several up), losses (loss.name) and shapers, with options of their own in
+brackets (credit.OPTION)
 {credits}
-
-Losses (loss.name), likewise (loss.OPTION)
 {losses}
-
-Shapers, likewise: they change rewards or leave completions out of the loss
 {shapers}
 
 All other options with their defaults (the algorithm and the embedded recipe change some; config.yaml in the run folder
@@ -54,7 +51,6 @@ has what was used); the same names make up a YAML file, with --section.option on
 {options}
 
 Examples
-  stepcredit train --algorithm opo --seed 1
   stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
   stepcredit train --model my-model --data problems.jsonl,gym:chain_sum,gcd --task.weights 2,1,1
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
@@ -80,7 +76,7 @@ def main(words: Sequence[str]) -> int:
         print(
             HELP.format(
                 names=names,
-                algorithms=help_text.algorithm_names(),
+                algorithms=help_text.algorithms(),
                 credits=credits,
                 losses=losses,
                 shapers=shapers,
