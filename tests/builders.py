@@ -94,7 +94,8 @@ def judge_only_sampled(tree: Tree) -> None:
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
     """The column that a credit function of the table assigns."""
     if "greedy_return" in CREDIT[name].needs.columns and not forest.has("greedy_return"):
-        forest = forest.with_tree(greedy_return=forest.tree["prompt_length"] % 3 / 2)  # as `reference_credit.remax`
+        greedy = forest.tree["prompt_length"] % 3 / 2  # as `reference_credit.remax`
+        forest = forest.with_token(greedy_return=greedy[forest.token_tree])
     return assign(forest, name, CREDIT[name], options).token[column]
 
 

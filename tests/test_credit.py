@@ -72,10 +72,10 @@ def test_outcome_credit_by_hand(name, options, expected):
 
 
 def test_remax_by_hand():
-    """Three problems whose greedy completions got 1, 0 and nothing; a single completion has an advantage too."""
+    """Three problems whose greedy completions got 1, 0 and 0.5; a single completion has an advantage too."""
     forest = flat_forest([[2, 1], [1], [1, 1]], [[1.0, 0.0], [1.0], [1.0, None]])
-    forest = forest.with_tree(greedy_return=torch.tensor([1.0, 0.0, torch.nan]))
-    is_near(run(forest, "remax"), [0.0, 0, -1, 1, 0, 0])
+    forest = forest.with_token(greedy_return=torch.tensor([1.0, 0.0, 0.5])[forest.token_tree])
+    is_near(run(forest, "remax"), [0.0, 0, -1, 1, 0.5, 0])
 
 
 def test_gpg_makes_up_for_uniform_groups():

@@ -48,26 +48,26 @@ def test_it_is_the_likeliest_completion_of_each_problem(rollouts):
         judged = made.judge(Forest.from_trees([Tree(problem, prompt, [segment])]))
         returns.append(float(judged.segment["reward"][0]))
         tokens += len(segment.token_ids)
-    assert found.tree["greedy_return"].tolist() == returns
+    assert found.token["greedy_return"].tolist() == [returns[tree] for tree in found.token_tree]
     assert estimator.metrics["tokens/greedy"] == tokens and estimator.metrics["reward/greedy_judged"] == 1
     assert estimator.metrics["reward/greedy"] == pytest.approx(sum(returns) / len(returns))
-    assert found.num_tokens == forest.num_tokens and found.segment is forest.segment and found.token is forest.token
+    assert found.num_tokens == forest.num_tokens and found.segment is forest.segment
 
 
 def test_processes_share_the_problems(rollouts, monkeypatch):
     """Three processes, each with its part, give what one gives."""
     made, estimator, _ = rollouts
     forest = sampled(made)
-    whole = estimator.observe(forest).tree["greedy_return"]
+    whole = estimator.observe(forest).token["greedy_return"]
     parts = [estimator._returns(forest, list(range(5))[rank::3]) for rank in range(3)]
     monkeypatch.setattr(type(made.ranks), "share", lambda self, items: list(items[0::3]))
     monkeypatch.setattr(type(made.ranks), "gather", lambda self, value: [value, *parts[1:]])
-    assert estimator.observe(forest).tree["greedy_return"].equal(whole)
+    assert estimator.observe(forest).token["greedy_return"].equal(whole)
 
 
 def test_what_cannot_be_judged_is_no_baseline(rollouts):
-    """A problem that no function is for: its completions get no advantage, and the share of the others is told."""
-    made, estimator, parts = rollouts
+    """A problem that no function is for: its completions leave the loss, and the share of the others is told."""
+    made, estimator, _ = rollouts
     forest = sampled(made, 2)
     strange = Problem(id="strange", question="?", answer=None)
     forest = Forest(**{**vars_of(forest), "problems": (forest.problems[0], strange)})
@@ -83,10 +83,9 @@ def test_what_cannot_be_judged_is_no_baseline(rollouts):
     kept.__dict__ |= {name: getattr(made, name) for name in ("ranks", "sampler", "params")} | {"judge": judge}
     estimator_of = type(estimator)(kept)
     found = estimator_of.observe(forest)
-    assert found.tree["greedy_return"].isnan().tolist() == [False, True]
+    assert found.segment["mask"].equal(found.segment["tree"] == 0)
     assert estimator_of.metrics["reward/greedy_judged"] == 0.5
-    advantages = parts.assign(found).token["advantages"]
-    assert advantages.isfinite().all() and advantages[found.token_tree == 1].abs().max() == 0
+    assert found.token["greedy_return"].isfinite().all()
 
 
 def vars_of(forest: Forest) -> dict:

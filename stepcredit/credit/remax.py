@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stepcredit.credit.base import completions, credit, to_tokens
+from stepcredit.credit.base import completions, credit, judged_tokens, to_tokens
 from stepcredit.forest import Forest
 
 
@@ -13,9 +13,8 @@ def remax(forest: Forest) -> Tensor:
 
     The baseline does not depend on the samples, so one completion of a problem is enough, and is the paper's setting
     (`growth.group_size` 1); with several each gets its own difference. A k1 penalty in the rewards is in r_i alone. A
-    problem whose greedy completion could not be judged gets 0. A group of equal returns does not get 0 here: it may be
-    better or worse than the greedy one.
+    group of equal returns does not get 0 here: it may be better or worse than the greedy one.
     """
     rows = completions(forest)
-    baseline = forest.tree["greedy_return"][rows.tree]
-    return to_tokens(forest, rows, torch.where(baseline.isnan(), 0.0, rows.returns - baseline))
+    outcome = to_tokens(forest, rows, rows.returns)
+    return torch.where(judged_tokens(forest), outcome - forest.token["greedy_return"], 0.0)

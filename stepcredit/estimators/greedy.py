@@ -12,8 +12,9 @@ from stepcredit.samplers.base import rest
 
 
 class GreedyReturn(Estimator):
-    """Adds the tree column `greedy_return`: what the likeliest completion of each problem gets, NaN where unjudged.
+    """Adds the token column `greedy_return`: what the likeliest completion of each token's problem gets.
 
+    Where that one could not be judged it is 0, and the completions of the problem are left out of the loss.
     It is sampled at temperature 0 with the weights of the iteration, one for each tree, each process its share. Nobody
     trains on it; its tokens are the metric `tokens/greedy`, and are counted in `tokens/sampled`.
     """
@@ -38,7 +39,10 @@ class GreedyReturn(Estimator):
             "reward/greedy_judged": len(judged) / max(1, len(found)),
             "tokens/greedy": float(lengths),
         }
-        return forest.with_tree(greedy_return=found)
+        forest = forest.with_token(greedy_return=found.nan_to_num(0.0)[forest.token_tree])
+        if len(judged) == len(found):
+            return forest
+        return forest.with_segment(mask=forest.segment["mask"] & ~found.isnan()[forest.segment["tree"]])
 
     def _returns(self, forest: Forest, mine: list[int]) -> list[tuple[int, float | None, int]]:
         """For each of these trees its number, the return of its greedy completion, and how long that is."""

@@ -22,6 +22,7 @@ TOKEN_COLUMNS = (
     "prm_logprobs",
     "entropy",
     "token_rewards",
+    "greedy_return",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", "terms", *CREDIT_COLUMNS)
