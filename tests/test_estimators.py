@@ -57,6 +57,7 @@ def test_every_algorithm_has_its_columns(name):
     config = resolve({"algorithm": algorithm})
     expected = {"spro": ["old_logprobs", "ref_logprobs"], "prime": ["old_logprobs", "ref_logprobs", "prm_logprobs"]}
     expected["treerpo"] = ["ref_logprobs"]
+    expected["vine"] = ["prefix_value"]
     assert list(build_parts(config).observers.providers) == expected.get(algorithm, [])
 
 

@@ -83,6 +83,7 @@ ALGORITHMS = {
         credit_options={"beta": 0.05},
         filter={"enabled": True},
     ),
+    "vine": Algorithm("vine", "2410.01679", "change of the value in a step, by rollouts from both of its ends"),
 }
 
 

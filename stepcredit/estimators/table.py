@@ -13,6 +13,7 @@ from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
+from stepcredit.estimators.prefix_values import prefix_values
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.imports import by_name
 from stepcredit.section import check_options
@@ -23,6 +24,10 @@ PROVIDERS: dict[str, Builder] = {
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
     "prm_logprobs": implicit_prm,
+    "prefix_value": prefix_values,
+    "prefix_error": prefix_values,
+    "prefix_rollouts": prefix_values,
+    "step_index": prefix_values,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},

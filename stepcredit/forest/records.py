@@ -21,6 +21,10 @@ TOKEN_COLUMNS = (
     "prm_logprobs",
     "entropy",
     "token_rewards",
+    "prefix_value",
+    "prefix_error",
+    "prefix_rollouts",
+    "step_index",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", *CREDIT_COLUMNS)
