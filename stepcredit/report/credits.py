@@ -75,7 +75,7 @@ def compare_credits(run: Run, groups: Sequence[SavedGroup], names: Sequence[str]
     missing: dict[str, str] = {}
     for name in names or dict.fromkeys([*([own] if own else []), *CREDIT]):
         try:
-            scores[name] = _score(forest, name, _options(run, name))
+            scores[name] = score_tokens(forest, name, _options(run, name))
         except UserError as error:
             if names:
                 raise
@@ -107,7 +107,7 @@ def _options(run: Run, name: str) -> dict[str, Any]:
     return {}
 
 
-def _score(forest: Forest, name: str, options: dict[str, Any]) -> Tensor:
+def score_tokens(forest: Forest, name: str, options: dict[str, Any]) -> Tensor:
     function, assign = build_credit(CreditConfig(name=name, **options))
     if needs_of(function).forests == "tree" or forest.is_flat:
         return assign(forest).token["advantages"]
