@@ -37,6 +37,7 @@ RUNS = {
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --filter.oversample 2",
     "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
+    "vine": "--algorithm vine --group-size 3 --prefix-values.num-rollouts 2 --optim.num-minibatches 2",
 }
 UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share
 

@@ -2,7 +2,8 @@
 
 The worth of a step is the change of value that it makes: the mean return of rollouts behind it less that of rollouts
 before it. All numbers are over completions that are drawn anew with return, so that steps of one completion stay
-together. The noise ceiling is what one half of the rollouts says of the other: no credit can be asked for more.
+together. The noise ceiling is what one half of the rollouts says of the other. Credit is compared with all of them, so
+that it may be above that ceiling where halves are noisy.
 """
 
 from collections.abc import Mapping, Sequence
