@@ -1,6 +1,7 @@
 """The command line: help without heavy imports, one-line errors with a remedy, and credit of saved rollouts."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,13 +58,14 @@ def test_help_is_short(capsys, words):
     examples = [line.split()[1:] for line in shown if line.startswith("  stepcredit ") and "--" in line]
     assert examples
     for command, *rest in examples:
-        rest = " ".join(rest).split("   ")[0].replace('"', "").split()
+        rest = shlex.split(" ".join(rest).split("   ")[0])
         own: dict[str, str | None] = dict.fromkeys(("config", "resume", "in", "out", "prompt", "steps", "batch-size"))
         own |= dict.fromkeys(("json", "records", "verifier", "completion-column", "prm", "ref")) | dict.fromkeys(
             ("gpus", "gpu-memory-gib")
         )
-        own |= {"gold": "false"}
-        if command in ("report", "show", "compare"):
+        own |= dict.fromkeys(("credits", "iteration", "num-rollouts", "num-completions")) | {"gold": "false"}
+        rest = rest[1:] if command == "audit" else rest  # what it looks at
+        if command in ("algorithms", "report", "show", "compare"):
             assert not {word for word in rest if word.startswith("-")} - set(shown_options(shown)), rest
         elif "--prompt" not in rest:
             resolve(parse(rest, own, command)[0])

@@ -23,6 +23,7 @@ LAYERS = [
     ["tasks"],
     ["growth"],
     ["estimators"],
+    ["adapters"],
     ["demo"],
     ["plan"],
     ["display"],

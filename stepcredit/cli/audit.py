@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from stepcredit.cli.arguments import output_file, parse
-from stepcredit.config import Config, merge, read_yaml, resolve
+from stepcredit.config import Config, CreditConfig, merge, read_yaml, resolve
 from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.errors import UserError
 
@@ -337,7 +337,7 @@ def _scores(
             refused[name] = f"needs {NEEDS.get(missing[0], f'{missing[0]}, which these rollouts do not have')}"
         else:
             try:
-                scores[name] = score_tokens(forest, name, _options(name, config, saved))
+                scores[name] = score_tokens(forest, _credit(name, config, saved))
             except UserError as error:
                 refused[name] = str(error)
     if not scores:
@@ -346,13 +346,13 @@ def _scores(
     return scores, refused
 
 
-def _options(name: str, config: Config, saved: Mapping[str, Any]) -> dict[str, Any]:
+def _credit(name: str, config: Config, saved: Mapping[str, Any]) -> CreditConfig:
     """The run's own options for its credit function, an algorithm's defaults for another one."""
-    if name == config.credit.name:
-        return config.credit.options
+    if config.credit.sum is None and name == config.credit.name:
+        return config.credit
     if name in ALGORITHMS:
-        return resolve({"algorithm": name, "model": saved.get("model", config.model)}).credit.options
-    return {}
+        return resolve({"algorithm": name, "model": saved.get("model", config.model)}).credit
+    return CreditConfig(name=name)
 
 
 # ---------------------------------------------------------------------- numbers

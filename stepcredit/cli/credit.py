@@ -11,6 +11,7 @@ from stepcredit.errors import UserError
 
 HELP = """\
 usage: stepcredit credit --in ROLLOUTS --out SCORED --credit.name NAME [--credit.option value ...]
+       stepcredit credit --in ROLLOUTS --out SCORED --credit.sum '[{{name: NAME, weight: W, part: PART}}, ...]'
 
 Reads rollouts (.jsonl or .jsonl.zst, one tree a line; or what TRL and verl log, docs/data.md), computes advantages over
 the whole file and writes the same records with "advantages", "weights" and, where there are any, "process", "value" and
@@ -18,6 +19,9 @@ the whole file and writes the same records with "advantages", "weights" and, whe
 
   --credit.name NAME           a name below, or the dotted path of your own function
   --credit.OPTION value        the function's own options (beta, leave_one_out, gamma, ...)
+  --credit.sum '[TERM, ...]'   a weighted sum of several, in YAML or JSON (docs/algorithms.md); a term is a name, or
+                               {{name, weight: 1, part: outcome|process, normalize: none|batch|group, own options}};
+                               "terms" in each segment is what each adds; --credit.normalize NAME is of the sum
   --objective.depth-weights X,Y   of segments by depth, from the prompt down
   --objective.aggregate NAME   how "weights" are made; the algorithm's own when not given
   --model MODEL                whose tokenizer encodes the texts of TRL and verl; their bytes are tokens when not given
@@ -28,7 +32,8 @@ the whole file and writes the same records with "advantages", "weights" and, whe
 
 Examples
   stepcredit credit --in rollouts.jsonl --out scored.jsonl --credit.name spro --credit.beta 0.05
-  stepcredit credit --in runs/grpo-1/rollouts/000010.jsonl.zst --out opo.jsonl --credit.name opo"""
+  stepcredit credit --in runs/grpo-1/rollouts/000010.jsonl.zst --out opo.jsonl --credit.name opo
+  stepcredit credit --in in.jsonl --out s.jsonl --credit.sum '[grpo, {{name: spro, weight: 0.5, part: process}}]'"""
 
 
 def encoder(model: str, trust_remote_code: bool) -> Callable[[str], list[int]]:
@@ -84,8 +89,8 @@ def main(words: Sequence[str]) -> int:
     beside.replace(out)
     metrics = forest_metrics(forest)
     sizes = f"{forest.num_trees} trees, {forest.num_segments} segments, {forest.num_tokens} tokens"
-    print(f"{config.credit.name}: {sizes} -> {out}")
+    print(f"{config.credit.label}: {sizes} -> {out}")
     for key, value in metrics.items():
         if key.startswith(("tree/", "group/", "value/", "credit/")):
-            print(f"  {key:22}{value:.4g}")
+            print(f"  {key + ' ':22}{value:.4g}")
     return 0

@@ -32,7 +32,7 @@ def functions(folder: str, decorator: str) -> str:
 
     They are read, not imported: losses and credit functions need torch, which takes longer than anybody waits for help.
     """
-    lines = []
+    lines, bare = [], []
     for path in sorted((PACKAGE / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if f"@{decorator}(" in text else ():
@@ -40,8 +40,11 @@ def functions(folder: str, decorator: str) -> str:
                 given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]
                 words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
-                lines += _wrapped(f"  {node.name}".ljust(24), words)
-    return "\n".join(lines)
+                if words:
+                    lines += _wrapped(f"  {node.name}".ljust(24), words)
+                else:
+                    bare.append(node.name)
+    return "\n".join([*lines, *(_wrapped("  without options".ljust(24), bare) if bare else ())])
 
 
 def _name_called(decorator: ast.expr) -> str | None:

@@ -20,6 +20,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit report     one page for the browser: curves, rollouts with the credit of every token, trees
   stepcredit show       the same in the terminal
   stepcredit compare    methods at equal sampled tokens, with intervals over seeds
+  stepcredit algorithms what there is to train with, what it needs and costs
   stepcredit tasks      the tasks of reasoning-gym: options, levels, examples
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
@@ -111,6 +112,12 @@ def _compare(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _algorithms(words: Sequence[str]) -> int:
+    from stepcredit.cli.algorithms import main
+
+    return main(words)
+
+
 def _tasks(words: Sequence[str]) -> int:
     from stepcredit.cli.tasks import main
 
@@ -134,6 +141,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "show": _show,
     "compare": _compare,
     "plan": _plan,
+    "algorithms": _algorithms,
     "tasks": _tasks,
     "merge": _merge,
     "convert": _convert,

@@ -3,12 +3,16 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from stepcredit.cli.arguments import output_file, read_number, split
 from stepcredit.display.runs import read_runs
 from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from stepcredit.config import CreditConfig
 
 HELP = """\
 usage: stepcredit report RUN [RUN ...] [-o FILE] [--option value ...]
@@ -18,13 +22,15 @@ become a mean with a band), the saved rollouts with the credit of every token, t
 credit functions, options and warnings. A folder that holds runs stands for all of them.
 
   -o, --out FILE       report.html by default
-  --credits A,B,...    credit functions to compare, names or dotted paths; all that fit the rollouts by default
+  --credits A,B,...    credit functions to compare, names or dotted paths; all that fit the rollouts by default; or a
+                       list of names, credit with options and sums as 'stepcredit credit' takes them
   --max-mb X           room for saved rollouts, 10 by default; beyond it iterations are left out evenly, and it is said
 
 Examples
   stepcredit report runs/grpo-1
   stepcredit report runs/grpo-1 runs/spro-1 -o grpo-spro.html
-  stepcredit report runs --credits grpo,opo,spro"""
+  stepcredit report runs --credits grpo,opo,spro
+  stepcredit report runs --credits '[grpo, {sum: [grpo, {name: spro, weight: 0.5, part: process}]}]'"""
 
 OPTIONS = {"out": "report.html", "credits": "grpo,opo", "max-mb": "20"}  # with an example each
 
@@ -45,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     from stepcredit.report.page import write_page
 
     console, started = Console(), time.monotonic()
-    credits = [name.strip() for name in given.get("credits", "").split(",") if name.strip()]
+    credits = _credits(given.get("credits", ""))
     with console.status("reading") as status:
         written = write_page(runs, Path(out), credits, max_mib, lambda what: status.update(f"reading {what}"))
     for run in runs:
@@ -61,3 +67,27 @@ def main(words: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def _credits(text: str) -> "list[str | CreditConfig]":
+    """Names with commas between, or a list in YAML of names and of what a config has under `credit`.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    if not text.lstrip().startswith("["):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    from stepcredit.config import parse_value, resolve
+
+    credits: list[str | CreditConfig] = []
+    items = parse_value(text, ["credits"])
+    if not isinstance(items, list):
+        raise UserError(f"--credits: '{text}' is no list; write '[grpo, {{sum: [grpo, {{name: spro, weight: 0.5}}]}}]'")
+    for number, item in enumerate(items):
+        if not isinstance(item, (str, dict)):
+            raise UserError(f"--credits: {item!r} is neither a name nor credit with options")
+        try:
+            credits.append(item if isinstance(item, str) else resolve({"model": "none", "credit": item}).credit)
+        except UserError as error:
+            raise UserError(f"--credits, entry {number + 1}: {error}") from error
+    return credits

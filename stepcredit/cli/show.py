@@ -165,9 +165,8 @@ def _choose(groups: Sequence["SavedGroup"], problem: str | None) -> int | None:
 
 def _column(group: "SavedGroup", column: str, where: str) -> str:
     """The column that tokens are shaded by: the one asked for, or the first."""
-    from stepcredit.display.rollouts import COLUMNS
-
-    asked, present = column.replace("-", "_"), [name for name in COLUMNS if name in group.columns]
+    present = list(group.columns)
+    asked = column if column in present else column.replace("-", "_")
     if not asked:
         return present[0] if present else "advantages"
     if asked not in present:
@@ -261,11 +260,11 @@ def _print_group(
 ) -> None:
     from stepcredit.display.console import is_plain
     from stepcredit.display.groups import group_view, is_branching, shading_of
-    from stepcredit.display.rollouts import COLUMNS
+    from stepcredit.display.rollouts import title_of
     from stepcredit.display.shading import one_line
 
     group = groups[chosen]
-    shading = shading_of(group, column, COLUMNS.get(column, column), is_plain(console))
+    shading = shading_of(group, column, title_of(column), is_plain(console))
     console.print()
     console.rule(
         Text(f"iteration {iteration} · problem {chosen + 1} of {len(groups)} · {one_line(group.tree.problem.id)}"),

@@ -39,7 +39,7 @@ Without options the embedded model learns the embedded task with GRPO: a few min
 Algorithms
 {algorithms}
 
-Credit functions (credit.name), each with options of its own (credit.OPTION)
+Credit functions (credit.name), each with options of its own (credit.OPTION); credit.sum adds several up
 {credits}
 
 Losses (loss.name), each with options of its own (loss.OPTION)
@@ -54,6 +54,7 @@ Examples
   stepcredit train --model my-model --data problems.jsonl --task.columns.question problem --reward.functions math
   stepcredit train --model my-model --data problems.jsonl,gym:chain_sum,gcd --task.weights 2,1,1
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
+  stepcredit train --credit.sum '[rloo, {{name: prime, part: process, weight: 0.5}}]'
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
   stepcredit train --resume runs/spro
   stepcredit train --track.sinks tensorboard,wandb

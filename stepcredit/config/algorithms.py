@@ -18,6 +18,7 @@ class Algorithm:
         paper: arXiv id.
         summary: one line for `--help` and the docs.
         credit_options, loss, objective, growth, filter: defaults that differ from those of the parts and of the schema.
+        data: what it takes beside models and answers that can be checked, in a few words.
     """
 
     credit: str
@@ -28,6 +29,7 @@ class Algorithm:
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
 
 
 TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
@@ -48,7 +50,9 @@ ALGORITHMS = {
     "rloo": Algorithm("rloo", "2402.14740", "leave-one-out mean"),
     "reinforce_pp": Algorithm("reinforce_pp", "2501.03262", "reward-to-go, whitened over the batch"),
     "reinforce_pp_baseline": Algorithm("reinforce_pp_baseline", "2501.03262", "group mean, whitened over the batch"),
-    "reward_to_go": Algorithm("reward_to_go", "textbook", "returns from each token on, for dense rewards"),
+    "reward_to_go": Algorithm(
+        "reward_to_go", "textbook", "returns from each token on, for dense rewards", data="token rewards"
+    ),
     "opo": Algorithm(
         "opo",
         "2505.23585",
@@ -83,7 +87,12 @@ ALGORITHMS = {
         credit_options={"beta": 0.05},
         filter={"enabled": True},
     ),
-    "vine": Algorithm("vine", "2410.01679", "change of the value in a step, by rollouts from both of its ends"),
+    "vine": Algorithm(
+        "vine",
+        "2410.01679",
+        "change of the value in a step, by rollouts from both of its ends",
+        data="rollouts from every step",
+    ),
 }
 
 

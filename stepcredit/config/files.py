@@ -7,7 +7,7 @@ import yaml
 
 from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import Config
-from stepcredit.config.values import Dumper, parse_yaml
+from stepcredit.config.values import dump_options, parse_yaml
 from stepcredit.errors import UserError
 
 
@@ -33,4 +33,4 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """A config as a config file that reads as the same."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
+    return dump_options(config.model_dump(mode="json"))

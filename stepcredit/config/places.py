@@ -48,9 +48,13 @@ def kind_of(path: Sequence[str]) -> Kind:
             annotation, marks = field.annotation, tuple(field.metadata)
         elif get_origin(annotation) is dict:
             annotation, marks = get_args(annotation)[1], ()
+        elif get_origin(annotation) is list and part.isdigit():
+            annotation, marks = get_args(annotation)[0], ()
         else:
             return FREE
         annotation, marks = _bare(annotation, marks)
+        section, _, _ = _without_null(annotation, marks)
+        annotation = section if _holds_sections(section) else annotation
     annotation, marks, nullable = _without_null(annotation, marks)
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         return Kind(text=True, expanded=True)  # its name alone
@@ -59,6 +63,12 @@ def kind_of(path: Sequence[str]) -> Kind:
     words = get_args(one) if get_origin(one) is Literal else ()
     text = one is str or (bool(words) and all(isinstance(word, str) for word in words))
     return Kind(text, many, nullable, any(isinstance(mark, Expanded) for mark in marks))
+
+
+def _holds_sections(annotation: Any) -> bool:
+    """Whether it is a list of sections, whose options have names of their own behind their number."""
+    item = _bare(get_args(annotation)[0], ())[0] if get_origin(annotation) is list else None
+    return isinstance(item, type) and issubclass(item, BaseModel)
 
 
 def _bare(annotation: Any, marks: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -90,6 +100,8 @@ def expand_all(given: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str
 def _expanded(value: Any, path: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return expand_all(value, path)
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [_expanded(item, (*path, str(number))) for number, item in enumerate(value)]
     kind = kind_of(path)
     if not kind.expanded:
         return value

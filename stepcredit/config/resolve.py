@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stepcredit.config.algorithms import algorithm
 from stepcredit.config.places import expand_all
 from stepcredit.config.renamed import with_new_names
-from stepcredit.config.schema import Config
+from stepcredit.config.schema import SUM, Config
 from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES
 from stepcredit.errors import UserError, did_you_mean
 
@@ -25,7 +25,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: naming the option that is unknown or has a value that does not fit.
     """
-    given = expand_all(with_new_names(given))
+    given = _with_name_of_sum(expand_all(with_new_names(given)))
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
@@ -52,6 +52,14 @@ def resolve(given: Mapping[str, Any]) -> Config:
         raise UserError(_explain(error)) from error
 
 
+def _with_name_of_sum(given: dict[str, Any]) -> dict[str, Any]:
+    """A sum of credits has the name `sum`, whatever the algorithm's credit is called."""
+    credit = given.get("credit")
+    if isinstance(credit, Mapping) and credit.get("sum") is not None:
+        return given | {"credit": {"name": SUM, **credit}}
+    return given
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, section by section."""
     merged = dict(base)
@@ -66,7 +74,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    name = ".".join(path)
+    name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(path))
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in path[:-1]:
@@ -78,6 +86,8 @@ def _explain(error: ValidationError) -> str:
         return f"{name}: expected a section with options, found {first['input']!r:.60}"
     if first["input"] is None:
         return f"{name}: has no value (empty or null); give it one, or leave it out for its default"
+    if first["type"] == "value_error":
+        return f"{name}: {first['ctx']['error']}"
     return f"{name}: {first['msg'].lower()}, got {first['input']!r:.60}"
 
 

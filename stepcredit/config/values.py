@@ -6,7 +6,7 @@ Text stays text where the schema says so; elsewhere numbers, booleans and null a
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -54,6 +54,11 @@ Dumper.add_implicit_resolver(FLOAT, FLOATS, NUMBER_STARTS)
 Dumper.add_implicit_resolver(NULL, re.compile(r"None$|none$"), ["N", "n"])
 
 
+def dump_options(options: Mapping[str, Any]) -> str:
+    """Options as YAML that reads as the same."""
+    return yaml.dump(dict(options), Dumper=Dumper, sort_keys=False)
+
+
 def parse_yaml(text: str, path: Sequence[str] = ()) -> Any:
     """The value of an option that is written in YAML; of the whole config without a path.
 
@@ -76,7 +81,10 @@ def _built(loader: Loader, node: yaml.Node, path: tuple[str, ...], seen: dict[tu
     if isinstance(node, yaml.MappingNode):
         return _section(loader, node, path, seen)
     if isinstance(node, yaml.SequenceNode):
-        return [_built(loader, item, path, seen) for item in node.value]
+        return [
+            _built(loader, item, (*path, str(number)) if isinstance(item, yaml.MappingNode) else path, seen)
+            for number, item in enumerate(node.value)
+        ]
     kind, text = kind_of(path), str(node.value)
     quoted = not isinstance(node, yaml.ScalarNode) or node.style is not None
     if quoted or node.tag not in (INT, FLOAT, BOOL, NULL, TEXT):

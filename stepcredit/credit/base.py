@@ -5,7 +5,7 @@ A credit function is `credit(forest, **options) -> [num_tokens]`: pure, no gradi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from stepcredit import section
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import SAME, mean_by, segment_sum, spread_by
+from stepcredit.forest.table import TERM
 
 STD_EPS = 1e-6
 
@@ -26,12 +27,19 @@ class CreditParts(NamedTuple):
         outcome, process: [num_tokens] each; the advantage is their sum.
         value: [num_segments] the value of each segment; not read for unjudged ones.
         kept: [num_segments] False for segments that leave the loss and its denominators.
+        terms: of a sum of credits what each adds to the advantage, by name, each [num_tokens].
     """
 
     outcome: Tensor
     process: Tensor | None = None
     value: Tensor | None = None
     kept: Tensor | None = None
+    terms: Mapping[str, Tensor] | None = None
+
+    @property
+    def advantages(self) -> Tensor:
+        """[num_tokens] the sum of the parts."""
+        return self.outcome if self.process is None else self.outcome + self.process
 
 
 CreditFunction = Callable[..., Tensor | CreditParts]
@@ -39,10 +47,17 @@ CreditFunction = Callable[..., Tensor | CreditParts]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a credit function reads: token, segment or tree columns by name, and whether it takes only flat forests."""
+    """What a credit function reads: token, segment or tree columns by name, and whether it takes only flat forests.
+
+    Attributes:
+        readers: of a sum of credits the term that reads a column, by column.
+        flat: of a sum of credits the term that takes flat forests alone.
+    """
 
     columns: tuple[str, ...] = ()
     forests: Literal["flat", "tree"] = "flat"
+    readers: Mapping[str, str] = field(default_factory=dict)
+    flat: str = ""
 
 
 def credit(*columns: str, forests: Literal["flat", "tree"] = "flat") -> Callable[[CreditFunction], CreditFunction]:
@@ -68,47 +83,76 @@ def check_options(name: str, function: CreditFunction, options: Mapping[str, Any
 def assign(forest: Forest, name: str, function: CreditFunction, options: Mapping[str, Any]) -> Forest:
     """Run a credit function and add its results to the forest as columns.
 
-    These are the token columns `advantages` and, if given, `process`, and the segment columns `value` and `kept`.
+    These are the token columns `advantages` and, if given, `process` and `term/NAME`, and the segment columns `value`
+    and `kept`.
 
     Raises:
         UserError: a column or a flat forest is missing, or the function returns the wrong length or a value that is
             not finite.
     """
-    needs = needs_of(function)
-    if needs.forests == "flat":
-        forest.require_flat(f"credit '{name}'")
-    for column in needs.columns:
-        if not forest.has(column):
-            raise UserError(f"credit '{name}' needs the column '{column}', which these rollouts do not have")
-    with torch.no_grad():
-        result = function(forest, **options)
-    if not isinstance(result, (Tensor, CreditParts)):
-        raise UserError(f"credit '{name}' returned a {type(result).__name__}; expected a tensor [num_tokens]")
-    parts = CreditParts(result) if isinstance(result, Tensor) else result
-    tokens = {"advantages": parts.outcome if parts.process is None else parts.outcome + parts.process}
+    parts = call(forest, "credit", name, function, options)
+    tokens = {"advantages": parts.advantages}
     if parts.process is not None:
         tokens["process"] = parts.process
-    for column, values in tokens.items():
-        _check(forest, name, column, values, forest.token["segment"], "tokens")
-    rows = torch.arange(forest.num_segments)
+    tokens |= {TERM + term: values for term, values in (parts.terms or {}).items()}
     segments = {} if parts.value is None else {"value": parts.value.float()}
     segments |= {} if parts.kept is None else {"kept": parts.kept}
-    for column, values in segments.items():
-        _check(forest, name, column, values, rows, "segments")
     forest = forest.with_segment(**segments)
     return forest.with_token(**{column: values.float() for column, values in tokens.items()})
 
 
-def _check(forest: Forest, name: str, column: str, values: Tensor, segment_of: Tensor, rows: str) -> None:
+def call(forest: Forest, option: str, name: str, function: CreditFunction, options: Mapping[str, Any]) -> CreditParts:
+    """What a credit function gives this forest, checked.
+
+    Args:
+        option: where the config names it, for errors: "credit", or a term of a sum, "credit.sum[1]".
+
+    Raises:
+        UserError: as `assign`.
+    """
+    needs, who = needs_of(function), f"{option} '{name}'"
+    if needs.forests == "flat":
+        forest.require_flat(needs.flat or who)
+    for column in needs.columns:
+        if not forest.has(column):
+            reader = needs.readers.get(column, who)
+            raise UserError(f"{reader} needs the column '{column}', which these rollouts do not have")
+    with torch.no_grad():
+        try:
+            result = function(forest, **options)
+        except UserError as error:
+            raise UserError(_of_option(option, who, str(error))) from error
+    if not isinstance(result, (Tensor, CreditParts)):
+        raise UserError(f"{who} returned a {type(result).__name__}; expected a tensor [num_tokens]")
+    parts = CreditParts(result) if isinstance(result, Tensor) else result
+    tokens = {"advantages": parts.advantages}
+    if parts.process is not None:
+        tokens["process"] = parts.process
+    for column, values in tokens.items():
+        _check(forest, who, column, values, forest.token["segment"], "tokens")
+    for column, given in (("value", parts.value), ("kept", parts.kept)):
+        if given is not None:
+            _check(forest, who, column, given, torch.arange(forest.num_segments), "segments")
+    return parts
+
+
+def _of_option(option: str, who: str, message: str) -> str:
+    """What a function says of its options, as said of the option of the config that has them."""
+    if option == "credit":
+        return message
+    return option + message.removeprefix("credit") if message.startswith("credit.") else f"{who}: {message}"
+
+
+def _check(forest: Forest, who: str, column: str, values: Tensor, segment_of: Tensor, rows: str) -> None:
     """Raise `UserError` unless `values` has a finite number for each row; `segment_of` names the segment of each."""
     if values.shape != segment_of.shape:
         raise UserError(
-            f"credit '{name}' returned {column} of shape {tuple(values.shape)}; expected one number for "
+            f"{who} returned {column} of shape {tuple(values.shape)}; expected one number for "
             f"each of the {len(segment_of)} {rows}"
         )
     if not bool(values.isfinite().all()):
         segment = int(segment_of[(~values.isfinite()).nonzero()[0]])
-        raise UserError(f"credit '{name}': {column} is not finite in {forest.describe_segment(segment)}")
+        raise UserError(f"{who}: {column} is not finite in {forest.describe_segment(segment)}")
 
 
 # ---------------------------------------------------------------------- completions of flat forests

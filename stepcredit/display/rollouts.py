@@ -10,6 +10,7 @@ from stepcredit.display.runs import Run
 from stepcredit.display.token_texts import TokenTexts, visible
 from stepcredit.errors import UserError
 from stepcredit.forest.records import read_records
+from stepcredit.forest.table import TERM
 from stepcredit.forest.types import Tree
 
 COLUMNS = {  # numbers of tokens: column to title, in the order in which they are offered
@@ -25,6 +26,11 @@ COLUMNS = {  # numbers of tokens: column to title, in the order in which they ar
 }
 
 
+def title_of(column: str) -> str:
+    """What is said of a column; `term/NAME` is what a term of a sum of credits adds to the advantage."""
+    return f"term {column.removeprefix(TERM)}" if column.startswith(TERM) else COLUMNS.get(column, column)
+
+
 @dataclass(frozen=True)
 class SavedGroup:
     """The saved completions of one problem; every list has an entry for each segment of the tree.
@@ -33,7 +39,8 @@ class SavedGroup:
         tree: what the record holds, without credit; to compute other credit on.
         question: of the problem, as text.
         texts: of the tokens.
-        columns: by the names of `COLUMNS`, numbers of the tokens; None for segments that have none (pruned ones).
+        columns: by the names of `COLUMNS`, and `term/NAME` for the terms of a sum of credits, numbers of the tokens;
+            None for segments that have none (pruned ones).
         values: values of the segments, where the credit function has any.
         pruned: left out of the loss by the credit function.
         steps: tokens with which a step begins, counted within the segment.
@@ -100,7 +107,8 @@ def _group(record: dict[str, Any], tree: Tree, token_texts: TokenTexts, embedded
     texts = [token_texts.of(segment.token_ids) for segment in tree.segments]
     segments = record["segments"]
     _check_lengths(segments, texts, where)
-    columns = {name: [_column(segment, name) for segment in segments] for name in COLUMNS}
+    terms = dict.fromkeys(TERM + name for segment in segments for name in segment.get("terms") or ())
+    columns = {name: [_column(segment, name) for segment in segments] for name in (*COLUMNS, *terms)}
     group = SavedGroup(
         tree=tree,
         question=visible(_question_text(tree.problem.question)),
@@ -117,9 +125,12 @@ def _group(record: dict[str, Any], tree: Tree, token_texts: TokenTexts, embedded
 
 
 def _check_lengths(segments: Sequence[dict[str, Any]], texts: Sequence[list[str]], where: str) -> None:
-    for name in ("advantages", "process", "weights"):
-        for number, (segment, tokens) in enumerate(zip(segments, texts, strict=True)):
-            values = segment.get(name)
+    for number, (segment, tokens) in enumerate(zip(segments, texts, strict=True)):
+        terms = segment.get("terms") or {}
+        if not isinstance(terms, dict):
+            raise UserError(f"{where}, segment {number}: terms has not a list of numbers for each name")
+        given = {name: segment.get(name) for name in ("advantages", "process", "weights")}
+        for name, values in (given | {f"terms.{term}": values for term, values in terms.items()}).items():
             if values is not None and not (isinstance(values, list) and len(values) == len(tokens)):
                 raise UserError(
                     f"{where}, segment {number}: {name} has not one number for each of {len(tokens)} tokens"
@@ -135,6 +146,9 @@ def _column(segment: dict[str, Any], name: str) -> list[float] | None:
         if not first or not reference:
             return None
         return [logprob - other for logprob, other in zip(first, reference, strict=True)]
+    if name.startswith(TERM):
+        terms: dict[str, list[float]] = segment.get("terms") or {}
+        return terms.get(name.removeprefix(TERM))
     return segment.get(name)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
@@ -93,27 +93,57 @@ class Load:
     adapted: bool = False
 
 
+class Passes(NamedTuple):
+    """What an estimator computes in an iteration, in passes over each token of the batch.
+
+    Attributes:
+        forward, backward: at most.
+        spared: forward passes of these that are left out where the sampler's numbers serve.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    spared: int = 0
+
+
 Needs = Callable[[Config, Collection[str]], Iterable[str]]
 Loads = Callable[[Config, Collection[str]], Iterable[Load]]
+CountPasses = Callable[[Config, Collection[str]], Passes]
 Builder = Callable[..., Estimator]
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a builder declared; both are asked with the config and the columns that the run reads."""
+    """What a builder declared; all are asked with the config and the columns that the run reads.
+
+    Attributes:
+        own_passes: None: a forward of each model that it holds, and a backward of those that learn.
+    """
 
     needs: Needs = lambda config, needed: ()
     loads: Loads = lambda config, needed: ()
+    own_passes: CountPasses | None = None
+
+    def passes(self, config: Config, needed: Collection[str]) -> Passes:
+        if self.own_passes is not None:
+            return self.own_passes(config, needed)
+        loads = list(self.loads(config, needed))
+        return Passes(len(loads), sum(load.learns for load in loads))
 
 
-def provider(needs: Needs | Iterable[str] = (), loads: Loads | Iterable[Load] = ()) -> Callable[[Builder], Builder]:
+def provider(
+    needs: Needs | Iterable[str] = (), loads: Loads | Iterable[Load] = (), passes: CountPasses | None = None
+) -> Callable[[Builder], Builder]:
     """Declare the columns that an estimator reads, and the models that it holds; either may be a function.
+
+    And `passes` over the tokens where they are others than one of each model, backwards where it learns.
 
     A function for `needs` may raise `UserError` for a config that does not fit, before anything is loaded.
     """
     declared = Declared(
         needs if callable(needs) else lambda config, needed: needs,
         loads if callable(loads) else lambda config, needed: loads,
+        passes,
     )
 
     def declare(builder: Builder) -> Builder:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import Context, Estimator, Load, provider
+from stepcredit.estimators.base import Context, Estimator, Load, Passes, provider
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores
 from stepcredit.learn.adapters import adapters_off, has_adapters
@@ -151,7 +151,14 @@ class ReferenceWithoutAdapters(Reference):
             return super().observe(forest)
 
 
-@provider()
+def _may_take(config: Config) -> bool:
+    """Whether the sampler's log-probabilities may serve."""
+    sampling, steps = sampler_traits(config), config.optim.num_epochs * config.optim.num_minibatches
+    same = not sampling.elsewhere and "rollout_logprobs" in sampling.columns
+    return same and steps == 1 and config.objective.importance == "none"
+
+
+@provider(passes=lambda config, needed: Passes(forward=1, spared=int(_may_take(config))))
 def old_policy(context: Context) -> OldPolicy:
     """By the sampler where it gives the full distribution's log-probabilities from the same weights, else by a forward.
 
@@ -159,19 +166,15 @@ def old_policy(context: Context) -> OldPolicy:
     sampler, which depends on what it decodes together, would stand in every ratio: they are the trainer's own. So they
     are with importance weights, which are the ratio of the two.
     """
-    config = context.config
-    sampling, steps = sampler_traits(config), config.optim.num_epochs * config.optim.num_minibatches
-    same = not sampling.elsewhere and "rollout_logprobs" in sampling.columns
-    takes = same and steps == 1 and config.objective.importance == "none"
-    return _old_policy(context, "auto" if takes else "forward")
+    return _old_policy(context, "auto" if _may_take(context.config) else "forward")
 
 
-@provider()
+@provider(passes=lambda config, needed: Passes(forward=1))
 def by_forward(context: Context) -> OldPolicy:
     return _old_policy(context, "forward")
 
 
-@provider()
+@provider(passes=lambda config, needed: Passes())
 def by_sampler(context: Context) -> OldPolicy:
     """
     Raises:
@@ -212,7 +215,11 @@ def _reference_loads(config: Config, needed: Collection[str]) -> Iterator[Load]:
         yield Load("reference", model)
 
 
-@provider(needs=_reference_needs, loads=_reference_loads)
+@provider(
+    _reference_needs,
+    _reference_loads,
+    passes=lambda config, needed: Passes(forward=int(not _own(config, needed))),
+)
 def reference(context: Context) -> Estimator:
     """The policy as it is at first, or what the process reward model starts from, at its temperature."""
     config = context.config

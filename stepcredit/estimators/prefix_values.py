@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import Context, Estimator, Load, provider
+from stepcredit.estimators.base import Context, Estimator, Load, Passes, provider
 from stepcredit.forest import Forest
 from stepcredit.growth.options import PrefixValueOptions
 from stepcredit.growth.prefix_values import Count, Rollouts, continue_from, prefix_value_metrics
@@ -51,7 +51,7 @@ def _loads(config: Config, needed: Collection[str]) -> Iterator[Load]:
         yield Load("prover", config.prefix_values.model)
 
 
-@provider(loads=_loads)
+@provider(loads=_loads, passes=lambda config, needed: Passes())  # it samples
 def prefix_values(context: Context) -> PrefixValues:
     """
     Raises:

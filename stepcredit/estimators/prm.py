@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from stepcredit.config import Config
-from stepcredit.credit import CREDIT
+from stepcredit.credit import needs_of
+from stepcredit.credit.choose import terms_of
+from stepcredit.credit.sum import Term
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import Context, Estimator, Load, provider
+from stepcredit.estimators.base import Context, Estimator, Load, Passes, provider
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.forest import Forest
-from stepcredit.imports import by_name
 from stepcredit.learn.adapters import trainable_copy
 from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.loading import adapt
@@ -142,7 +143,8 @@ class ImplicitPRM(Estimator):
 
 
 def _needs(config: Config, needed: Collection[str]) -> Iterator[str]:
-    """Its reference, after refusing what would give `ref_logprobs` two meanings."""
+    """Its reference, after refusing what would give `ref_logprobs` two meanings, and two betas."""
+    prm_beta(config)
     other_temperature = config.sampler.temperature != 1
     own = config.prm.reference == "policy"
     if own and other_temperature:
@@ -159,7 +161,15 @@ def _loads(config: Config, needed: Collection[str]) -> Iterator[Load]:
     yield Load("reward model", config.prm.model or config.model, config.prm.update != "none", adapted=True)
 
 
-@provider(needs=_needs, loads=_loads)
+def _passes(config: Config, needed: Collection[str]) -> Passes:
+    """As `ImplicitPRM.observe` makes them."""
+    given = config.prm
+    learns = given.update != "none"
+    first = not learns or given.num_minibatches > 1
+    return Passes(int(first) + int(learns) + int(given.update == "before"), int(learns))
+
+
+@provider(needs=_needs, loads=_loads, passes=_passes)
 def implicit_prm(context: Context) -> ImplicitPRM:
     config, start = context.config, context.prm_start
     if start is not context.policy:
@@ -169,10 +179,24 @@ def implicit_prm(context: Context) -> ImplicitPRM:
 
 
 def prm_beta(config: Config) -> float:
-    """That of the credit function, so that rewards and loss have one scale."""
-    parameter = inspect.signature(by_name("credit.name", config.credit.name, CREDIT)).parameters.get("beta")
+    """That of the credit function, so that rewards and loss have one scale; of a sum that of the term that reads them.
+
+    Raises:
+        UserError: there are several, and they differ.
+    """
+    terms = terms_of(config.credit)
+    readers = [term for term in terms if "prm_logprobs" in needs_of(term.function).columns] or terms[:1]
+    betas = {f"{term.option}.beta": _beta(term) for term in (terms if len(terms) == 1 else readers)}
+    if len(set(betas.values())) > 1:
+        each = ", ".join(f"{option} {beta:g}" for option, beta in betas.items())
+        raise UserError(f"{each}: the process reward model that they read has one beta; give all the same")
+    return next(iter(betas.values()))
+
+
+def _beta(term: Term) -> float:
+    parameter = inspect.signature(term.function).parameters.get("beta")
     default = parameter.default if parameter and isinstance(parameter.default, (int, float)) else BETA
-    return float(config.credit.options.get("beta", default))
+    return float(term.options.get("beta", default))
 
 
 def sums(forest: Forest, values: Tensor) -> Tensor:

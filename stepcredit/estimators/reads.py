@@ -1,10 +1,10 @@
 """The columns that the parts of a run read, and the estimators that follow from them."""
 
 from stepcredit.config import Config
-from stepcredit.credit import CREDIT, CreditFunction, needs_of
+from stepcredit.credit import CreditFunction, needs_of
+from stepcredit.credit.choose import credit_of
 from stepcredit.estimators.base import Load
 from stepcredit.estimators.table import Observers, observers
-from stepcredit.imports import by_name
 from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.samplers.table import sampler_traits
@@ -14,7 +14,8 @@ def run_observers(config: Config, credit: CreditFunction, objective: Objective) 
     """What adds the columns that credit, loss and regularisers of a run read and its rollouts do not bring."""
     sampler, optim = sampler_traits(config), config.optim
     read = {column: f"loss '{config.loss.name}'" for column in objective.needs.columns}
-    read |= {column: f"credit '{config.credit.name}'" for column in needs_of(credit).columns}
+    needs = needs_of(credit)
+    read |= {column: needs.readers.get(column, f"credit '{config.credit.name}'") for column in needs.columns}
     if objective.needs_reference:
         read["ref_logprobs"] = "objective.kl.coef"
     brought = {*sampler.columns, "token_rewards"}
@@ -28,6 +29,10 @@ def run_observers(config: Config, credit: CreditFunction, objective: Objective) 
 
 def models_beside(config: Config) -> list[Load]:
     """The models that a run holds on every GPU beside the policy and what its sampler holds."""
-    credit = by_name("credit.name", config.credit.name, CREDIT)
-    objective = build_objective(config, needs_of(credit).forests == "flat")
-    return run_observers(config, credit, objective).loads(config)
+    return observers_of(config).loads(config)
+
+
+def observers_of(config: Config) -> Observers:
+    """What a run of this config observes with."""
+    credit = credit_of(config.credit)
+    return run_observers(config, credit, build_objective(config, needs_of(credit).forests == "flat"))

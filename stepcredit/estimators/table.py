@@ -10,7 +10,7 @@ from typing import Any
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
-from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
+from stepcredit.estimators.base import Builder, Context, Estimator, Load, Passes, declared
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prefix_values import prefix_values
@@ -57,6 +57,13 @@ class Observers:
         """The models that they hold on every GPU."""
         each = [declared(provider.builder) for provider in self.providers.values()]
         return [load for one in each for load in one.loads(config, self.needed)]
+
+    def passes(self, config: Config) -> dict[str, Passes]:
+        """What they compute, by a column that each adds."""
+        return {
+            column: declared(provider.builder).passes(config, self.needed)
+            for column, provider in self.providers.items()
+        }
 
     def build(self, context: Context) -> dict[str, Estimator]:
         return {column: one.builder(context, **one.options) for column, one in self.providers.items()}

@@ -10,6 +10,7 @@ import zstandard
 
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest import Forest
+from stepcredit.forest.table import TERM
 from stepcredit.forest.types import Problem, Segment, Tree
 
 VERSION = 1
@@ -27,7 +28,7 @@ TOKEN_COLUMNS = (
     "step_index",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
-CREDIT_FIELDS = ("value", "pruned", *CREDIT_COLUMNS)
+CREDIT_FIELDS = ("value", "pruned", "terms", *CREDIT_COLUMNS)
 SEGMENT_FIELDS = ("parent", "token_ids", "finish", "sampled", "masked", "reward", "rewards", "logprobs", *TOKEN_COLUMNS)
 TREE_FIELDS = ("version", "id", "iteration", "prompt", "prompt_ids", "segments")
 
@@ -106,6 +107,9 @@ def _segment_record(segment: Segment, text: str | None) -> dict[str, Any]:
     for name, values in segment.columns.items():
         if name in TOKEN_COLUMNS or (name in CREDIT_COLUMNS and not segment.pruned):
             record[name] = [_short(value) for value in values]
+    terms = {name.removeprefix(TERM): values for name, values in segment.columns.items() if name.startswith(TERM)}
+    if terms and not segment.pruned:
+        record["terms"] = {name: [_short(value) for value in values] for name, values in terms.items()}
     if segment.reward is not None:
         record["reward"] = segment.reward
     if segment.rewards:

@@ -8,6 +8,7 @@ from stepcredit.forest.types import FINISHES
 
 FINISH_CODE = {name: code for code, name in enumerate(FINISHES)}
 SOURCE_COLUMNS = {"source", "part_source"}  # row numbers of the forest that was selected from; not joined
+TERM = "term/"  # token columns that begin so are what each term of a sum of credits adds to the advantage
 ZERO_WHERE_ABSENT = {"token_rewards"}  # token columns that may be missing from some segments; absent means 0
 
 

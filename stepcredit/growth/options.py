@@ -45,7 +45,7 @@ class GrowthOptions(TreeOptions):
         """Refuse options that do not fit together.
 
         Args:
-            flat_credit: the credit function, named `credit`, takes only flat forests.
+            flat_credit: the credit function, said to be `credit`, takes only flat forests.
             trees: names of credit functions for trees.
             depth_weights: the number of objective.depth_weights.
         """
@@ -53,7 +53,7 @@ class GrowthOptions(TreeOptions):
         branching = self.name == "tree"
         if branching and flat_credit:
             raise UserError(
-                f"credit '{credit}' takes flat forests, growth.name is tree; take --growth.name flat, or a credit for "
+                f"{credit} takes flat forests, growth.name is tree; take --growth.name flat, or a credit for "
                 f"trees ({trees})"
             )
         if branching and self.group_size != default.group_size:

@@ -148,6 +148,17 @@ def estimate_memory(config: Config, gpus: int, strategy: str, memory: float) -> 
     return Plan(strategy, gpus, memory, tokens, rows, measured, tuple(parts))
 
 
+def bytes_per_weight(config: Config) -> float:
+    """Bytes that models, gradients and optimiser state take for each weight of the policy, on one GPU."""
+    size = ModelSize(
+        weights=1, largest_layer=0, outside=0, linear={}, layers=0, vocabulary=0, hidden=0, intermediate=0, heads=0,
+        kv_heads=0, head_dim=0, qk_norm=False, measured=False,
+    )  # fmt: skip
+    setting = Setting(config, 1, sharded=False, mixed=False)
+    parts, learning = _permanent(setting, Model(size, 0, 1))
+    return sum(part.bytes for part in (*parts, *_end_of_step(setting, max(learning, key=lambda model: model.trained))))
+
+
 def _permanent(setting: Setting, policy: Model) -> tuple[list[Part], list[Model]]:
     """What is there all the time, and the models that learn."""
     config = setting.config

@@ -1,8 +1,8 @@
 """The same rollouts under several credit functions: what each gives every token, and how alike they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class FirstErrorDetection:
 class CreditComparison:
     """
     Attributes:
-        own: the run's credit function.
+        own: the run's credit function, or the label of its sum of several.
         scores: [num_tokens] advantages by credit function, in the order of the groups' segments.
         correlation: Pearson's, over the tokens that are trained on, rows and columns in the order of `scores`; None
             where one of the two is constant.
@@ -57,29 +57,31 @@ class CreditComparison:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def compare_credits(run: Run, groups: Sequence[SavedGroup], names: Sequence[str] = ()) -> CreditComparison:
+def compare_credits(
+    run: Run, groups: Sequence[SavedGroup], names: Sequence[str | CreditConfig] = ()
+) -> CreditComparison:
     """Give the groups the credit of several functions: the run's with its options, the others with their defaults.
 
     Functions for flat forests see each completion of a tree as one of a group; a token that several completions share
     gets the mean of what they give it. Means over the batch are over these groups alone.
 
     Args:
-        names: of `CREDIT`, or dotted paths; empty: all that fit.
+        names: of `CREDIT`, or dotted paths; or credit with options or sums of several. Empty: all that fit.
 
     Raises:
         UserError: a name that was given is not known or does not fit.
     """
-    own = str(run.config.get("credit.name", ""))
+    own = label_of_run(run)
     forest = Forest.from_trees([group.tree for group in groups])
     scores: dict[str, Tensor] = {}
     missing: dict[str, str] = {}
-    for name in names or dict.fromkeys([*([own] if own else []), *CREDIT]):
+    for label, config in _configs(run, names).items():
         try:
-            scores[name] = score_tokens(forest, name, _options(run, name))
+            scores[label] = score_tokens(forest, config())
         except UserError as error:
             if names:
                 raise
-            missing[name] = str(error)
+            missing[label] = str(error)
     active = (
         forest.judged[forest.token["segment"]] & forest.token_sampled & forest.segment["mask"][forest.token["segment"]]
     )
@@ -97,18 +99,40 @@ def compare_credits(run: Run, groups: Sequence[SavedGroup], names: Sequence[str]
     )
 
 
-def _options(run: Run, name: str) -> dict[str, Any]:
-    """The run's own options for its credit function, an algorithm's defaults for another one."""
-    if name == run.config.get("credit.name"):
-        given = {key.removeprefix("credit."): value for key, value in run.config.items() if key.startswith("credit.")}
-        return {key: value for key, value in given.items() if key != "name"}
-    if name in ALGORITHMS:
-        return resolve({"algorithm": name, "model": run.config.get("model", "embedded")}).credit.options
-    return {}
+def _configs(run: Run, names: Sequence[str | CreditConfig]) -> dict[str, Callable[[], CreditConfig]]:
+    """Credit to compute, by label: the run's own with its options, a function that is named with its algorithm's."""
+    configs: dict[str, Callable[[], CreditConfig]] = {}
+    own = run.config.get("credit.name")
+    for given in names or dict.fromkeys([*([str(own)] if own else []), *CREDIT]):
+        if isinstance(given, str):
+            label = label_of_run(run) if given == own else given
+            configs[label] = partial(_own if given == own else _named, run, given)
+        else:
+            options = "".join(f" {name} {value}" for name, value in given.options.items() if given.sum is None)
+            configs[given.label + options] = partial(lambda config: config, given)
+    return configs
 
 
-def score_tokens(forest: Forest, name: str, options: dict[str, Any]) -> Tensor:
-    function, assign = build_credit(CreditConfig(name=name, **options))
+def label_of_run(run: Run) -> str:
+    """The name of the run's credit function, or its sum of several as a formula; empty where it is not known."""
+    name = str(run.config.get("credit.name", ""))
+    return _own(run, name).label if run.config.get("credit.sum") else name
+
+
+def _own(run: Run, name: str) -> CreditConfig:
+    given = {key.removeprefix("credit."): value for key, value in run.config.items() if key.startswith("credit.")}
+    return resolve({"model": "none", "credit": given | {"name": name}}).credit
+
+
+def _named(run: Run, name: str) -> CreditConfig:
+    if name in ALGORITHMS and ALGORITHMS[name].credit == name:
+        return resolve({"algorithm": name, "model": run.config.get("model", "embedded")}).credit
+    return CreditConfig(name=name)
+
+
+def score_tokens(forest: Forest, config: CreditConfig) -> Tensor:
+    """[num_tokens] the credit of a forest, which may branch where the function is for flat ones (`unfold`)."""
+    function, assign = build_credit(config)
     if needs_of(function).forests == "tree" or forest.is_flat:
         return assign(forest).token["advantages"]
     flat, source = unfold(forest)

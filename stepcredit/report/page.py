@@ -17,11 +17,12 @@ from typing import Any
 import numpy
 
 from stepcredit import __version__
+from stepcredit.config import CreditConfig
 from stepcredit.display.rollouts import COLUMNS, SavedGroup, read_groups
 from stepcredit.display.runs import Method, Run, differences, methods
 from stepcredit.display.token_texts import token_texts_of, visible
 from stepcredit.errors import UserError
-from stepcredit.report.credits import CreditComparison, compare_credits
+from stepcredit.report.credits import CreditComparison, compare_credits, label_of_run
 from stepcredit.run.health import replay
 
 SCRIPTS = ("chunk.js", "dom.js", "curves.js", "rollouts.js", "trees.js", "credits.js", "setup.js", "app.js")
@@ -83,7 +84,7 @@ class WrittenPage:
 def write_page(
     runs: Sequence[Run],
     out: Path,
-    credits: Sequence[str] = (),
+    credits: Sequence[str | CreditConfig] = (),
     max_mib: float = 10.0,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> WrittenPage:
@@ -194,7 +195,7 @@ def _entry(run: Run, method: int) -> dict[str, Any]:
         "name": visible(run.name),
         "method": method,
         "algorithm": visible(run.algorithm),
-        "credit": visible(str(run.config.get("credit.name", ""))),
+        "credit": visible(label_of_run(run)),
         "seed": run.config.get("train.seed"),
         "config": [[visible(name), visible(_text(value))] for name, value in run.config.items()],
         "versions": run.versions,
@@ -250,7 +251,9 @@ def _spread(items: Sequence[int]) -> list[int]:
     return order
 
 
-def _fit(run: Run, groups: list[SavedGroup], credits: Sequence[str], room: float) -> tuple[int, str | None]:
+def _fit(
+    run: Run, groups: list[SavedGroup], credits: Sequence[str | CreditConfig], room: float
+) -> tuple[int, str | None]:
     """The chunk of as many of these groups as there is room for, half as many at each attempt."""
     count = len(groups)
     while count:
@@ -270,7 +273,8 @@ def chunk_of(groups: Sequence[SavedGroup], comparison: CreditComparison) -> byte
     vocabulary: dict[str, int] = {}
     texts = [text for group in groups for segment in group.texts for text in segment]
     numbers = [vocabulary.setdefault(text, len(vocabulary)) for text in texts]
-    names = [name for name in COLUMNS if any(name in group.columns for group in groups)]
+    present = dict.fromkeys(name for group in groups for name in group.columns)
+    names = [*(name for name in COLUMNS if name in present), *(name for name in present if name not in COLUMNS)]
     columns = [_column(groups, name) for name in names]
     columns += [score.numpy().astype("<f4") for score in comparison.scores.values()]
     header = {

@@ -59,7 +59,8 @@ def build_parts(config: Config) -> Parts:
     credit, assign = build_credit(config.credit)
     flat = needs_of(credit).forests == "flat"
     fitting = ", ".join(name for name, function in CREDIT.items() if needs_of(function).forests == "tree")
-    config.growth.check(flat, config.credit.name, fitting, len(config.objective.depth_weights))
+    who = needs_of(credit).flat or f"credit '{config.credit.name}'"
+    config.growth.check(flat, who, fitting, len(config.objective.depth_weights))
     config.filter.check()
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)

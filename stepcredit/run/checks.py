@@ -46,7 +46,7 @@ def _check_steps(config: Config, objective: Objective) -> None:
         f"optim.num_epochs {optim.num_epochs}, optim.num_minibatches {optim.num_minibatches}: {steps} optimiser steps "
         f"on a batch, and loss '{name}' has no ratio to the policy that sampled it"
     )
-    if config.credit.name == "opo":
+    if "opo" in config.credit.names:
         raise UserError(
             f"{several}; OPO is exactly on-policy: take --optim.num-epochs 1 --optim.num-minibatches 1, or a loss with "
             "a ratio (--loss.name clip)"

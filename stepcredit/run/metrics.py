@@ -5,6 +5,7 @@ import torch
 from stepcredit.config import Config
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.ops import mean_by, segment_sum, spread_by
+from stepcredit.forest.table import TERM
 from stepcredit.run.by_source import NO_SOURCES, Sources
 
 
@@ -54,6 +55,9 @@ def forest_metrics(forest: Forest, config: Config | None = None, sources: Source
             metrics["credit/process_ratio"] = process_rms / outcome_rms
         else:
             metrics["credit/process_ratio"] = float("inf") if process_rms > 0 else 0.0
+    for name in forest.token:
+        if name.startswith(TERM):
+            metrics[f"credit/rms/{name.removeprefix(TERM)}"] = _rms(forest.token[name][forest.active])
     return metrics
 
 

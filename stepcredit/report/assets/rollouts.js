@@ -1,7 +1,7 @@
 // Rollouts: which group is looked at, and its completions token by token.
 
 const SIGNED = (column) => !["logprobs", "entropy", "weights"].includes(column);
-const title = (column) => (column.startsWith("credit:") ? column.slice(7) : report.columns[column] || column);
+const title = (column) => (column.startsWith("credit:") ? column.slice(7) : column.startsWith("term/") ? `term ${column.slice(5)}` : report.columns[column] || column);
 const isRight = (reward) => reward !== null && reward >= 1;
 const verdict = (reward) => (reward === null ? ["?", "unjudged", ""] : isRight(reward) ? ["✓", "right", "right"] : ["✗", "wrong", "wrong"]);
 
