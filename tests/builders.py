@@ -17,6 +17,7 @@ from stepcredit.losses.table import LOSSES
 from stepcredit.section import check_options
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
+STEPS = ("prefix_value", "step_index")
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [
     *((name, {}) for name in CREDIT),
@@ -32,6 +33,7 @@ VARIANTS = [
     ("prime", {"whitening": True}),
     ("prime", {"beta": 1.0, "outcome_coef": 5.0, "process_coef": 5.0, **VERL}),
     *(("treerpo", {"scale": scale, "tau": 0.0}) for scale in ("variance", "sqrt", "std", "none")),
+    ("vine", {"whitening": True}),
 ]
 variants = pytest.mark.parametrize("name, options", VARIANTS, ids=[f"{n}-{o}" for n, o in VARIANTS])
 Rewards = Sequence[Sequence[float | None]]
@@ -63,7 +65,8 @@ def random_trees(
 ) -> list[Tree]:
     """Ragged trees: "flat" = one segment a completion, "chain" = completions of several segments, "deep" = branching.
 
-    The segments of a chain do not stand together. Leaves have a reward or none; parts of the segments are unsampled.
+    All have steps with values (`STEPS`), beside the columns that are asked for. The segments of a chain do not stand
+    together. Leaves have a reward or none; parts of the segments are unsampled.
     """
     random = Random(seed)
     return [_random_tree(random, f"{kind}-{n}", kind, unsampled, unjudged, columns) for n in range(num_trees)]
@@ -118,6 +121,12 @@ def is_near(found: Tensor, expected: Sequence, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found, torch.tensor(expected), atol=atol, rtol=0)
 
 
+def _steps(index: int, parent: int, size: int) -> dict[str, list[float]]:
+    """Steps of up to three tokens; each segment begins one."""
+    numbers = [10.0 * (parent + 1) + 5 * index + place // 3 for place in range(size)]
+    return {"step_index": numbers, "prefix_value": [(7 * number % 9) / 8 for number in numbers]}
+
+
 def _random_tree(
     random: Random, name: str, kind: str, unsampled: float, unjudged: float, columns: Sequence[str]
 ) -> Tree:
@@ -136,7 +145,8 @@ def _random_tree(
                 [random.randint(0, 50) for _ in range(size)],
                 parent,
                 sampled=random.random() >= unsampled,
-                columns={column: [random.randint(-64, 64) / 64 for _ in range(size)] for column in columns},
+                columns={column: [random.randint(-64, 64) / 64 for _ in range(size)] for column in columns}
+                | _steps(index, parent, size),
                 extra={"note": index} if random.random() < 0.5 else {},
             )
         )

@@ -235,6 +235,19 @@ def reinforce_pp_baseline(groups: list[Group]) -> list[Rows]:
     return whitened([dr_grpo(group) if group else [] for group in groups])
 
 
+def vine(group: Group) -> Rows:
+    """Each step: its rewards, and the value after it less the value before it."""
+    result = []
+    for one in group:
+        number, value = one.columns["step_index"], [*one.columns["prefix_value"], one.reward]
+        first = [t for t in range(len(number)) if t == 0 or number[t] != number[t - 1]]
+        row: list[float] = []
+        for start, end in zip(first, [*first[1:], len(number)], strict=True):
+            row += [fsum(one.token_rewards[start:end]) + value[end] - value[start]] * (end - start)
+        result.append(row)
+    return result
+
+
 # ---------------------------------------------------------------------- trees, in exact fractions
 
 
@@ -305,7 +318,7 @@ def steps(name: str, tree: Tree, **options) -> list[Step]:
     return found
 
 
-BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go}
+BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go, "vine": vine}
 BY_BATCH = {
     "gpg": gpg,
     "spro": spro,
@@ -327,7 +340,9 @@ def advantages(name: str, trees: Sequence[Tree], **options) -> list[float]:
             for _ in segment.token_ids
         ]
     groups = [judged_completions(tree) for tree in trees]
-    if name == "remax":
+    if name == "vine" and options.pop("whitening", False):
+        values = whitened([vine(group) for group in groups])
+    elif name == "remax":
         values = [remax(group, len(tree.prompt_ids) % 3 / 2) for group, tree in zip(groups, trees, strict=True)]
     elif name in BY_BATCH:
         values = BY_BATCH[name](groups, **options)

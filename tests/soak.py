@@ -39,6 +39,7 @@ RUNS = {
     "shaped": "--algorithm unlikeliness --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"
     " --shapers running_scale,unlikeliness",
     "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
+    "vine": "--algorithm vine --group-size 3 --prefix-values.num-rollouts 2 --optim.num-minibatches 2",
 }
 UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share
 

@@ -5,7 +5,18 @@ from random import Random
 
 import pytest
 import torch
-from builders import LOGPROBS, VARIANTS, flat_forest, is_near, random_forest, random_trees, run, squeezed, variants
+from builders import (
+    LOGPROBS,
+    STEPS,
+    VARIANTS,
+    flat_forest,
+    is_near,
+    random_forest,
+    random_trees,
+    run,
+    squeezed,
+    variants,
+)
 from torch import Tensor
 
 from stepcredit.credit import CREDIT
@@ -26,10 +37,11 @@ def by_completion(forest: Forest, values: Tensor) -> list[list[float]]:
 # ---------------------------------------------------------------------- invariants
 
 
-WITH_BASELINE = [  # of the group itself; remax compares with a completion outside of it
+OUTSIDE = ("remax", "vine")  # compare with something that is not of the group
+WITH_BASELINE = [
     (name, options)
     for name, options in VARIANTS
-    if name != "remax" and options.get("baseline") != "none" and options.get("estimator") != "reinforce"
+    if name not in OUTSIDE and options.get("baseline") != "none" and options.get("estimator") != "reinforce"
 ]
 
 
@@ -102,7 +114,7 @@ def test_spread_looks_through_rounding_only():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CREDIT if name not in ("reinforce_pp", "reinforce_pp_baseline", "remax")]
+    "name", [name for name in CREDIT if name not in ("reinforce_pp", "reinforce_pp_baseline", *OUTSIDE)]
 )
 def test_singletons_get_exactly_zero(name):
     """A group with one judged completion says nothing, beside groups that do."""
@@ -137,7 +149,7 @@ def test_an_unjudged_completion_changes_nothing(name, options):
     trees = random_trees(2, "flat", unjudged=0.0)
     before = run(Forest.from_trees(trees), name, **options)
     for tree in trees:
-        nan = dict.fromkeys(LOGPROBS, [float("nan")] * 9)
+        nan = dict.fromkeys((*LOGPROBS, *STEPS), [float("nan")] * 9)
         tree.segments.append(Segment([1] * 9, columns=nan))
     forest = Forest.from_trees(trees)
     after = run(forest, name, **options)

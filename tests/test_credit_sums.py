@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import (
     LOGPROBS,
+    STEPS,
     VARIANTS,
     VERL,
     flat_forest,
@@ -294,7 +295,7 @@ def test_terms_add_up_and_tokens_that_do_not_count_get_nothing(normalize):
     trees = random_trees(2, "chain", unjudged=0.0, unsampled=0.3)
     before = summed(Forest.from_trees(trees), *MIX, normalize=normalize).token["advantages"]
     for tree in trees:
-        tree.segments.append(Segment([1] * 9, columns=dict.fromkeys(LOGPROBS, [float("nan")] * 9)))
+        tree.segments.append(Segment([1] * 9, columns=dict.fromkeys((*LOGPROBS, *STEPS), [float("nan")] * 9)))
     forest = summed(Forest.from_trees(trees), *MIX, normalize=normalize)
     judged = judged_tokens(forest)
     advantages, terms = forest.token["advantages"], [v for k, v in forest.token.items() if k.startswith("term/")]

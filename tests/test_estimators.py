@@ -56,7 +56,7 @@ def test_every_algorithm_has_its_columns(name):
     algorithm = name if name != "reward_to_go" else "grpo"
     config = resolve({"algorithm": algorithm})
     expected = {"spro": ["old_logprobs", "ref_logprobs"], "prime": ["old_logprobs", "ref_logprobs", "prm_logprobs"]}
-    expected["treerpo"], expected["remax"] = ["ref_logprobs"], ["greedy_return"]
+    expected |= {"treerpo": ["ref_logprobs"], "remax": ["greedy_return"], "vine": ["prefix_value"]}
     assert list(build_parts(config).observers.providers) == expected.get(algorithm, [])
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import pytest
 import reference_credit
 import torch
-from builders import LOGPROBS, VERL, flat_forest, is_near, judge_only_sampled, random_forest, random_trees, run
+from builders import LOGPROBS, STEPS, VERL, flat_forest, is_near, judge_only_sampled, random_forest, random_trees, run
 from torch import Tensor
 
 from stepcredit.cli.main import main
@@ -287,7 +287,7 @@ def test_what_is_unjudged_is_in_no_mean(options):
     before = run(Forest.from_trees(trees), "prime", **options)
     for tree in trees:
         tree.segments.append(Segment([1] * 3, columns={"prm_logprobs": [50.0] * 3, "ref_logprobs": [-50.0] * 3}))
-        tree.segments[-1].columns["old_logprobs"] = [0.0] * 3
+        tree.segments[-1].columns |= dict.fromkeys(("old_logprobs", *STEPS), [0.0] * 3)
     forest = Forest.from_trees(trees)
     after, judged = run(forest, "prime", **options), forest.judged[forest.token["segment"]]
     close(after[judged], before, atol=1e-6, rtol=1e-6)

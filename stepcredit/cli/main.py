@@ -16,6 +16,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit sample     look at completions and their rewards
   stepcredit score      check a verifier on gold answers, grade a column or saved rollouts
   stepcredit credit     compute advantages of saved rollouts, without a model
+  stepcredit audit      does credit tell the steps that help from those that harm: rollouts from every step
   stepcredit report     one page for the browser: curves, rollouts with the credit of every token, trees
   stepcredit show       the same in the terminal
   stepcredit compare    methods at equal sampled tokens, with intervals over seeds
@@ -65,6 +66,12 @@ def _score(words: Sequence[str]) -> int:
 
 def _credit(words: Sequence[str]) -> int:
     from stepcredit.cli.credit import main
+
+    return main(words)
+
+
+def _audit(words: Sequence[str]) -> int:
+    from stepcredit.cli.audit import main
 
     return main(words)
 
@@ -129,6 +136,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": _sample,
     "score": _score,
     "credit": _credit,
+    "audit": _audit,
     "report": _report,
     "show": _show,
     "compare": _compare,

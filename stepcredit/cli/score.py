@@ -187,7 +187,7 @@ def _rescore(config: Config, source: str, has_data: bool, rollouts_out: Path | N
 
     trees, form = read_rollouts(source, None, config.task.columns)
     if has_data:
-        _with_data(trees, rows_of(config, [tree.problem.id for tree in trees]), source, config.task.data)
+        with_data(trees, rows_of(config, [tree.problem.id for tree in trees]), source, config.task.data)
     saved = sorted({n for tree in trees for s in tree.segments for n in s.rewards}) if form == "stepcredit" else []
     names = function_names(config) or saved
     if not names:
@@ -240,7 +240,7 @@ def _single(reward: float | None) -> float | None:
     return None if reward is None else float(numpy.float32(reward))
 
 
-def _with_data(trees: "list[Tree]", problems: "list[Problem]", source: str, data: str) -> None:
+def with_data(trees: "list[Tree]", problems: "list[Problem]", source: str, data: str) -> None:
     """Give each tree the answer and columns of its problem, found by its id or by a question that its prompt has."""
     known = {problem.id: problem for problem in problems}
     for tree in trees:

@@ -179,6 +179,12 @@ ALGORITHMS = {
         objective=MEAN_OF_MEANS,
         shapers=("outcome_gate",),
     ),
+    "vine": Algorithm(
+        "vine",
+        "2410.01679",
+        "change of the value in a step, by rollouts from both of its ends",
+        data="rollouts from every step",
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from stepcredit.estimators.options import PRMOptions
-from stepcredit.growth.options import GrowthOptions
+from stepcredit.growth.options import GrowthOptions, PrefixValueOptions
 from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
@@ -156,6 +156,7 @@ class Config(Section):
         str, Named
     ] = {}  # column -> dotted path of your builder, or name and options; old_logprobs: forward | sampler
     prm: PRMOptions = PRMOptions()
+    prefix_values: PrefixValueOptions = PrefixValueOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()
     train: TrainOptions = TrainOptions()

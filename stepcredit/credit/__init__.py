@@ -14,6 +14,7 @@ from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, rewar
 from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
 from stepcredit.credit.treerpo import treerpo
+from stepcredit.credit.vine import vine
 
 CREDIT: dict[str, CreditFunction] = {
     "grpo": grpo,
@@ -29,6 +30,7 @@ CREDIT: dict[str, CreditFunction] = {
     "prime": prime,
     "treerpo": treerpo,
     "spo_tree": spo_tree,
+    "vine": vine,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

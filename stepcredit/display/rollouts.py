@@ -21,6 +21,7 @@ COLUMNS = {  # numbers of tokens: column to title, in the order in which they ar
     "log_ratio": "log-ratio to the reference",
     "prm_log_ratio": "log-ratio of the reward model",
     "token_rewards": "token reward",
+    "prefix_value": "value before the step",
     "weights": "weight in the loss",
 }
 

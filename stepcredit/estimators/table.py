@@ -14,6 +14,7 @@ from stepcredit.estimators.base import Builder, Context, Estimator, Load, Passes
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.greedy import greedy_return
 from stepcredit.estimators.penalty import reward_penalty
+from stepcredit.estimators.prefix_values import prefix_values
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.imports import by_name
 from stepcredit.section import check_options
@@ -25,6 +26,10 @@ PROVIDERS: dict[str, Builder] = {
     "token_rewards": reward_penalty,
     "greedy_return": greedy_return,
     "prm_logprobs": implicit_prm,
+    "prefix_value": prefix_values,
+    "prefix_error": prefix_values,
+    "prefix_rollouts": prefix_values,
+    "step_index": prefix_values,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},

@@ -23,6 +23,10 @@ TOKEN_COLUMNS = (
     "entropy",
     "token_rewards",
     "greedy_return",
+    "prefix_value",
+    "prefix_error",
+    "prefix_rollouts",
+    "step_index",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", "terms", *CREDIT_COLUMNS)

@@ -13,6 +13,16 @@ class StepOptions(Section):
     delimiters: Names = []  # ... or after a token that holds one: newline, sentence, task (the task's own) or a text
 
 
+class PrefixValueOptions(Section):
+    num_rollouts: int = Field(9, ge=1)  # continuations from the start of every step
+    step: StepOptions = StepOptions(delimiters=["task"])  # where a step ends
+    max_steps: int = Field(0, ge=0)  # of a completion that are told apart, the last one takes the rest; 0: all
+    start: Literal["rollouts", "group"] = "rollouts"  # value of the prompt: rollouts, or mean of the group's others
+    adaptive: float = Field(0.0, ge=0, lt=1)  # share of the rollouts that is drawn only where neighbouring steps vary
+    max_tokens: int = Field(0, ge=0)  # budget of a batch, planned by how long its completions go on; 0: none
+    model: Place | None = None  # that continues (a prover): folder | hub id; None: the policy
+
+
 class TreeOptions(Section):
     num_branches: int = Field(8, ge=2)  # children of every node that is cut
     depth: int = Field(3, ge=1)  # segments of a path at most; the last one runs to the end of the completion

@@ -53,18 +53,20 @@ def step_rule(
     delimiters: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     task_delimiters: Sequence[str] = ("newline",),
+    option: str = "growth.step",
 ) -> StepRule:
     """The rule of a config.
 
     Args:
         delimiters: "newline", "sentence", "task" (those of the task, `task_delimiters`), or any text; a token that
             contains one ends a step.
+        option: the section of the config that they are from, for messages.
 
     Raises:
         UserError: neither is given, or no token of the tokenizer contains a delimiter.
     """
     if tokens is None and not delimiters:
-        raise UserError("growth.step: give tokens (a number), delimiters (such as newline), or both")
+        raise UserError(f"{option}: give tokens (a number), delimiters (such as newline), or both")
     names = [name for given in delimiters for name in (task_delimiters if given == "task" else (given,))]
     if not names:
         return StepRule(tokens)
@@ -75,8 +77,8 @@ def step_rule(
         matching = {token for token, text in zip(ids, texts, strict=True) if _ends_step(str(text), name)}
         if not matching:
             raise UserError(
-                f"growth.step.delimiters: no token of this tokenizer holds {name!r} as a whole; take newline, "
-                "sentence, a shorter text, or growth.step.tokens"
+                f"{option}.delimiters: no token of this tokenizer holds {name!r} as a whole; take newline, "
+                f"sentence, a shorter text, or {option}.tokens"
             )
         ending |= matching
     return StepRule(tokens, frozenset(ending))

@@ -77,7 +77,7 @@ def compare_credits(
     missing: dict[str, str] = {}
     for label, config in _configs(run, names).items():
         try:
-            scores[label] = _score(forest, config())
+            scores[label] = score_tokens(forest, config())
         except UserError as error:
             if names:
                 raise
@@ -130,7 +130,8 @@ def _named(run: Run, name: str) -> CreditConfig:
     return CreditConfig(name=name)
 
 
-def _score(forest: Forest, config: CreditConfig) -> Tensor:
+def score_tokens(forest: Forest, config: CreditConfig) -> Tensor:
+    """[num_tokens] the credit of a forest, which may branch where the function is for flat ones (`unfold`)."""
     function, assign = build_credit(config)
     if needs_of(function).forests == "tree" or forest.is_flat:
         return assign(forest).token["advantages"]

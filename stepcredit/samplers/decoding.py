@@ -41,6 +41,7 @@ class Decoding(ABC):
 
     Attributes:
         waiting: completions that have not begun.
+        encoded: tokens of prompts whose keys and values were computed; what was cached is not among them.
         uniform: [completions, most tokens] the random numbers of those that have begun, in fp32 on the CPU.
     """
 
@@ -66,6 +67,7 @@ class Decoding(ABC):
         self.device, self.total, self.longest = policy.device, len(prompts) * n, max(limits, default=0)
         self.stop = policy.stop_token_ids if params.stop_token_ids is None else list(params.stop_token_ids)
         self.limit = np.repeat(np.asarray(limits, dtype=np.int64), n)  # most tokens of each completion
+        self.encoded = 0
         self.begun: dict[Prompt, Prefix] = {}  # the last prompt that began: the rest of its group may be waiting
         waiting: Iterable[int] = range(self.total)
         if not rows.mixes_lengths:
@@ -115,6 +117,7 @@ class Decoding(ABC):
             prefixes |= zip(shorter, extended, strict=True)
         if fresh := [prompt for prompt in missing if prompt not in shorter]:
             prefixes |= zip(fresh, self.batch.encode(fresh), strict=True)
+        self.encoded += len(unread) + len(shorter) + sum(map(len, fresh))
         if self.num_reusable is not None:
             for prompt, prefix in prefixes.items():
                 self.prefix_cache.add(prompt, prefix)
@@ -227,6 +230,7 @@ class GrowingDecoding(Decoding):
     def _begin(self, prompts: list[Prompt], copies: list[int]) -> Tensor:
         """Begin rows; `copies` has the number of the prompt of each row. Returns the logits of their first tokens."""
         if isinstance(self.batch, CachedRows):
+            self.encoded += sum(map(len, prompts))
             return self.batch.begin(prompts, copies)
         prefixes = self._prefixes(prompts)
         chosen = [prefixes[prompts[copy]] for copy in copies]

@@ -17,7 +17,7 @@ from stepcredit.learn.placement import Placement, copy_weights
 from stepcredit.policy.decoding import CachedRows, ForestRows
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.base import sampler
-from stepcredit.samplers.decoding import GrowingDecoding
+from stepcredit.samplers.decoding import Decoding, GrowingDecoding
 from stepcredit.samplers.machine import PagedMachine
 from stepcredit.samplers.paged import PagedDecoding
 from stepcredit.samplers.params import SamplingParams
@@ -40,6 +40,9 @@ class TransformersSampler:
         on_progress: called with the number of completions that finished since the last call.
         keep_mb: memory of the prefix cache: keys and values that are reused by later calls.
         paged: rows are in pages (scoring form "forest" only); None: where `decodes_in_pages` says so.
+
+    Attributes:
+        encoded_tokens: tokens of prompts whose keys and values all calls so far have computed.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class TransformersSampler:
         self.on_progress = on_progress or (lambda _: None)
         self.prefix_cache = PrefixCache(keep_mb * 2**20)
         self.metrics: dict[str, float] = {}
+        self.encoded_tokens = 0
         self.paged = paged
         self.machine: PagedMachine | None = None  # made by the first call that needs it
 
@@ -123,13 +127,18 @@ class TransformersSampler:
                 stop = self.policy.stop_token_ids if params.stop_token_ids is None else params.stop_token_ids
                 reuse = num_reusable is not None
                 with machine.prepared(prompts, n, limits, params.max_new_tokens, stop, prefix_cache, reuse) as steps:
-                    return PagedDecoding(steps, *given).run()
+                    return self._run(PagedDecoding(steps, *given))
             rows: ForestRows | CachedRows = (
                 ForestRows(self.policy, min(self.max_rows, len(prompts) * n), max(limits))
                 if self.policy.scoring_form == "forest"
                 else CachedRows(self.policy)
             )
-            return GrowingDecoding(rows, *given).run()
+            return self._run(GrowingDecoding(rows, *given))
+
+    def _run(self, decoding: Decoding) -> list[list[Segment]]:
+        segments = decoding.run()
+        self.encoded_tokens += decoding.encoded
+        return segments
 
     def _machine(self) -> PagedMachine | None:
         """What decodes rows in pages; None: rows grow."""

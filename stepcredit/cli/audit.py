@@ -1,0 +1,413 @@
+"""`stepcredit audit`: credit functions against what steps are worth by rollouts."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from stepcredit.cli.arguments import output_file, parse
+from stepcredit.config import Config, CreditConfig, merge, read_yaml, resolve
+from stepcredit.config.algorithms import ALGORITHMS
+from stepcredit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepcredit.forest import Forest
+    from stepcredit.forest.types import Tree
+    from stepcredit.growth.prefix_values import Count, Plan, Returns
+    from stepcredit.policy.forward import Policy
+    from stepcredit.report.agreement import Agreement, Number, Sizes
+    from stepcredit.report.audit import Book, Measured
+    from stepcredit.verifiers.judging import Judge
+
+log = logging.getLogger("stepcredit")
+
+HELP = """\
+usage: stepcredit audit RUN_OR_ROLLOUTS --model MODEL [--credits A,B,...] [--num-rollouts K] [--option value ...]
+
+Asks of each credit function whether it tells the steps that help from those that harm. From the start of every step of
+saved completions, right and wrong ones, MODEL goes on K times; the change of the mean reward in a step is what the step
+is worth. docs/audit.md says what each number means.
+
+  RUN_OR_ROLLOUTS       folder of a run (--iteration N, the last saved one if not given), or a file of saved rollouts
+  --model MODEL         that continues the completions: the one that sampled them, or a prover (embedded | folder | hub
+                        id)
+  --credits A,B,...     names or dotted paths; all but vine, which has the same rollouts, when not given
+  --num-rollouts K      of each prefix, 16 when not given
+  --num-completions N   64 when not given
+  --ref MODEL           the reference, where the rollouts have no ref_logprobs; the model that a run began with if not
+                        given
+  --prm MODEL           a process reward model, where they have no prm_logprobs (checkpoints/N/prm of a run of prime)
+  --out FILE            keep what is measured: rollouts with the values of their steps, which 'stepcredit credit
+                        --credit.name vine' reads; an audit that was stopped or killed goes on with it
+  --json FILE           write the numbers; what is measured goes to FILE.rollouts.jsonl if there is no --out
+  --data FILE           where the verifier needs columns of the problems that rollouts do not have
+
+Any --prefix-values., --sampler., --reward. and --task. option of 'stepcredit train' works too; those of a run are its
+own when not given.
+
+Examples
+  stepcredit audit runs/grpo-1 --model runs/grpo-1/checkpoints/000120
+  stepcredit audit rollouts.jsonl --model my-model --ref my-base --credits grpo,spro --num-rollouts 32 --json audit.json
+  stepcredit audit rollouts.jsonl --model my-model --prefix-values.step.tokens 50"""
+
+OWN = {"credits": None, "iteration": None, "num-rollouts": None, "num-completions": "64", "ref": None, "prm": None}
+OWN |= {"out": None, "json": None}
+ROLLOUTS = 16
+OTHER_POLICY = 0.02  # nats a token, more than rounding to bf16 makes
+NEEDS = {
+    "ref_logprobs": "ref_logprobs, which these rollouts do not have: name the reference with --ref",
+    "prm_logprobs": "prm_logprobs, which these rollouts do not have: name the process reward model with --prm",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    if not words or "--help" in words or "-h" in words:
+        print(HELP)
+        return 0
+    if words[0].startswith("--"):
+        raise UserError("audit: name a run or a file of rollouts first; see 'stepcredit audit --help'")
+    given, own = parse(words[1:], OWN, "audit")
+    if "model" not in given:
+        raise UserError("audit: name the model that goes on from the completions with --model, such as a checkpoint")
+    file, saved = _source(words[0], own)
+    has_data = "data" in given.get("task", {})
+    out, numbers = output_file(own), output_file(own, "json")
+    if numbers is not None and out is None:
+        out = numbers.with_name(numbers.name.removesuffix(".json") + ".rollouts.jsonl")
+    rollouts = {"num_rollouts": _whole(own, "num-rollouts")} if "num-rollouts" in own else {}
+    own_values = {"num_rollouts": ROLLOUTS} | given.get("prefix_values", {}) | rollouts
+    config = resolve(merge(saved, given) | {"prefix_values": saved.get("prefix_values", {}) | own_values})
+    _check(config)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return _audit(str(file), config, saved, own, has_data, out, numbers)
+
+
+def _check(config: Config) -> None:
+    if config.prefix_values.model is not None:
+        raise UserError("prefix_values.model: give the model that goes on as --model")
+    if config.prefix_values.start != "rollouts":
+        raise UserError("prefix_values.start: an audit takes rollouts of the prompt, too")
+
+
+def _whole(own: Mapping[str, str], name: str) -> int:
+    if not own[name].isdigit() or int(own[name]) < 1:
+        raise UserError(f"--{name}: '{own[name]}' is not a whole number from 1 on")
+    return int(own[name])
+
+
+def _source(source: str, own: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
+    """The file of rollouts, and the config of the run that wrote it, if it is known."""
+    path = Path(source)
+    if not path.is_dir():
+        if "iteration" in own:
+            raise UserError("--iteration: belongs to a run; a file of rollouts is read whole")
+        config = path.parent.parent / "config.yaml"
+        return path, _saved(config) if path.parent.name == "rollouts" and config.is_file() else {}
+    from stepcredit.display.runs import read_runs
+
+    runs = read_runs([source])
+    if len(runs) > 1:
+        raise UserError(f"'{source}' holds {len(runs)} runs; name one of them")
+    files = runs[0].files
+    if not files:
+        raise UserError(f"'{source}' has no saved rollouts (rollouts.every, rollouts.max_trees)")
+    iteration = _whole(own, "iteration") if "iteration" in own else max(files)
+    if iteration not in files:
+        raise UserError(f"--iteration: {iteration} was not saved; there are {', '.join(map(str, sorted(files)))}")
+    return files[iteration], _saved(path / "config.yaml")
+
+
+def _saved(config: Path) -> dict[str, Any]:
+    return read_yaml(str(config)) if config.is_file() else {}
+
+
+def _audit(
+    file: str,
+    config: Config,
+    saved: Mapping[str, Any],
+    own: Mapping[str, str],
+    has_data: bool,
+    out: Path | None,
+    numbers: Path | None,
+) -> int:
+    from stepcredit.forest import Forest
+    from stepcredit.forest.records import read_trees
+    from stepcredit.growth.prefix_values import plan, steps_of
+    from stepcredit.growth.steps import step_rule
+    from stepcredit.policy.loading import load_policy
+    from stepcredit.report.agreement import agreement, noise_ceiling, sizes
+    from stepcredit.report.audit import Book, Measured, check_trees, choose
+    from stepcredit.report.credits import unfold
+
+    trees = list(read_trees(file))
+    if not trees:
+        raise UserError(f"{file}: there are no rollouts")
+    judge, delimiters = _judge(file, trees, config, saved, has_data)
+    policy = load_policy(config.model, config.train.device, config.train.dtype, config.trust_remote_code)
+    judge.tokenizer = policy.tokenizer
+    check_trees(file, trees, policy)
+    forest = Forest.from_trees(trees)
+    flat, source = unfold(forest)
+    given = config.prefix_values
+    rule = step_rule(given.step.tokens, given.step.delimiters, policy.tokenizer, delimiters, "prefix_values.step")
+    steps = steps_of(flat, rule, given.max_steps)
+    chosen = choose(steps, _whole(own, "num-completions"))
+    if not chosen:
+        raise UserError(
+            f"{file}: none of {len(steps)} judged completions has two steps; cut them otherwise with "
+            "--prefix-values.step.delimiters or --prefix-values.step.tokens"
+        )
+    made = plan(chosen, given.num_rollouts, given.max_tokens)
+    scores, refused = _scores(_with_columns(forest, policy, config, saved, own), _names(own), config, saved)
+    settings = _settings(trees, policy, config, sorted(judge.rewards), len(chosen))
+    console = Console()
+    returns, count = _returns(console, policy, judge, config, flat, made, Book(out, settings))
+    measured = Measured.of(flat, made.steps, returns)
+    if not measured.steps:
+        raise UserError(f"{file}: the rollouts of no completion have rewards; look at the reward functions")
+    found = {name: agreement(measured.values, measured.by_step(score[source])) for name, score in scores.items()}
+    ceiling, counted = noise_ceiling(measured.values), sizes(measured.values)
+    right = sum(each.total >= 1 for each in measured.steps)
+    one_step = sum(len(each.starts) == 1 for each in steps)
+    _print_plain(
+        console,
+        f"{file}: {counted.completions} completions ({right} right) of {counted.steps} steps, {made.num_rollouts} "
+        f"rollouts of each prefix",
+        f"sampled now: {count.sampled:,} tokens, and {count.encoded:,} of prefixes computed",
+        f"left out: {one_step} completions of one step" if one_step else "",
+        f"left out: {len(chosen) - counted.completions} completions whose rollouts have no reward"
+        if len(chosen) > counted.completions
+        else "",
+    )
+    console.print(_table(found, ceiling, counted))
+    _print_plain(console, *(f"{name}: {why}" for name, why in refused.items()))
+    if numbers is not None:
+        number_of = asdict(counted) | {"right": right, "one_step": one_step}
+        written = _numbers(settings, made, asdict(count), number_of, found, ceiling, refused, measured)
+        numbers.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    _print_plain(console, f"numbers in {numbers}" if numbers else "", f"rollouts with values in {out}" if out else "")
+    return 0
+
+
+def _print_plain(console: Console, *lines: str) -> None:
+    for line in lines:
+        if line:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(
+    trees: "Sequence[Tree]", policy: "Policy", config: Config, rewards: Sequence[str], count: int
+) -> dict[str, Any]:
+    """Everything that the values depend on."""
+    from stepcredit.estimators.frozen import fingerprint
+
+    tokens = json.dumps([[tree.prompt_ids, [segment.token_ids for segment in tree.segments]] for tree in trees])
+    return {
+        "model": config.model,
+        "weights": f"{fingerprint(policy):x}",
+        "rollouts": hashlib.sha256(tokens.encode()).hexdigest()[:16],
+        "num_completions": count,
+        "seed": config.train.seed,
+        "sampler": config.sampler.model_dump(mode="json"),
+        "prefix_values": config.prefix_values.model_dump(mode="json"),
+        "rewards": rewards,
+    }
+
+
+def _returns(
+    console: Console, policy: "Policy", judge: "Judge", config: Config, flat: "Forest", made: "Plan", book: "Book"
+) -> "tuple[Returns, Count]":
+    """Sample and judge what the book does not have."""
+    from stepcredit.growth.prefix_values import Rollouts
+    from stepcredit.learn.placement import UNSHARDED
+    from stepcredit.report.audit import measure_all
+    from stepcredit.samplers.table import build_sampler
+
+    sampler = build_sampler(config, policy, UNSHARDED)
+    rollouts = Rollouts(sampler, config.sampler, judge, config.train.seed)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("completions", total=len(made.steps))
+            advance, forget = partial(progress.advance, bar), partial(sampler.sync, policy)
+            return measure_all(rollouts, flat, made, config.prefix_values, book, advance, forget), rollouts.count
+    finally:
+        judge.close()
+        sampler.close()
+
+
+# ---------------------------------------------------------------------- what judges
+
+
+def _judge(
+    file: str, trees: "list[Tree]", config: Config, saved: Mapping[str, Any], has_data: bool
+) -> "tuple[Judge, Sequence[str]]":
+    """What judges the rollouts, and what ends a step of the task."""
+    from stepcredit.cli.score import with_data
+    from stepcredit.demo.task import EmbeddedTask
+    from stepcredit.tasks.base import Task
+    from stepcredit.tasks.mixture import rows_of
+    from stepcredit.tasks.rewards import build_judge, check_rows, function_names, named_rewards
+
+    names = function_names(config) or sorted({name for t in trees for s in t.segments for name in s.rewards})
+    if not names:
+        raise UserError(f"{file}: the rollouts do not name a reward function; give one with --reward.functions")
+    embedded = config.task.data == "embedded" if saved or has_data else names == list(EmbeddedTask.reward_functions)
+    if config.task.data != "embedded":
+        with_data(trees, rows_of(config, [tree.problem.id for tree in trees]), file, config.task.data)
+    rewards = named_rewards(config, names)
+    check_rows(rewards, [tree.problem for tree in trees], file)
+    weights = config.reward.weights or [1.0] * len(names)
+    delimiters = EmbeddedTask.step_delimiters if embedded else Task.step_delimiters
+    return build_judge(config, rewards, weights, None), delimiters
+
+
+# ---------------------------------------------------------------------- the credits
+
+
+def _names(own: Mapping[str, str]) -> list[str]:
+    from stepcredit.credit import CREDIT
+    from stepcredit.imports import by_name
+
+    names = [name.strip() for name in own.get("credits", "").split(",") if name.strip()]
+    for name in names:
+        by_name("--credits", name, CREDIT)
+    return names or [name for name in CREDIT if name != "vine"]
+
+
+def _with_columns(
+    forest: "Forest", policy: "Policy", config: Config, saved: Mapping[str, Any], own: Mapping[str, str]
+) -> "Forest":
+    """The rollouts with the log-probabilities that they lack and a model gives."""
+    from stepcredit.policy.forward import score
+    from stepcredit.policy.loading import load_policy
+
+    models = {"ref": own.get("ref", saved.get("model")), "prm": own.get("prm")}
+    temperature, most = config.sampler.temperature or 1.0, config.optim.max_tokens_per_micro_batch
+    own_scores = score(policy, forest, temperature, most).logprobs
+    sampled_with = forest.token.get("old_logprobs", forest.token.get("rollout_logprobs"))
+    if sampled_with is not None:
+        gap = float((sampled_with - own_scores).abs()[forest.token_sampled].mean())
+        if gap > OTHER_POLICY:
+            log.warning(
+                "--model is not the policy that sampled these rollouts: their log-probabilities differ by %.2g nats a "
+                "token; values are those of --model, a prover",
+                gap,
+            )
+    columns = {} if "old_logprobs" in forest.token else {"old_logprobs": own_scores}
+    vocabulary = policy.tokenizer.get_vocab()
+    for name, model in models.items():
+        column = f"{name}_logprobs"
+        if column in forest.token or model is None:
+            continue
+        scorer = load_policy(
+            model, config.train.device, config.train.dtype, config.trust_remote_code, option=f"--{name}"
+        )
+        if scorer.tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"--{name}: '{model}' has another vocabulary than --model")
+        columns[column] = score(scorer, forest, 1.0 if name == "prm" else temperature, most).logprobs
+    return forest.with_token(**columns)
+
+
+def _scores(
+    forest: "Forest", names: Sequence[str], config: Config, saved: Mapping[str, Any]
+) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """[num_tokens] advantages by credit function; and why others are refused."""
+    from stepcredit.credit import CREDIT, needs_of
+    from stepcredit.imports import by_name
+    from stepcredit.report.credits import score_tokens
+
+    scores: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        needs = needs_of(by_name("--credits", name, CREDIT))
+        missing = [column for column in needs.columns if not forest.has(column)]
+        if name == "vine":
+            refused[name] = "is what the others are compared with; the noise ceiling says how well it knows itself"
+        elif missing:
+            refused[name] = f"needs {NEEDS.get(missing[0], f'{missing[0]}, which these rollouts do not have')}"
+        else:
+            try:
+                scores[name] = score_tokens(forest, _credit(name, config, saved))
+            except UserError as error:
+                refused[name] = str(error)
+    if not scores:
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        raise UserError(f"--credits: there is none to look at ({reasons})")
+    return scores, refused
+
+
+def _credit(name: str, config: Config, saved: Mapping[str, Any]) -> CreditConfig:
+    """The run's own options for its credit function, an algorithm's defaults for another one."""
+    if config.credit.sum is None and name == config.credit.name:
+        return config.credit
+    if name in ALGORITHMS:
+        return resolve({"algorithm": name, "model": saved.get("model", config.model)}).credit
+    return CreditConfig(name=name)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def _table(found: "Mapping[str, Agreement]", ceiling: "Agreement | None", counted: "Sizes") -> Table:
+    table = Table("credit", "rank", "rank within", f"sign of {counted.beyond_noise}", f"first of {counted.losing}")
+    rows = dict(found) | ({"noise ceiling": ceiling} if ceiling else {})
+    for place, (name, row) in enumerate(rows.items()):
+        if ceiling and place == len(found):
+            table.add_section()
+        numbers = row.rank, row.rank_within, row.sign, row.first_loss
+        table.add_row(name, *map(_cell, numbers, (False, False, True, True)))
+    chance = next((row.chance for row in found.values() if row.chance is not None), None)
+    if chance is not None:
+        table.add_row("random step", "", "", "", f"{chance:.0%}")
+    return table
+
+
+def _cell(number: "Number", percent: bool) -> str:
+    """A number and its interval."""
+    if number.value is None:
+        return "-"
+    if number.low is None or number.high is None:
+        return f"{number.value:.0%}" if percent else f"{number.value:.2f}"
+    if percent:
+        return f"{number.value:.0%} ({100 * number.low:.0f}-{100 * number.high:.0f})"
+    return f"{number.value:.2f} ({number.low:.2f} {number.high:.2f})"
+
+
+def _numbers(
+    settings: Mapping[str, Any],
+    made: "Plan",
+    count: Mapping[str, int],
+    sizes: Mapping[str, int],
+    found: "Mapping[str, Agreement]",
+    ceiling: "Agreement | None",
+    refused: Mapping[str, str],
+    measured: "Measured",
+) -> dict[str, Any]:
+    """What --json gets."""
+    from stepcredit.report.agreement import as_json
+
+    completions = []
+    for each, values in zip(measured.steps, measured.values, strict=True):
+        advantages, errors = values.advantages()
+        row = {"tree": each.tree, "leaf": each.leaf, "starts": each.starts, "reward": values.total}
+        row |= {"values": [sum(part) / len(part) for part in values.returns]}
+        completions.append(row | {"advantages": advantages.tolist(), "errors": errors.tolist()})
+    return {
+        "settings": settings,
+        "sizes": {**sizes, "num_rollouts": made.num_rollouts, "every": made.every},
+        "sampled_now": count,
+        "credits": {name: as_json(row) for name, row in found.items()},
+        "noise_ceiling": as_json(ceiling),
+        "refused": refused,
+        "completions": completions,
+    }
