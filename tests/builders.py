@@ -8,7 +8,7 @@ import torch
 from reference_credit import paths
 from torch import Tensor
 
-from stepcredit.credit import CREDIT, assign
+from stepcredit.credit import CREDIT, assign, needs_of
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.losses.objective import Objective
@@ -17,6 +17,7 @@ from stepcredit.losses.table import LOSSES
 from stepcredit.section import check_options
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
+PROMPT_VALUE = 0.25  # of every prompt, for credit that reads one
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [
     *((name, {}) for name in CREDIT),
@@ -90,7 +91,9 @@ def judge_only_sampled(tree: Tree) -> None:
 
 
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
-    """The column that a credit function of the table assigns."""
+    """The column that a credit function of the table assigns; one that reads values of prompts gets `PROMPT_VALUE`."""
+    if "prompt_value" in needs_of(CREDIT[name]).columns:
+        forest = forest.with_token(prompt_value=torch.full((forest.num_tokens,), PROMPT_VALUE))
     return assign(forest, name, CREDIT[name], options).token[column]
 
 

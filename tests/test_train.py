@@ -134,7 +134,7 @@ def test_saved_rollouts_score_the_same_again(runs, tmp_path, algorithm):
     again = tmp_path / "again.jsonl.zst"
     options = {"spro": ["--credit.beta", "0.003"], "prime": ["--credit.process-coef", "0.1"]}
     own = ["--sampler.max-new-tokens", "48", *options.get(algorithm, [])]
-    assert main(["credit", "--in", str(saved), "--out", str(again), "--credit.name", algorithm, *own]) == 0
+    assert main(["credit", "--in", str(saved), "--out", str(again), "--algorithm", algorithm, *own]) == 0
     one, two = (scored(path) for path in (saved, again))
     assert [(r["id"], r["iteration"], r["prompt"], r["answer"]) for r in one] == [
         (r["id"], r["iteration"], r["prompt"], r["answer"]) for r in two

@@ -28,11 +28,12 @@ def options() -> str:
 
 
 def functions(folder: str, decorator: str) -> str:
-    """The functions of a folder that have a decorator, each with its options and defaults.
+    """The functions of a folder that have a decorator, each with its options and defaults, those without any together.
 
     They are read, not imported: losses and credit functions need torch, which takes longer than anybody waits for help.
     """
-    lines = []
+    lines: list[str] = []
+    without: list[str] = []
     for path in sorted((PACKAGE / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if f"@{decorator}(" in text else ():
@@ -40,8 +41,9 @@ def functions(folder: str, decorator: str) -> str:
                 given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]
                 words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
-                lines += _wrapped(f"  {node.name}".ljust(24), words)
-    return "\n".join(lines)
+                lines += _wrapped(f"  {node.name}".ljust(24), words) if words else []
+                without += [] if words else [node.name]
+    return "\n".join([*lines, *_wrapped("  without options".ljust(24), without)])
 
 
 def _name_called(decorator: ast.expr) -> str | None:

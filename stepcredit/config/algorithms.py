@@ -17,7 +17,9 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, loss, objective, growth, filter: defaults that differ from those of the parts and of the schema.
+        credit_options, loss, objective, growth, filter, optim: defaults that differ from those of the parts and of the
+            schema; `growth` for trees alone.
+        group_size: completions of a problem, where it differs from the schema's.
     """
 
     credit: str
@@ -28,6 +30,8 @@ class Algorithm:
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
+    group_size: int | None = None
 
 
 TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
@@ -82,6 +86,14 @@ ALGORITHMS = {
         "leave-one-out mean, plus the return of an implicit process reward model",
         credit_options={"beta": 0.05},
         filter={"enabled": True},
+    ),
+    "rebel": Algorithm(
+        "dr_grpo",
+        "2404.16767",
+        "log-ratio differences fitted to reward differences, over all pairs",
+        loss={"name": "squared", "centre": "group"},
+        objective={"aggregate": "seq_mean_token_mean"},
+        optim={"num_epochs": 4},
     ),
 }
 

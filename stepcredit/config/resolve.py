@@ -29,7 +29,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
-        {"filter": dict(chosen.filter)},
+        {"filter": dict(chosen.filter), "optim": dict(chosen.optim)},
+        {"growth": {"group_size": chosen.group_size} if chosen.group_size is not None else {}},
     ]
     loss = given.get("loss")
     own_loss = chosen.loss.get("name", "clip")

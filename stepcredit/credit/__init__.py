@@ -8,6 +8,7 @@ from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_op
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.prime import prime
+from stepcredit.credit.prompt import prompt_baseline
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
 from stepcredit.credit.spo import spo_tree
 from stepcredit.credit.spro import spro
@@ -25,6 +26,7 @@ CREDIT: dict[str, CreditFunction] = {
     "prime": prime,
     "treerpo": treerpo,
     "spo_tree": spo_tree,
+    "prompt_baseline": prompt_baseline,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

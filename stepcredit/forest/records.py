@@ -21,6 +21,7 @@ TOKEN_COLUMNS = (
     "prm_logprobs",
     "entropy",
     "token_rewards",
+    "prompt_value",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", *CREDIT_COLUMNS)
