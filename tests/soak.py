@@ -36,6 +36,7 @@ RUNS = {
     "spro": "--algorithm spro --group-size 4",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --filter.oversample 2",
+    "astar_po": "--algorithm astar_po --sampler.max-rows 8 --optim.num-epochs 2",
     "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
 }
 UNEQUAL = ("time/", "tokens/per_second")  # metrics that no two runs share

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from builders import flat_forest, is_near, objective_of, run
+from builders import flat_forest, is_near, objective_of, random_forest, run
 from test_losses import gradient_of, moved, summed, value_of, whole
+from tiny_models import fresh
 from torch import Tensor
 
 from stepcredit.config import resolve
@@ -13,6 +14,10 @@ from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import TokenScores, segment_sum
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.learn.learner import Learner
+from stepcredit.learn.options import AdamWOptions, OptimOptions
+from stepcredit.learn.placement import UNSHARDED
+from stepcredit.learn.update import PolicyUpdate
 from stepcredit.losses.choose import build_objective
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.options import ObjectiveOptions
@@ -289,6 +294,26 @@ def test_the_closed_form_is_what_it_solves():
     forest = forest.with_token(ref_logprobs=reference.log(), advantages=rewards - value)
     forest = forest.with_token(weights=objective.weights(forest))
     assert value_of(objective, forest, best.double()).item() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind, options", [case for case in CASES if case[1]["anchor"] == "old"], ids=str)
+def test_micro_batches_of_a_model_change_nothing(kind, options):
+    """The gradient of a model that has moved from the old policy, cut into parts of any size."""
+    forest = random_forest(3, kind, num_trees=5, unsampled=0.2)
+    found = []
+    for max_tokens in (4000, 40, 1):
+        policy, objective = fresh("qwen3"), regression(**options)
+        learner = Learner(policy, UNSHARDED, AdamWOptions(), max_tokens)
+        update = PolicyUpdate(learner, objective, OptimOptions(), 1.0, seed=0)
+        with torch.no_grad():
+            now = policy(forest).logprobs
+        noise = torch.randn(forest.num_tokens, generator=torch.Generator().manual_seed(0))
+        step = forest.with_token(old_logprobs=now + 0.3 * noise, advantages=noise.roll(1))
+        update._accumulate(update.weighted(step))
+        found.append(torch.cat([weight.grad.flatten() for weight in learner.trained]))
+    size = float(found[0].norm())
+    assert size > 0
+    assert all(float((other - found[0]).norm()) < 1e-5 * size for other in found[1:])
 
 
 # ---------------------------------------------------------------------- the credit against a prompt's value

@@ -95,6 +95,14 @@ ALGORITHMS = {
         objective={"aggregate": "seq_mean_token_mean"},
         optim={"num_epochs": 4},
     ),
+    "astar_po": Algorithm(
+        "prompt_baseline",
+        "2505.20686",
+        "log-ratio to the reference fitted to the reward less a prepared value",
+        loss={"name": "squared", "anchor": "reference", "scale": 1e-3},
+        objective={"aggregate": "seq_mean_token_mean"},
+        group_size=1,
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from stepcredit.estimators.base import Builder, Context, Estimator, Load, declar
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
+from stepcredit.estimators.prompt_value import prompt_value
 from stepcredit.imports import by_name
 from stepcredit.section import check_options
 
@@ -23,6 +24,7 @@ PROVIDERS: dict[str, Builder] = {
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
     "prm_logprobs": implicit_prm,
+    "prompt_value": prompt_value,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},

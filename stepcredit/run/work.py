@@ -31,7 +31,8 @@ class Work:
 
     def metrics(self, config: Config, sources: Sources = NO_SOURCES) -> dict[str, float]:
         metrics = forest_metrics(self.forest, config, sources) | self.observed | average(self.learnt)
-        metrics["tokens/sampled"] += self.observed.get("tokens/left_out", 0.0)
+        for name in ("tokens/left_out", "tokens/prepared"):
+            metrics["tokens/sampled"] += self.observed.get(name, 0.0)
         return metrics | self.clock.metrics(metrics["tokens/sampled"])
 
     def state_dict(self, steps: list[int]) -> dict[str, Any]:
