@@ -18,6 +18,7 @@ from stepcredit.section import check_options
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 STEPS = ("prefix_value", "step_index")
+PROMPT_VALUE = 0.25  # of every prompt, for credit that reads one
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [
     *((name, {}) for name in CREDIT),
@@ -99,6 +100,8 @@ def run(forest: Forest, name: str, column: str = "advantages", **options) -> Ten
     if "greedy_return" in CREDIT[name].needs.columns and not forest.has("greedy_return"):
         greedy = forest.tree["prompt_length"] % 3 / 2  # as `reference_credit.remax`
         forest = forest.with_token(greedy_return=greedy[forest.token_tree])
+    if "prompt_value" in CREDIT[name].needs.columns:
+        forest = forest.with_token(prompt_value=torch.full((forest.num_tokens,), PROMPT_VALUE))
     return assign(forest, name, CREDIT[name], options).token[column]
 
 

@@ -92,6 +92,10 @@ def dr_grpo(group: Group) -> Rows:
     return [one.same(one.total - centre) for one in group]
 
 
+def prompt_baseline(group: Group) -> Rows:
+    return [one.same(one.total - 0.25) for one in group]
+
+
 def rloo(group: Group) -> Rows:
     return reward_to_go_baseline(group, lambda one: one.same(one.total))
 
@@ -318,7 +322,15 @@ def steps(name: str, tree: Tree, **options) -> list[Step]:
     return found
 
 
-BY_GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "opo": opo, "reward_to_go": reward_to_go, "vine": vine}
+BY_GROUP = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "opo": opo,
+    "reward_to_go": reward_to_go,
+    "prompt_baseline": prompt_baseline,
+    "vine": vine,
+}
 BY_BATCH = {
     "gpg": gpg,
     "spro": spro,

@@ -38,6 +38,7 @@ RUNS = {
     " --filter.enabled true --filter.oversample 2",
     "shaped": "--algorithm unlikeliness --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"
     " --shapers running_scale,unlikeliness",
+    "astar_po": "--algorithm astar_po --sampler.max-rows 8 --optim.num-epochs 2",
     "treerpo": "--algorithm treerpo --growth.num-branches 3 --growth.depth 2 --optim.num-minibatches 2",
     "vine": "--algorithm vine --group-size 3 --prefix-values.num-rollouts 2 --optim.num-minibatches 2",
 }

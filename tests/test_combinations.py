@@ -129,6 +129,7 @@ SMALL = {
     "device": "cpu",
     "sampler.temperature": "1",
     "objective.kl.coef": "0.05",
+    "optim.num-epochs": "1",
 }
 
 

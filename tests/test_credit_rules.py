@@ -37,7 +37,7 @@ def by_completion(forest: Forest, values: Tensor) -> list[list[float]]:
 # ---------------------------------------------------------------------- invariants
 
 
-OUTSIDE = ("remax", "vine")  # compare with something that is not of the group
+OUTSIDE = ("remax", "vine", "prompt_baseline")  # compare with something that is not of the group
 WITH_BASELINE = [
     (name, options)
     for name, options in VARIANTS

@@ -1,4 +1,4 @@
-"""A loss of your own: regression of each completion's log-ratio on its advantage.
+"""A loss of your own: regression of each completion's mean log-ratio on its advantage (`squared` takes the sum).
 
 stepcredit train --loss.name squared_loss.squared --loss.scale 0.1 --objective.aggregate seq_mean_token_mean
 """

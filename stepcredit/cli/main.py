@@ -22,6 +22,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit compare    methods at equal sampled tokens, with intervals over seeds
   stepcredit algorithms what there is to train with, what it needs and costs
   stepcredit tasks      the tasks of reasoning-gym: options, levels, examples
+  stepcredit prepare    values of prompts from samples of a reference, for A*-PO
   stepcredit plan       memory that a run takes on each GPU, and what fits
   stepcredit merge      one model of LoRA adapters and their base
   stepcredit convert    a GGUF file as a folder that can be trained
@@ -124,6 +125,12 @@ def _tasks(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _prepare(words: Sequence[str]) -> int:
+    from stepcredit.cli.prepare import main
+
+    return main(words)
+
+
 def _plan(words: Sequence[str]) -> int:
     from stepcredit.cli.plan import main
 
@@ -140,6 +147,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "show": _show,
     "compare": _compare,
+    "prepare": _prepare,
     "plan": _plan,
     "algorithms": _algorithms,
     "tasks": _tasks,
@@ -147,6 +155,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": _convert,
     "warmstart": _warmstart,
 }
+
+
+SEVERAL = ("train", "prepare")  # commands that torchrun may start
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -196,7 +207,7 @@ def _main(words: list[str]) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"'{words[0]}' is not a command; {did_you_mean(words[0], COMMANDS)}")
-        if words[0] != "train" and _processes() > 1:
+        if words[0] not in SEVERAL and _processes() > 1:
             raise UserError(f"'{words[0]}' is for one process; start it without torchrun")
         from stepcredit.run.allocator import grow_segments
 

@@ -18,11 +18,12 @@ class Algorithm:
         paper: arXiv id.
         summary: one line for `--help` and the docs.
         credit_options, loss, objective, growth, filter, optim: defaults that differ from those of the parts and of the
-            schema.
+            schema; `growth` for trees alone.
         shapers: by name, or name and options; a list of the user's takes their place.
         several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
             not.
         data: what it reads of the data beside answers that can be checked, in a few words.
+        group_size: completions of a problem, where it differs from the schema's.
     """
 
     credit: str
@@ -37,6 +38,7 @@ class Algorithm:
     shapers: Sequence[str | Mapping[str, Any]] = ()
     several_steps: str = ""
     data: str = ""
+    group_size: int | None = None
 
 
 MEAN_OF_MEANS = {"aggregate": "seq_mean_token_mean"}
@@ -184,6 +186,22 @@ ALGORITHMS = {
         "2410.01679",
         "change of the value in a step, by rollouts from both of its ends",
         data="rollouts from every step",
+    ),
+    "rebel": Algorithm(
+        "dr_grpo",
+        "2404.16767",
+        "log-ratio differences fitted to reward differences, over all pairs",
+        loss={"name": "squared", "centre": "group"},
+        objective={"aggregate": "seq_mean_token_mean"},
+        optim={"num_epochs": 4},
+    ),
+    "astar_po": Algorithm(
+        "prompt_baseline",
+        "2505.20686",
+        "log-ratio to the reference fitted to the reward less a prepared value",
+        loss={"name": "squared", "anchor": "reference", "scale": 1e-3},
+        objective={"aggregate": "seq_mean_token_mean"},
+        group_size=1,
     ),
 }
 

@@ -31,6 +31,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
         {"filter": dict(chosen.filter), "optim": dict(chosen.optim)},
         {"shapers": list(chosen.shapers)},
+        {"growth": {"group_size": chosen.group_size} if chosen.group_size is not None else {}},
     ]
     loss = given.get("loss")
     own_loss = chosen.loss.get("name", "clip")

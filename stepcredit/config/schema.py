@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from stepcredit.estimators.options import PRMOptions
+from stepcredit.estimators.options import PrepareOptions, PRMOptions
 from stepcredit.growth.options import GrowthOptions, PrefixValueOptions
 from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
@@ -157,6 +157,7 @@ class Config(Section):
     ] = {}  # column -> dotted path of your builder, or name and options; old_logprobs: forward | sampler
     prm: PRMOptions = PRMOptions()
     prefix_values: PrefixValueOptions = PrefixValueOptions()
+    prepare: PrepareOptions = PrepareOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()
     train: TrainOptions = TrainOptions()

@@ -9,6 +9,7 @@ from stepcredit.credit.gpg import gpg
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.prime import prime
+from stepcredit.credit.prompt import prompt_baseline
 from stepcredit.credit.remax import remax
 from stepcredit.credit.returns import reinforce_pp, reinforce_pp_baseline, reward_to_go
 from stepcredit.credit.spo import spo_tree
@@ -31,6 +32,7 @@ CREDIT: dict[str, CreditFunction] = {
     "treerpo": treerpo,
     "spo_tree": spo_tree,
     "vine": vine,
+    "prompt_baseline": prompt_baseline,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

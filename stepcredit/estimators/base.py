@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepcredit.config import Config
@@ -28,8 +29,22 @@ class Estimator:
         self.metrics: dict[str, float] = {}
         self.trained: Learner | None = None
 
+    def prepare(self, folder: Path, show: Callable[[int, int], None]) -> None:
+        """What is to be done before training, while policy and sampler have the weights that training starts from.
+
+        A run that goes on calls it again, before its checkpoint is loaded.
+
+        Args:
+            folder: of the run.
+            show: is told how much is done, and of how much.
+        """
+
     def observe(self, forest: Forest) -> Forest:
         raise NotImplementedError
+
+    def take_sampled(self) -> int:
+        """Tokens that it has sampled itself and that were not asked for yet; the run counts them as its own."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, `trained` left out."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepcredit.config import Config
 from stepcredit.errors import UserError
@@ -231,7 +231,7 @@ def reference(context: Context) -> Estimator:
     return kind(start, temperature, config.optim.max_tokens_per_micro_batch, context.placement)
 
 
-def fingerprint(policy: Policy) -> int:
+def fingerprint(policy: nn.Module) -> int:
     """A number that changes with any bit of any weight but the adapters'; the same on every device.
 
     And the same for weights in bf16 as for these in fp32: a run may go on with another `train.dtype`.

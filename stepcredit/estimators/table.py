@@ -16,6 +16,7 @@ from stepcredit.estimators.greedy import greedy_return
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prefix_values import prefix_values
 from stepcredit.estimators.prm import implicit_prm
+from stepcredit.estimators.prompt_value import prompt_value
 from stepcredit.imports import by_name
 from stepcredit.section import check_options
 
@@ -30,6 +31,7 @@ PROVIDERS: dict[str, Builder] = {
     "prefix_error": prefix_values,
     "prefix_rollouts": prefix_values,
     "step_index": prefix_values,
+    "prompt_value": prompt_value,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},

@@ -27,6 +27,7 @@ TOKEN_COLUMNS = (
     "prefix_error",
     "prefix_rollouts",
     "step_index",
+    "prompt_value",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", "terms", *CREDIT_COLUMNS)

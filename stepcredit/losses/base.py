@@ -6,10 +6,11 @@ tokens the loss of the whole; weights that add up to the same for all completion
 their mean. It may return `LossParts` to have metrics of its own. `@loss` declares what it needs.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,29 +48,48 @@ class LossNeeds:
         unit: what must stand in one micro-batch: any tokens, whole completions or whole trees.
         sparse: where the advantage is 0 there is no gradient, so such tokens (of such completions, of such trees) need
             not be computed. A squared loss is not sparse.
+        flat: it reads completions, which must not share tokens; so does every loss whose unit is the completion.
     """
 
     columns: tuple[str, ...] = ()
     ratio: bool = False
     unit: LossUnit = "token"
     sparse: bool = False
+    flat: bool = False
+
+    @property
+    def reads_completions(self) -> bool:
+        return self.flat or self.unit == "completion"
 
 
 def loss(
-    *columns: str, ratio: bool = False, unit: LossUnit = "token", sparse: bool = False
+    *columns: str,
+    ratio: bool = False,
+    unit: LossUnit = "token",
+    sparse: bool = False,
+    by_options: Callable[..., LossNeeds] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
-    """Declare what a loss needs; `LossNeeds` says what each means."""
+    """Declare what a loss needs; `LossNeeds` says what each means.
+
+    Args:
+        by_options: where that depends on the loss's options: a function of all of them, by name.
+    """
 
     def declare(function: LossFunction) -> LossFunction:
-        function.needs = LossNeeds(columns, ratio, unit, sparse)  # type: ignore[attr-defined]
+        function.needs = by_options or LossNeeds(columns, ratio, unit, sparse)  # type: ignore[attr-defined]
         return function
 
     return declare
 
 
-def loss_needs(function: LossFunction) -> LossNeeds:
+def loss_needs(function: LossFunction, options: Mapping[str, Any]) -> LossNeeds:
     """What a loss declared; one without a declaration is cut and thinned out nowhere, and has no ratio."""
-    return getattr(function, "needs", LossNeeds(unit="tree"))
+    declared = getattr(function, "needs", LossNeeds(unit="tree"))
+    if isinstance(declared, LossNeeds):
+        return declared
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    needs: LossNeeds = declared(**{each.name: each.default for each in arguments} | dict(options))
+    return needs
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,11 @@ class Tokens:
         """[num_tokens] log(pi / pi_old); without `old_logprobs` the policy is the one that sampled, and it is 0."""
         old = self.column("old_logprobs") if "old_logprobs" in self.forest.token else self.logprobs.detach()
         return (self.logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    @cached_property
+    def segment(self) -> Tensor:
+        """[num_tokens] the segment of each token."""
+        return self._column("segment").to(self.weights.device)
 
     @cached_property
     def completion(self) -> Tensor:

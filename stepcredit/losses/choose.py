@@ -33,7 +33,7 @@ def build_objective(config: Config, flat: bool) -> Objective:
     config.objective.check()
     constant = float(config.sampler.max_new_tokens)
     objective = Objective(function, options, config.objective, constant, "completion" if flat else "segment")
-    if not flat and objective.needs.unit == "completion":
+    if not flat and objective.needs.reads_completions:
         raise UserError(
             f"loss '{name}' is over completions, credit '{config.credit.name}' is of trees, whose completions share "
             "tokens; take another loss (clip, cispo) or another credit"

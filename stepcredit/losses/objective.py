@@ -5,6 +5,7 @@ sum over tokens of weight * (loss + kl_coef * kl - entropy_coef * entropy)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ class Objective:
     constant: float = 1.0
     unit: Unit | None = None
 
-    @property
+    @cached_property
     def needs(self) -> LossNeeds:
-        return loss_needs(self.function)
+        return loss_needs(self.function, self.options)
 
     @property
     def kl_in_loss(self) -> bool:
@@ -139,5 +140,7 @@ class Objective:
         """What the loss reads of each token."""
         names = ["weights", "advantages", "old_logprobs", *self.needs.columns]
         names += ["ref_logprobs"] if self.kl_in_loss else []
-        rows = {"token": (), "completion": (COMPLETION,), "tree": (TREE,)}[self.needs.unit]
+        rows: tuple[str, ...] = {"token": (), "completion": (COMPLETION,), "tree": (TREE,)}[self.needs.unit]
+        if self.needs.flat and self.needs.unit == "tree":
+            rows = (TREE, COMPLETION)
         return *(name for name in dict.fromkeys(names) if name in forest.token), *rows

@@ -5,6 +5,7 @@ from stepcredit.losses.cispo import cispo
 from stepcredit.losses.clip import clip
 from stepcredit.losses.gspo import gspo, gspo_token
 from stepcredit.losses.reinforce import reinforce
+from stepcredit.losses.squared import squared
 
 LOSSES: dict[str, LossFunction] = {
     "clip": clip,
@@ -12,4 +13,5 @@ LOSSES: dict[str, LossFunction] = {
     "cispo": cispo,
     "gspo": gspo,
     "gspo_token": gspo_token,
+    "squared": squared,
 }

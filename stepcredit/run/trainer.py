@@ -24,6 +24,7 @@ from stepcredit.run.clock import Clock
 from stepcredit.run.evaluate import held_out_metrics
 from stepcredit.run.interrupt import Interrupted, StopRequest
 from stepcredit.run.observing import observe
+from stepcredit.run.preparing import prepare_all
 from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
@@ -78,11 +79,13 @@ class Trainer:
         """
         started, done = time.monotonic(), self.done if self.resumed else None
         tokenizer = self.policy.tokenizer
+        if not self.resumed:
+            self.prepare(run_dir)
         with self.stop, open_tracker(self.ranks, run_dir, self.console, self.config, done, tokenizer) as tracker:
             self.rollouts.sampler.on_progress = self.stop.check_if_alone
             try:
                 if tracker.reported is None:
-                    tracker.report(0, self.evaluate())
+                    tracker.report(0, self.evaluate() | self.prepared())
                 for iteration in range(self.done + 1, self.config.train.iterations + 1):
                     self.stop.check()
                     work = self.work = self.work or self.begin()
@@ -103,6 +106,21 @@ class Trainer:
                 raise
         return self.ranks.on_main(lambda: tracker.summary(time.monotonic() - started))
 
+    def prepare(self, run_dir: Path) -> None:
+        """What estimators do before a new run; a run that is stopped in it is saved and goes on there."""
+        with self.stop:
+            self.rollouts.sampler.on_progress = self.stop.check_if_alone
+            try:
+                prepare_all(self.estimators.values(), run_dir, self.console)
+            except Interrupted:
+                self.save(run_dir)
+                raise
+
+    def prepared(self) -> dict[str, float]:
+        """Tokens that estimators have sampled, where there are any; they count as sampled by the run."""
+        tokens = float(sum(estimator.take_sampled() for estimator in self.estimators.values()))
+        return {"tokens/prepared": tokens, "tokens/sampled": tokens} if tokens else {}
+
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
         batch = self.source.next()
@@ -117,6 +135,7 @@ class Trainer:
             observed |= self.entropy.begin(forest)
             forest = with_top_entropy(forest, self.config.objective.entropy_top)
         self.shaper_states = states
+        observed |= {name: tokens for name, tokens in self.prepared().items() if name == "tokens/prepared"}
         return Work(forest, batch.position, clock, observed)
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:
@@ -150,6 +169,7 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: the weights and everything else."""
         state = self.ranks.on_main(lambda: load_checkpoint(checkpoint))
+        prepare_all(self.estimators.values(), checkpoint.parents[1], self.console)
         for name, learner in self.learners().items():
             load_learner(learner, checkpoint, name)
         restore(self, state)

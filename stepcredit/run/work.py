@@ -31,7 +31,7 @@ class Work:
 
     def metrics(self, config: Config, sources: Sources = NO_SOURCES) -> dict[str, float]:
         metrics = forest_metrics(self.forest, config, sources) | self.observed | average(self.learnt)
-        for name in ("tokens/left_out", "tokens/greedy", "tokens/rollouts"):
+        for name in ("tokens/left_out", "tokens/greedy", "tokens/rollouts", "tokens/prepared"):
             metrics["tokens/sampled"] += self.observed.get(name, 0.0)
         return metrics | self.clock.metrics(metrics["tokens/sampled"])
 

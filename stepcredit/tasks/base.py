@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from stepcredit.errors import UserError
 from stepcredit.forest.types import Problem
 
 DRAWN = 64  # problems that stand for a task that makes them without end
@@ -43,6 +44,14 @@ class Task:
 
     def fit(self, encode: Callable[[Problem], list[int]], long_prompts: str = "drop") -> None:
         """Check the prompts of all problems, where they are finitely many; `long_prompts` is "drop" or "raise"."""
+
+    def leave_out(self, ids: Collection[str]) -> None:
+        """Never draw these training problems.
+
+        Raises:
+            UserError: none would be left, or the task makes problems without end, of which none can be left out.
+        """
+        raise UserError(f"{self.name} makes problems without end, of which none can be left out (prepare.all_wrong)")
 
     def held_out(self, count: int) -> list[Problem]:
         """At most `count` problems that `draw` never gives."""

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class DatasetTask(Task):
 
     def rows(self) -> list[Problem]:
         return self.train
+
+    def leave_out(self, ids: Collection[str]) -> None:
+        kept = [problem for problem in self.train if problem.id not in ids]
+        if not kept:
+            raise UserError(f"{self.name}: all {len(self.train)} rows would be left out")
+        self.train, self._orders = kept, {}
 
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class Mixture(Task):
 
     def rows(self) -> list[Problem]:
         return [problem for task in self.tasks for problem in task.rows()]
+
+    def leave_out(self, ids: Collection[str]) -> None:
+        for task in self.tasks:
+            task.leave_out(ids)
 
     def sources(self) -> list[str]:
         """Those of the task with the greatest weight first."""
