@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 # Streams: what is sampled, shuffled, or drawn by chance.
-TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS, EXPLORING = range(6)
+TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS, EXPLORING, CRITIC = range(7)
 BITS = 62  # servers take signed 64 bits, and add the number of the completion
 
 

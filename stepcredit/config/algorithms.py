@@ -17,7 +17,8 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, loss, objective, growth, filter: defaults that differ from those of the parts and of the schema.
+        credit_options, loss, objective, growth, filter, critic: defaults that differ from those of the parts and of the
+            schema.
     """
 
     credit: str
@@ -28,6 +29,7 @@ class Algorithm:
     objective: Mapping[str, Any] = field(default_factory=dict)
     growth: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
+    critic: Mapping[str, Any] = field(default_factory=dict)
 
 
 TREES = {"name": "tree", "num_branches": 8, "depth": 3, "step": {"tokens": 384}}
@@ -82,6 +84,21 @@ ALGORITHMS = {
         "leave-one-out mean, plus the return of an implicit process reward model",
         credit_options={"beta": 0.05},
         filter={"enabled": True},
+    ),
+    "ppo": Algorithm(
+        "gae",
+        "1707.06347",
+        "generalised advantages from a critic, whitened over the batch",
+        credit_options={"lam": 1.0, "whiten": True},
+        critic={"clip": 0.5},
+    ),
+    "ppo_max": Algorithm(
+        "gae",
+        "2307.04964",
+        "PPO with clipped values, a penalty in the reward and a faster critic",
+        credit_options={"lam": 0.95},
+        objective={"kl": {"estimator": "k1", "coef": 0.01}},
+        critic={"clip": 0.2, "learning_rate": 3e-6},
     ),
 }
 

@@ -29,7 +29,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
-        {"filter": dict(chosen.filter)},
+        {"filter": dict(chosen.filter), "critic": dict(chosen.critic)},
     ]
     loss = given.get("loss")
     own_loss = chosen.loss.get("name", "clip")

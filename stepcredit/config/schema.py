@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from stepcredit.estimators.options import PRMOptions
+from stepcredit.estimators.options import CriticOptions, PRMOptions
 from stepcredit.growth.options import GrowthOptions
 from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
@@ -56,6 +56,7 @@ class Config(Section):
         str, Named
     ] = {}  # column -> dotted path of your builder, or name and options; old_logprobs: forward | sampler
     prm: PRMOptions = PRMOptions()
+    critic: CriticOptions = CriticOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()
     train: TrainOptions = TrainOptions()

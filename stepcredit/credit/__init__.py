@@ -5,6 +5,7 @@ To add one, write a short file beside these and a row below, or name your own by
 """
 
 from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of
+from stepcredit.credit.gae import gae
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
 from stepcredit.credit.prime import prime
@@ -25,6 +26,7 @@ CREDIT: dict[str, CreditFunction] = {
     "prime": prime,
     "treerpo": treerpo,
     "spo_tree": spo_tree,
+    "gae": gae,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

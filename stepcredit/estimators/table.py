@@ -11,6 +11,7 @@ from typing import Any
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, declared
+from stepcredit.estimators.critic import critic
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.penalty import reward_penalty
 from stepcredit.estimators.prm import implicit_prm
@@ -23,6 +24,8 @@ PROVIDERS: dict[str, Builder] = {
     "ref_logprobs": reference,
     "token_rewards": reward_penalty,
     "prm_logprobs": implicit_prm,
+    "values": critic,
+    "value_target": critic,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},
