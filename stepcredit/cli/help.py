@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from stepcredit.config import Config
 from stepcredit.config.algorithms import ALGORITHMS
 
-WIDTH = 110
+WIDTH = 118
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -18,21 +18,24 @@ def algorithms() -> str:
 
 
 def options() -> str:
-    """Every `--section.option` with its default, a line or two a section."""
+    """Every `--section.option` with its default, a line or two a section; short ones share a line."""
     lines = []
     for name, field in Config.model_fields.items():
         default = field.default
         if isinstance(default, BaseModel):
             lines += _wrapped(f"  --{name}.".ljust(16), _options(default))
+            short = len(lines) > 1 and all(line.startswith("  --") for line in lines[-2:])
+            if short and len("".join(lines[-2:])) <= WIDTH:  # two sections of a line each
+                lines[-2:] = ["".join(lines[-2:])]
     return "\n".join(lines)
 
 
 def functions(folder: str, decorator: str) -> str:
-    """The functions of a folder that have a decorator, each with its options and defaults.
+    """The functions of a folder that have a decorator, each with its options and defaults, last those without any.
 
     They are read, not imported: losses and credit functions need torch, which takes longer than anybody waits for help.
     """
-    lines = []
+    lines, bare = [], []
     for path in sorted((PACKAGE / folder).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body if f"@{decorator}(" in text else ():
@@ -40,8 +43,9 @@ def functions(folder: str, decorator: str) -> str:
                 given = node.args.args[1:]
                 defaults = [ast.literal_eval(value) for value in node.args.defaults]
                 words = [f"{one.arg} {_shown(value)}" for one, value in zip(given, defaults, strict=True)]
-                lines += _wrapped(f"  {node.name}".ljust(24), words)
-    return "\n".join(lines)
+                lines += _wrapped(f"  {node.name}".ljust(24), words) if words else []
+                bare += [] if words else [node.name]
+    return "\n".join([*lines, *_wrapped("  without options".ljust(24), bare)])
 
 
 def _name_called(decorator: ast.expr) -> str | None:

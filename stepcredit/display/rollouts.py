@@ -20,6 +20,8 @@ COLUMNS = {  # numbers of tokens: column to title, in the order in which they ar
     "log_ratio": "log-ratio to the reference",
     "prm_log_ratio": "log-ratio of the reward model",
     "token_rewards": "token reward",
+    "values": "value",
+    "value_target": "what the critic learns",
     "weights": "weight in the loss",
 }
 

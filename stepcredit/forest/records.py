@@ -21,6 +21,9 @@ TOKEN_COLUMNS = (
     "prm_logprobs",
     "entropy",
     "token_rewards",
+    "values",
+    "value_target",
+    "value_after",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", *CREDIT_COLUMNS)
