@@ -59,6 +59,7 @@ def main(words: Sequence[str]) -> int:
     name = given.get("credit", {}).get("name")
     if name in ALGORITHMS and "algorithm" not in given:
         given["algorithm"] = name
+        given["credit"] |= {"name": ALGORITHMS[name].credit}  # of ppo that is gae
     config = resolve({"model": "none", **given})
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
