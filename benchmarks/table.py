@@ -67,8 +67,13 @@ def prime(found: Found) -> Iterator[Line]:
         yield f"PRIME less RLOO over one pass of its model, {name}", f"{order['share']:.2f}"
 
 
+def critic(found: Found) -> Iterator[Line]:
+    for name, case in found["cases"].items():
+        yield f"PPO less REINFORCE++ over one pass of the critic, {name}", f"{case['share']:.2f}"
+
+
 SCRIPTS: dict[str, Callable[[Found], Iterator[Line]]] = {
-    each.__name__: each for each in (versus, shares, growth, sampler, forest, treerpo, prime)
+    each.__name__: each for each in (versus, shares, growth, sampler, forest, treerpo, prime, critic)
 }
 
 

@@ -34,6 +34,8 @@ COMMON += " --iterations 5 --save-every 1 --eval-every 2 --rollouts.every 1"
 RUNS = {
     "grpo": "--algorithm grpo --group-size 4 --optim.num-epochs 2 --optim.num-minibatches 2",
     "spro": "--algorithm spro --group-size 4",
+    "ppo": "--algorithm ppo --group-size 4 --critic.num-minibatches 2 --optim.num-minibatches 2 --critic.warmup 2"
+    " --credit.bootstrap value",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --filter.oversample 2",
     "shaped": "--algorithm unlikeliness --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"

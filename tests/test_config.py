@@ -202,7 +202,7 @@ def dumped(folder, config):
 
 
 PLACES = ["model", "task.data", "task.eval_data", "run_dir", "prm.model", "sampler.server.python"]
-PLACES += ["sampler.server.folder", "sampler.name", "growth.name", "credit.name", "loss.name"]
+PLACES += ["critic.model", "sampler.server.folder", "sampler.name", "growth.name", "credit.name", "loss.name"]
 
 
 @pytest.mark.parametrize("option", PLACES)

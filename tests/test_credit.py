@@ -159,7 +159,7 @@ def test_assign_refuses_branching_forests_for_flat_credit():
     """The message names the credit and the tree that branches; the others are those of trees."""
     forest = random_forest(0, "deep")
     flat = {name: function for name, function in CREDIT.items() if needs_of(function).forests == "flat"}
-    assert CREDIT.keys() - flat.keys() == {"treerpo", "spo_tree"}
+    assert CREDIT.keys() - flat.keys() == {"treerpo", "spo_tree", "gae"}
     for name, function in flat.items():
         with pytest.raises(UserError, match=f"credit '{name}' takes flat forests.*tree 'deep-0' branches"):
             assign(forest, name, function, {})

@@ -33,8 +33,12 @@ RUNS = {
     " --filter.enabled true --prm.reference start --prm.learning-rate 3e-4",
     "prime with adapters": "--algorithm prime --group-size 4 --lora.rank 4 --prm.reference start"
     " --prm.learning-rate 1e-3",
+    "ppo": "--algorithm ppo --group-size 4 --critic.num-minibatches 2 --optim.num-minibatches 2 --critic.warmup 1"
+    " --credit.bootstrap value --critic.learning-rate 3e-4",
+    "ppo on the policy's states": "--algorithm ppo --group-size 4 --critic.backbone policy --critic.learning-rate 1e-3"
+    " --credit.lam 0.9",
 }
-AGAIN = ("spro", "prime with adapters")  # whose layers several processes compute again in the backward
+AGAIN = ("spro", "prime with adapters", "ppo")  # whose layers several processes compute again in the backward
 APART = ("time/", "tokens/per_second")  # no two runs share them
 CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on how a step is cut, or are rounding
 

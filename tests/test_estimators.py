@@ -54,10 +54,10 @@ def test_what_rollouts_bring_needs_nobody():
 @pytest.mark.parametrize("name", [name for name in CREDIT if name in ALGORITHMS])
 def test_every_algorithm_has_its_columns(name):
     """In the order in which they were always observed."""
-    algorithm = name if name != "reward_to_go" else "grpo"
+    algorithm = {"reward_to_go": "grpo", "gae": "ppo"}.get(name, name)
     config = resolve({"algorithm": algorithm})
     expected = {"spro": ["old_logprobs", "ref_logprobs"], "prime": ["old_logprobs", "ref_logprobs", "prm_logprobs"]}
-    expected |= {"treerpo": ["ref_logprobs"], "remax": ["greedy_return"], "vine": ["prefix_value"]}
+    expected |= {"treerpo": ["ref_logprobs"], "remax": ["greedy_return"], "vine": ["prefix_value"], "ppo": ["values"]}
     assert list(build_parts(config).observers.providers) == expected.get(algorithm, [])
 
 

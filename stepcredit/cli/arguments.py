@@ -96,7 +96,13 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
 
 def _check_places(written: Mapping[str, Any], config_file: str) -> None:
     """Refuse files to read that are beside the config file and not where the command runs: which one counts is said."""
-    for section, name in (("task", "data"), ("task", "eval_data"), ("prm", "model"), ("", "model")):
+    for section, name in (
+        ("task", "data"),
+        ("task", "eval_data"),
+        ("prm", "model"),
+        ("critic", "model"),
+        ("", "model"),
+    ):
         options = written.get(section) if section else written
         place = options.get(name) if isinstance(options, Mapping) else None
         if not isinstance(place, str) or place == "embedded" or Path(place).exists():

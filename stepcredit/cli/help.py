@@ -18,12 +18,15 @@ def algorithms() -> str:
 
 
 def options() -> str:
-    """Every `--section.option` with its default, a line or two a section."""
+    """Every `--section.option` with its default, a line or two a section; short ones share a line."""
     lines = []
     for name, field in Config.model_fields.items():
         default = field.default
         if isinstance(default, BaseModel):
             lines += _wrapped(f"  --{name}.".ljust(16), _options(default))
+            short = len(lines) > 1 and all(line.startswith("  --") for line in lines[-2:])
+            if short and len("".join(lines[-2:])) <= WIDTH:  # two sections of a line each
+                lines[-2:] = ["".join(lines[-2:])]
     return "\n".join(lines)
 
 

@@ -24,7 +24,8 @@ as it can be read.
   --iteration N         look into the rollouts of this iteration (the last saved one by default)
   --problem ID          one problem, by its id or its number from 1 on: its completions, or its tree
   --column NAME         what tokens are shaded by: advantages | process | logprobs | entropy | log_ratio |
-                        prm_log_ratio | token_rewards | weights, those of them that the run has saved
+                        prm_log_ratio | token_rewards | values | value_target | weights, those of them that
+                        the run has saved
   --completions N       how many are shown, right and wrong ones in turn; 16 by default, 4 of the example
   --metrics NAMES       curves of these metrics instead, such as reward/mean,optim/grad_norm (docs/metrics.md)
 
@@ -52,6 +53,7 @@ METRICS = (
     "credit/process_ratio",
     "group/kept",
     "prm/auc",
+    "critic/explained_variance",
 )
 COMPLETIONS, EXAMPLE_COMPLETIONS = 16, 4  # that are shown, of a problem that was asked for and of an example
 EXAMPLE_LINES = 6  # about, of a completion of an example

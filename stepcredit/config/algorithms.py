@@ -17,8 +17,8 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, loss, objective, growth, filter, optim: defaults that differ from those of the parts and of the
-            schema; `growth` for trees alone.
+        credit_options, loss, objective, growth, filter, optim, critic: defaults that differ from those of the parts
+            and of the schema; `growth` for trees alone.
         shapers: by name, or name and options; a list of the user's takes their place.
         several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
             not.
@@ -39,6 +39,7 @@ class Algorithm:
     several_steps: str = ""
     data: str = ""
     group_size: int | None = None
+    critic: Mapping[str, Any] = field(default_factory=dict)
 
 
 MEAN_OF_MEANS = {"aggregate": "seq_mean_token_mean"}
@@ -202,6 +203,22 @@ ALGORITHMS = {
         loss={"name": "squared", "anchor": "reference", "scale": 1e-3},
         objective={"aggregate": "seq_mean_token_mean"},
         group_size=1,
+    ),
+    "ppo": Algorithm(
+        "gae",
+        "1707.06347",
+        "generalised advantages from a critic, whitened over the batch",
+        credit_options={"lam": 1.0, "whiten": True},
+        critic={"clip": 0.5},
+    ),
+    "ppo_max": Algorithm(
+        "gae",
+        "2307.04964",
+        "PPO with clipped values, a penalty in the reward and a faster critic",
+        credit_options={"lam": 0.95},
+        objective={"kl": {"estimator": "k1", "coef": 0.01}},
+        critic={"clip": 0.2, "learning_rate": 3e-6},
+        shapers=("running_scale",),
     ),
 }
 

@@ -29,7 +29,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     chosen = algorithm(str(given.get("algorithm", "grpo")))
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
-        {"filter": dict(chosen.filter), "optim": dict(chosen.optim)},
+        {"filter": dict(chosen.filter), "optim": dict(chosen.optim), "critic": dict(chosen.critic)},
         {"shapers": list(chosen.shapers)},
         {"growth": {"group_size": chosen.group_size} if chosen.group_size is not None else {}},
     ]

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from stepcredit.estimators.options import PrepareOptions, PRMOptions
+from stepcredit.estimators.options import CriticOptions, PrepareOptions, PRMOptions
 from stepcredit.growth.options import GrowthOptions, PrefixValueOptions
 from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
 from stepcredit.losses.options import ObjectiveOptions
@@ -158,6 +158,7 @@ class Config(Section):
     prm: PRMOptions = PRMOptions()
     prefix_values: PrefixValueOptions = PrefixValueOptions()
     prepare: PrepareOptions = PrepareOptions()
+    critic: CriticOptions = CriticOptions()
     lora: LoraOptions = LoraOptions()
     distributed: PlacementOptions = PlacementOptions()
     train: TrainOptions = TrainOptions()

@@ -5,6 +5,7 @@ To add one, write a short file beside these and a row below, or name your own by
 """
 
 from stepcredit.credit.base import CreditFunction, CreditParts, assign, check_options, credit, needs_of
+from stepcredit.credit.gae import gae
 from stepcredit.credit.gpg import gpg
 from stepcredit.credit.group import dr_grpo, grpo, rloo
 from stepcredit.credit.opo import opo
@@ -33,6 +34,7 @@ CREDIT: dict[str, CreditFunction] = {
     "spo_tree": spo_tree,
     "vine": vine,
     "prompt_baseline": prompt_baseline,
+    "gae": gae,
 }
 
 __all__ = ["CREDIT", "CreditFunction", "CreditParts", "assign", "check_options", "credit", "needs_of"]

@@ -9,6 +9,7 @@ EMBEDDED_RECIPE: dict[str, Any] = {
     "eval": {"num_problems": 600},
     "prm": {"learning_rate": 4e-3, "reference": "policy"},  # the policy runs away from a frozen one
     "prefix_values": {"num_rollouts": 5},  # the nine of the paper take most of the time
+    "critic": {"learning_rate": 1e-3, "num_minibatches": 4},
     "filter": {"enabled": False},  # most problems of the base model are too hard for the window
 }
 EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 groups of 8

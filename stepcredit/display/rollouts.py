@@ -22,6 +22,8 @@ COLUMNS = {  # numbers of tokens: column to title, in the order in which they ar
     "prm_log_ratio": "log-ratio of the reward model",
     "token_rewards": "token reward",
     "prefix_value": "value before the step",
+    "values": "value",
+    "value_target": "what the critic learns",
     "weights": "weight in the loss",
 }
 

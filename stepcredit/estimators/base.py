@@ -23,7 +23,10 @@ class Estimator:
     Attributes:
         metrics: of the last forest.
         trained: what is saved with every checkpoint, as a folder that `from_pretrained` loads; None: nothing.
+        holds_policy: the policy does not learn from the last forest, because this estimator is not ready for it.
     """
+
+    holds_policy = False
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
@@ -78,15 +81,21 @@ class Context:
             UserError: it has another vocabulary, or too few positions.
         """
         model = self.config.prm.model
-        if "prm_logprobs" not in self.needed or model is None:
-            return self.policy
-        start = load_model(self.config, model, self.placement, "prm.model")
+        return self.policy if "prm_logprobs" not in self.needed or model is None else self.load(model, "prm.model")
+
+    def load(self, model: str, option: str) -> Policy:
+        """A model that `option` names, which scores the policy's rollouts.
+
+        Raises:
+            UserError: it has another vocabulary, or too few positions.
+        """
+        start = load_model(self.config, model, self.placement, option)
         if start.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
-            raise UserError(f"prm.model: '{model}' has another vocabulary than the policy")
-        check_shared_vocabulary(start, self.policy, f"prm.model: '{model}'")
+            raise UserError(f"{option}: '{model}' has another vocabulary than the policy")
+        check_shared_vocabulary(start, self.policy, f"{option}: '{model}'")
         if self.rollouts is not None:
             prompt, new = max(1, self.rollouts.encode.longest), self.config.sampler.max_new_tokens
-            whose = f"prm.model: '{model}': a prompt of {prompt} tokens and sampler.max_new_tokens {new}"
+            whose = f"{option}: '{model}': a prompt of {prompt} tokens and sampler.max_new_tokens {new}"
             check_positions(start.positions, prompt + new, whose)
         return start
 

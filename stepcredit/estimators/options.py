@@ -37,3 +37,19 @@ class PrepareOptions(Section):
             )
         if self.file is not None and not self.samples:
             raise UserError("prepare.file: with --prepare.value zero nothing is read from it; leave one of them out")
+
+
+class CriticOptions(AdamWOptions):
+    model: Place | None = None  # folder | hub id; None: the policy as it is at first
+    backbone: Literal["own", "policy"] = "own"  # a model of its own, or a head on the policy's states, which stay
+    update: Literal["after", "none"] = "after"  # it learns from a batch after giving its values, or stays as it is
+    loss: Literal["mse", "bce", "hl_gauss"] = "mse"  # squares | success probability | cross-entropy on bins of values
+    clip: float = Field(0.0, ge=0)  # mse: bounds how far a batch moves a value; 0: not
+    low: float = 0.0  # hl_gauss: least and largest value, how many bins between them, and the width of a target in bins
+    high: float = 1.0
+    num_bins: int = Field(51, ge=2)
+    sigma: float = Field(0.75, gt=0)
+    learn_from: Literal["all", "finished"] = "all"  # finished: not from completions that were cut off
+    warmup: int = Field(0, ge=0)  # first iterations, in which the critic learns and the policy does not
+    num_epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)

@@ -16,6 +16,7 @@ from stepcredit.credit.choose import terms_of
 from stepcredit.credit.sum import Term
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Context, Estimator, Load, Passes, provider
+from stepcredit.estimators.measures import area_under_curve
 from stepcredit.estimators.options import PRMOptions
 from stepcredit.forest import Forest
 from stepcredit.learn.adapters import trainable_copy
@@ -247,7 +248,5 @@ def prediction_metrics(logit: Tensor, label: Tensor) -> dict[str, float]:
         "prm/calibration": float(gap),
     }
     if bool(right.any()) and not bool(right.all()):
-        wrong = logit[~right].sort().values
-        below, up_to = (torch.searchsorted(wrong, logit[right], right=ties) for ties in (False, True))
-        found["prm/auc"] = float((below + up_to).double().mean() / 2 / len(wrong))
+        found["prm/auc"] = area_under_curve(logit, right)
     return found

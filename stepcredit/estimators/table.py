@@ -11,6 +11,7 @@ from typing import Any
 from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.estimators.base import Builder, Context, Estimator, Load, Passes, declared
+from stepcredit.estimators.critic import critic
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.greedy import greedy_return
 from stepcredit.estimators.penalty import reward_penalty
@@ -32,6 +33,8 @@ PROVIDERS: dict[str, Builder] = {
     "prefix_rollouts": prefix_values,
     "step_index": prefix_values,
     "prompt_value": prompt_value,
+    "values": critic,
+    "value_target": critic,
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},

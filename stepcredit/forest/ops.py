@@ -110,6 +110,52 @@ def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
     return _scan(values, forest.next_token, factor)
 
 
+class BackedUp(NamedTuple):
+    """`values` at each token, and `following`, what stands behind each token; both [num_tokens] fp64."""
+
+    values: Tensor
+    following: Tensor
+
+
+def back_up(forest: Forest, values: Tensor, factor: Tensor, end: Tensor) -> BackedUp:
+    """y_t = x_t + factor_t * (what follows t), from the leaves of trees to their first tokens, in fp64.
+
+    Behind the last token of a segment follows the mean over its judged children, of y at their first tokens, and behind
+    a leaf its `end`. Tokens of unjudged segments get numbers that mean nothing.
+
+    Args:
+        values, factor: [num_tokens], finite; end: [num_segments], read at leaves.
+
+    >>> from stepcredit.forest.types import Problem, Segment, Tree
+    >>> leaves = [Segment([2], parent=0, reward=1.0), Segment([3], parent=0, reward=0.0)]
+    >>> forest = Forest.from_trees([Tree(Problem(), [1], [Segment([5, 6], finish="cut"), *leaves])])
+    >>> back_up(forest, torch.zeros(4), torch.tensor([1.0, 0.5, 1.0, 1.0]), forest.segment["reward"]).values.tolist()
+    [0.25, 0.25, 1.0, 0.0]
+    """
+    start, segment = forest.segment["start"], forest.token["segment"]
+    last = start + forest.segment["length"] - 1
+    at_end = torch.zeros(forest.num_tokens, dtype=torch.bool).index_fill_(0, last, True)
+    link = torch.where(at_end, -1, torch.arange(forest.num_tokens) + 1)
+    factor = factor.double()
+    within = _scan(values.double(), link, factor)
+    to_end = _scan(torch.where(at_end, factor, 0.0), link, factor)  # product of the factors up to the segment's end
+    behind = torch.where(forest.segment["is_leaf"], end.double(), 0.0)
+    parent, judged = forest.segment["parent"], forest.judged
+    for level in forest.levels_deepest_first():
+        rows = level[judged[level]]
+        first = start[rows]
+        mean, _ = mean_by(within[first] + to_end[first] * behind[rows], parent[rows])
+        behind[parent[rows]] = mean
+    found = within + to_end * behind[segment]
+    return BackedUp(found, torch.where(at_end, behind[segment], found.roll(-1)))
+
+
+def last_sampled(forest: Forest, values: Tensor) -> Tensor:
+    """[num_tokens] the value at the last sampled token of the path up to each token, itself included; 0 before any."""
+    sampled = forest.token_sampled
+    return _scan(torch.where(sampled, values, 0.0), forest.previous_token, (~sampled).to(values.dtype))
+
+
 def _at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 

@@ -28,6 +28,9 @@ TOKEN_COLUMNS = (
     "prefix_rollouts",
     "step_index",
     "prompt_value",
+    "values",
+    "value_target",
+    "value_after",
 )
 CREDIT_COLUMNS = ("advantages", "process", "weights")
 CREDIT_FIELDS = ("value", "pruned", "terms", *CREDIT_COLUMNS)

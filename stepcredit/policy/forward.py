@@ -36,7 +36,7 @@ log = logging.getLogger("stepcredit")
 
 ScoringForm = Literal["forest", "cached", "plain"]
 
-LOGPROBS = "logprobs"
+LOGPROBS, STATES = "logprobs", "states"  # outputs of a policy beside its heads
 
 
 class Policy(nn.Module):
@@ -50,7 +50,7 @@ class Policy(nn.Module):
 
     Attributes:
         heads: further heads beside the output layer, by name: modules from states [n, hidden] to [n]. They are trained
-            and saved with the model.
+            and saved with the model. Some give a few numbers, [n, numbers].
         ranks: the processes over which scoring is distributed.
         compute_device: where that is not the device of its weights.
         rope_limit: tokens of a row up to which the rotary embedding is always the same; None: all.
@@ -114,12 +114,13 @@ class Policy(nn.Module):
             forest: any shape, any lengths. With a column `token["owned"]` only the owned tokens are scored.
             temperature: of the distribution softmax(logits / temperature).
             entropy_grad: let gradients flow through the entropies.
-            head: "logprobs", or one of `heads`.
+            head: "logprobs", "states", or one of `heads`.
 
         Returns:
             For "logprobs" `TokenScores`: each token's log-probability and the entropy of the distribution it was drawn
-            from; for another head one number for each token, computed from the state before it. Each is [num_tokens]
-            fp32 on the model's device; 0 for tokens that were not sampled and for those that are not owned.
+            from; for another head one number for each token, or a few, computed from the state before it; for "states"
+            that state. Each is [num_tokens] or [num_tokens, numbers], fp32 on the model's device; 0 for tokens that
+            were not sampled and for those that are not owned.
         """
         prompt_length = forest.tree["prompt_length"]
         empty = (prompt_length == 0).nonzero()
@@ -137,7 +138,7 @@ class Policy(nn.Module):
                 scores, order = self._logprobs(forest, wanted, temperature, entropy_grad)
                 return TokenScores(*(_scatter(order, value, forest.num_tokens) for value in scores))
             states, order, _ = self._states(forest, wanted)
-            return _scatter(order, self.heads[head](states), forest.num_tokens)
+            return _scatter(order, states if head == STATES else self.heads[head](states), forest.num_tokens)
 
     def _logprobs(
         self, forest: Forest, wanted: Tensor, temperature: float, entropy_grad: bool
@@ -250,8 +251,8 @@ class Policy(nn.Module):
 
 
 def _scatter(rows: Tensor, values: Tensor, size: int) -> Tensor:
-    """[size] fp32: `values` at `rows`, 0 elsewhere."""
-    return values.new_zeros(size, dtype=torch.float32).index_copy(0, rows, values.float())
+    """[size, ...] fp32: `values` at `rows`, 0 elsewhere."""
+    return values.new_zeros((size, *values.shape[1:]), dtype=torch.float32).index_copy(0, rows, values.float())
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Heads beside the output layer, which read the states of a policy."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,25 +15,36 @@ from stepcredit.policy.weights import check_finite
 FILE = "heads.safetensors"
 
 
-class ScalarHead(nn.Module):
-    """One number for each state, such as its value: linear, 0 at first, in fp32 whatever the states are."""
+class LinearHead(nn.Module):
+    """A few numbers for each state, such as its value: linear, 0 at first, in fp32 whatever the states are."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, outputs: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden, 1)
+        self.linear = nn.Linear(hidden, outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """[n, hidden] to [n]."""
+        """[n, hidden] to [n], or to [n, outputs] with several outputs."""
         with torch.autocast(states.device.type, enabled=False):
             return self.linear(states.float()).squeeze(-1)
 
 
-def add_head(policy: Policy, name: str) -> None:
-    """Give a policy a head of this name, on its device. `policy(forest, head=name)` reads it."""
+def new_head(policy: Policy, outputs: int = 1) -> LinearHead:
+    """A head for the states of a policy, on its device."""
     hidden = policy.model.config.get_text_config().hidden_size
-    policy.heads[name] = ScalarHead(hidden).to(policy.device)
+    return LinearHead(hidden, outputs).to(policy.device)
+
+
+def add_head(policy: Policy, name: str, outputs: int = 1) -> None:
+    """Give a policy a head of this name. `policy(forest, head=name)` reads it."""
+    policy.heads[name] = new_head(policy, outputs)
+
+
+def outputs_of(policy: Policy, name: str) -> int:
+    """How many numbers a head of `add_head` gives for a state."""
+    head: Any = policy.heads[name]
+    return int(head.linear.out_features)
 
 
 def save_heads(state: dict[str, Tensor], folder: Path) -> None:
@@ -65,8 +77,9 @@ def load_heads(policy: Policy, folder: Path, option: str = "model") -> None:
         UserError: they are damaged, or not of this model.
     """
     state = saved_heads(folder, option)
-    for name in {key.split(".")[0] for key in state} - set(policy.heads):
-        add_head(policy, name)
+    for name in sorted({key.split(".")[0] for key in state} - set(policy.heads)):
+        bias = state.get(f"{name}.linear.bias")
+        add_head(policy, name, 1 if bias is None else len(bias))
     try:
         policy.heads.load_state_dict(state)
     except RuntimeError as error:

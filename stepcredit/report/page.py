@@ -53,6 +53,8 @@ PANELS = {  # section: metric -> title and unit
         "group/kept": ("Sibling groups kept", "%"),
         "prm/auc": ("Reward model: right above wrong", "AUC"),
         "prm/loss": ("Reward model: cross-entropy", "nats"),
+        "critic/explained_variance": ("Critic: share of the returns' variance explained", ""),
+        "critic/auc": ("Critic: right above wrong", "AUC"),
         "filter/passed": ("Problems that passed the filter", "%"),
     },
     "Time and work": {

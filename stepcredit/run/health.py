@@ -104,6 +104,14 @@ ALARMS: dict[str, Alarm] = {
         ),
         after=1,
     ),
+    "critic skipped": Alarm(
+        lambda now, first: _value(now, "critic/nonfinite") > 0,
+        lambda now, first: (
+            "the gradient of the critic was not finite, so its step was skipped; lower --critic.learning-rate, or look "
+            "at the rewards"
+        ),
+        after=1,
+    ),
     "process credit dominates": Alarm(
         lambda now, first: now.get("credit/process_ratio", 0.0) is None or now.get("credit/process_ratio", 0.0) > 1.0,
         lambda now, first: (

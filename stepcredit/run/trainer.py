@@ -143,7 +143,9 @@ class Trainer:
         with work.clock("time/learn"):
             rate = learning_rate(self.config.optim, iteration, self.config.train.iterations)
             self.learner.set(lr=rate)
-            metrics = self.policy_update.take(step) | {"optim/learning_rate": rate}
+            held = any(estimator.holds_policy for estimator in self.estimators.values())
+            metrics = {"optim/held": 1.0} if held else self.policy_update.take(step)
+            metrics["optim/learning_rate"] = rate
         self.nonfinite = self.nonfinite + 1 if metrics.get("optim/nonfinite") else 0
         if self.nonfinite >= self.config.optim.max_nonfinite:
             path = tracker.save_rollouts(f"nonfinite-{iteration:06d}", iteration, step)
