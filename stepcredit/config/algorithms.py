@@ -22,7 +22,7 @@ class Algorithm:
         shapers: by name, or name and options; a list of the user's takes their place.
         several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
             not.
-        data: what it reads of the data beside answers that can be checked, in a few words.
+        data: what it takes beside models and answers that can be checked, in a few words.
         group_size: completions of a problem, where it differs from the schema's.
     """
 
@@ -50,7 +50,7 @@ ALGORITHMS = {
         "grpo",
         "2402.03300",
         "group z-score",
-        objective={"aggregate": "seq_mean_token_mean"},
+        objective=MEAN_OF_MEANS,
     ),
     "dr_grpo": Algorithm(
         "dr_grpo",
@@ -75,7 +75,7 @@ ALGORITHMS = {
         "2507.01551",
         "group z-score plus masked step advantage of the policy's own log-ratio",
         credit_options={"beta": 0.05},
-        objective={"aggregate": "seq_mean_token_mean"},
+        objective=MEAN_OF_MEANS,
     ),
     "treerpo": Algorithm(
         "treerpo",
@@ -88,7 +88,7 @@ ALGORITHMS = {
         "spo_tree",
         "2505.23564",
         "value of a step less its parent's in a tree of samples",
-        objective={"aggregate": "seq_mean_token_mean"},
+        objective=MEAN_OF_MEANS,
         growth=TREES,
     ),
     "prime": Algorithm(
@@ -104,6 +104,7 @@ ALGORITHMS = {
         "reward less that of one greedy completion of the problem",
         loss={"name": "reinforce"},
         objective={"aggregate": "seq_mean_token_sum"},
+        data="a greedy completion of each problem",
     ),
     "gpg": Algorithm(
         "gpg",
@@ -193,7 +194,7 @@ ALGORITHMS = {
         "2404.16767",
         "log-ratio differences fitted to reward differences, over all pairs",
         loss={"name": "squared", "centre": "group"},
-        objective={"aggregate": "seq_mean_token_mean"},
+        objective=MEAN_OF_MEANS,
         optim={"num_epochs": 4},
     ),
     "astar_po": Algorithm(
@@ -201,8 +202,9 @@ ALGORITHMS = {
         "2505.20686",
         "log-ratio to the reference fitted to the reward less a prepared value",
         loss={"name": "squared", "anchor": "reference", "scale": 1e-3},
-        objective={"aggregate": "seq_mean_token_mean"},
+        objective=MEAN_OF_MEANS,
         group_size=1,
+        data="samples of the reference before training",
     ),
     "ppo": Algorithm(
         "gae",

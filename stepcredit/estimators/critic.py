@@ -299,7 +299,7 @@ def critic(context: Context) -> Critic:
 
 
 def returns_of(config: Config) -> Returns:
-    """What the options of the credit function that reads the values say of returns, so that targets and advantages agree.
+    """What the credit function that reads the values says of returns, so that targets and advantages agree.
 
     Raises:
         UserError: several terms of a sum read them and want different targets.
