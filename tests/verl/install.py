@@ -10,18 +10,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+OURS = ["antlr4-python3-runtime==4.9.3", "pytest"]
 NEEDED = [
-    *(
-        "antlr4-python3-runtime==4.9.3",
-        "hydra-core",
-        "omegaconf",
-        "ray",
-        "torchdata",
-        "codetiming",
-        "uvicorn",
-        "fastapi",
-    ),
-    *("pyzmq", "msgspec", "prometheus-client", "cachetools", "aiohttp", "pillow", "pyvers<0.2", "pytest"),
+    *("antlr4-python3-runtime==4.9.3", "hydra-core", "ray==2.60.0", "torchdata", "codetiming", "uvicorn", "fastapi"),
+    *("pyzmq", "msgspec", "prometheus-client", "cachetools", "aiohttp", "pillow", "pyvers<0.2"),
 ]
 ALONE = ["verl==0.9.1", "TransferQueue==0.1.11", "tensordict==0.10.0"]  # their requirements exclude each other's
 
@@ -35,7 +27,8 @@ def main(folder: Path) -> None:
         constraints.write_text("\n".join(line for line in lines if not line.startswith("antlr4")))
         held = [*pip, "--constraint", str(constraints)]
         subprocess.run([*held, "torch"], check=True)
-        subprocess.run([*held, "--editable", str(ROOT), *NEEDED], check=True)
+        subprocess.run([*held, "--editable", str(ROOT), *OURS], check=True)
+        subprocess.run([*held, *NEEDED], check=True)
     subprocess.run([*pip, "--no-deps", *ALONE], check=True)
 
 

@@ -81,7 +81,8 @@ def by_rows(given: DataProto, name: str, **options) -> torch.Tensor:
 
 def test_verl_loaded_them_by_itself():
     """`import verl` alone, in a fresh process, with the package installed."""
-    code = "import verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as f; print(f('stepcredit_opo').__name__)"
+    code = "import verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as f\n"
+    code += "print(f('stepcredit_opo').__name__)"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env=clean, check=True)
     assert out.stdout == "stepcredit_opo\n"
