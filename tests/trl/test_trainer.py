@@ -440,3 +440,14 @@ def test_a_trainer_without_arguments_has_those_of_trl(monkeypatch):
     trainer = CreditGRPOTrainer(str(MODEL), reward_funcs=reward, train_dataset=PROMPTS)
     assert trainer.args.output_dir == f"{Path(MODEL).name}-GRPO" and trainer.credit == "spro"
     assert trainer.beta == trainer.args.beta == 0.0 and trainer.ref_model is not None
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+    first, second = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    names = {}
+    exec(first, names)
+    exec(second, names)
+    assert logged(names["trainer"], "credit/process_rms")[0] == 0.0 and len(logged(names["trainer"], "loss")) == 5
+    assert names["short_lines"](completion_ids=[[1, 2]]) == [-0.02]

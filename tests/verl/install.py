@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 OURS = ["antlr4-python3-runtime==4.9.3", "pytest"]
 NEEDED = [
     *("antlr4-python3-runtime==4.9.3", "hydra-core", "ray==2.60.0", "torchdata", "codetiming", "uvicorn", "fastapi"),
-    *("pyzmq", "msgspec", "prometheus-client", "cachetools", "aiohttp", "pillow", "pyvers<0.2"),
+    *("pyzmq", "msgspec", "prometheus-client", "cachetools", "aiohttp", "pillow", "cloudpickle", "orjson"),
 ]
-ALONE = ["verl==0.9.1", "TransferQueue==0.1.11", "tensordict==0.10.0"]  # their requirements exclude each other's
+ALONE = ["verl==0.9.1", "TransferQueue==0.1.11", "tensordict==0.10.0", "pyvers==0.1.0"]  # they exclude what others need
 
 
 def main(folder: Path) -> None:

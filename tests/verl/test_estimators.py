@@ -254,3 +254,10 @@ def test_another_version_is_said(monkeypatch, caplog):
         adapter.register()
     assert "verl is 0.10.0; the adapter was tested with 0.9" in caplog.text
     assert {"stepcredit", "stepcredit_spro", "stepcredit_treerpo"} <= core_algos.ADV_ESTIMATOR_REGISTRY.keys()
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (ROOT / "docs" / "verl.md").read_text()
+    block = page.split("```python\n")[1].partition("```")[0]
+    exec(block, {})
+    assert capsys.readouterr().out == "tensor" + block.rpartition("# tensor")[2].replace("\n# ", "\n")
