@@ -4,6 +4,8 @@
 # make check   formatting, lint, types, tests
 # make soak    kill runs at random instants, resume them, compare with runs left alone: some minutes
 # make test-vllm   a real vLLM server on the CPU, in an environment of its own: some minutes, and 2 GB of packages
+# make test-trl    the credit inside TRL's own trainer, in an environment of its own
+# make test-verl   the credit inside verl's own registry, in an environment of its own
 # make bench   ratios of speed, against TRL too, measured in one run and written to bench.json: half an hour
 # Options of a run: make train ARGS="--algorithm spro --seed 1"
 
@@ -13,7 +15,7 @@ STAMP := .venv/installed
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 ARGS ?=
 
-.PHONY: install train real test check lint types format soak test-vllm bench clean
+.PHONY: install train real test check lint types format soak test-vllm test-trl test-verl bench clean
 
 install: $(STAMP)
 
@@ -67,6 +69,22 @@ test-vllm: install .venv-vllm/installed
 	$(BIN)/python tests/vllm/install.py .venv-vllm
 	touch $@
 
+test-trl: .venv-trl/installed
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/trl $(ARGS)
+
+.venv-trl/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]' pytest
+	touch $@
+
+test-verl: .venv-verl/installed
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl $(ARGS)
+
+.venv-verl/installed: tests/verl/install.py pyproject.toml constraints.txt
+	$(PYTHON) tests/verl/install.py .venv-verl
+	touch $@
+
 bench: install .venv-bench/installed
 	.venv-bench/bin/python benchmarks/table.py --json bench.json $(ARGS)
 	$(BIN)/python benchmarks/algorithms.py
@@ -84,4 +102,4 @@ bench: install .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-trl .venv-verl .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

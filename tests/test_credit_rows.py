@@ -1,13 +1,14 @@
 """Credit of padded rows equals that of the same completions as trees."""
 
 import doctest
+from pathlib import Path
 
 import pytest
 import torch
 
 from stepcredit.adapters import rows
-from stepcredit.adapters.rows import credit_rows
-from stepcredit.credit import CREDIT, assign
+from stepcredit.adapters.rows import credit_parts, credit_rows
+from stepcredit.credit import CREDIT, CreditParts, assign, credit
 from stepcredit.credit.base import needs_of
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -99,6 +100,32 @@ def test_what_is_given_stays_as_it_is_and_has_no_gradient():
 
 def test_the_example_holds():
     assert doctest.testmod(rows).failed == 0
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text()
+    block = page.split("```python\n")[1].partition("```")[0]
+    exec(block, {})
+    assert capsys.readouterr().out == "tensor" + block.rpartition("# tensor")[2].replace("\n# ", "\n")
+
+
+def test_the_process_part_is_beside_the_advantages():
+    groups, mask, rewards, columns = batch()
+    parts = credit_parts("spro", groups, mask, rewards, columns, {"beta": 1.0})
+    outcome = credit_rows("grpo", groups, mask, rewards, columns)
+    assert parts.process.any() and torch.equal(parts.advantages, outcome + parts.process)
+    assert credit_parts("grpo", groups, mask, rewards, columns, {}).process is None
+
+
+@credit()
+def without_the_first(forest):
+    kept = torch.arange(forest.num_segments) > 0
+    return CreditParts(torch.zeros(forest.num_tokens), kept=kept)
+
+
+def test_a_credit_that_takes_rows_out_of_the_loss_is_refused():
+    with pytest.raises(UserError, match="takes completions out of the loss"):
+        credit_rows(f"{__file__}:without_the_first", [0, 0], torch.ones(2, 2), torch.zeros(2))
 
 
 WRONG = {

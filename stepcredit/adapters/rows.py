@@ -13,7 +13,7 @@ tensor([[ 1.,  1.,  0.],
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ from stepcredit.forest.types import Problem
 from stepcredit.imports import by_name
 
 NO_COLUMNS: Mapping[str, Tensor] = {}
+
+
+class RowCredit(NamedTuple):
+    """Advantages of padded rows, [B, T] each.
+
+    Attributes:
+        process: the part of the advantages that a credit function of two parts calls its process part; None for others.
+    """
+
+    advantages: Tensor
+    process: Tensor | None
 
 
 def credit_rows(
@@ -54,29 +65,52 @@ def credit_rows(
         [B, T] fp32, on the device of the mask, without a gradient.
 
     Raises:
-        UserError: a shape, name, option or column does not fit, a reward is infinite, or the credit is one of trees.
+        UserError: a shape, name, option or column does not fit, a reward is infinite, the credit is one of trees, or
+            it takes rows out of the loss, which advantages cannot say.
     """
-    function = by_name("credit", name, CREDIT)
-    check_options(name, function, options)
-    _check(name, function, groups, mask, rewards, columns)
-    with mask.device:  # what credit functions make themselves is there as well
-        forest, cells = _forest(groups, mask.detach().bool(), rewards.detach().to(mask.device).float(), columns)
-        advantages = assign(forest, name, function, options).token["advantages"]
-        return torch.zeros(mask.numel()).index_copy(0, cells, advantages).view(mask.shape)
+    return credit_parts(name, groups, mask, rewards, columns, options).advantages
 
 
-def _check(
+def credit_parts(
     name: str,
-    function: CreditFunction,
     groups: Sequence[Hashable] | Tensor,
     mask: Tensor,
     rewards: Tensor,
     columns: Mapping[str, Tensor],
-) -> None:
+    options: Mapping[str, Any],
+) -> RowCredit:
+    """`credit_rows`, with the process part beside the advantages."""
+    function = flat_credit(name, options)
+    _check(groups, mask, rewards, columns)
+    with mask.device:  # what credit functions make themselves is there as well
+        forest, cells = _forest(groups, mask.detach().bool(), rewards.detach().to(mask.device).float(), columns)
+        forest = assign(forest, name, function, options)
+        if "kept" in forest.segment and not bool(forest.segment["kept"].all()):
+            raise UserError(f"credit '{name}' takes completions out of the loss; rows of a trainer stay in it")
+        zeros = torch.zeros(mask.numel())
+        process = forest.token.get("process")
+        return RowCredit(
+            zeros.index_copy(0, cells, forest.token["advantages"]).view(mask.shape),
+            None if process is None else zeros.index_copy(0, cells, process).view(mask.shape),
+        )
+
+
+def flat_credit(name: str, options: Mapping[str, Any]) -> CreditFunction:
+    """The credit function of a name or dotted path.
+
+    Raises:
+        UserError: there is none, it does not take these options, or it is one of trees.
+    """
+    function = by_name("credit", name, CREDIT)
     if needs_of(function).forests == "tree":
         raise UserError(
             f"credit '{name}' is one of trees, and rows of a trainer have none; 'stepcredit train' grows them"
         )
+    check_options(name, function, options)
+    return function
+
+
+def _check(groups: Sequence[Hashable] | Tensor, mask: Tensor, rewards: Tensor, columns: Mapping[str, Tensor]) -> None:
     if mask.dim() != 2:
         raise UserError(f"mask has shape {tuple(mask.shape)}; expected [B, T], a row for each completion")
     if rewards.shape != mask.shape[:1]:

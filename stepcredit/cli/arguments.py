@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stepcredit.cli.others import answer, check_assignment
 from stepcredit.config import Config, expand_all, merge
 from stepcredit.config.places import expand
 from stepcredit.config.renamed import new_name
@@ -58,6 +59,7 @@ def parse(words: Sequence[str], own: Mapping[str, str | None], command: str) -> 
     while queue:
         word = queue.pop(0)
         if not word.startswith("--"):
+            check_assignment(word, command)
             if config_file is not None or "config" not in own:
                 raise UserError(
                     f"{command}: unexpected '{word}'; options start with --, see 'stepcredit {command} --help'"
@@ -128,6 +130,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _check_known(path: str, name: str, own: Mapping[str, Any], command: str) -> None:
+    said = answer(name)
+    if said and name not in SHORT:
+        raise UserError(f"--{name}: unknown option; {said}")
     if path.split(".")[0] in Config.model_fields:
         options = dict(_sections()).get(path)
         if options:
