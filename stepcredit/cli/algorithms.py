@@ -82,6 +82,7 @@ def needs(facts: "AlgorithmFacts") -> list[str]:
     words += [f"{model.name}{', learnt' if model.learns else ''}" for model in facts.models]
     if facts.config.get("filter", {}).get("enabled"):
         words.append("prompt filter")
+    words += [f"shaper {one if isinstance(one, str) else one['name']}" for one in facts.config.get("shapers", ())]
     return words + ([facts.data] if facts.data else [])
 
 

@@ -9,9 +9,10 @@ from stepcredit.forest import Forest
 
 @credit("prompt_value")
 def prompt_baseline(forest: Forest) -> Tensor:
-    """A_i = r_i - V(x), V(x) the column `prompt_value` (estimators/prompt_value.py says what values there are).
+    """A_i = r_i - V(x), V the value of the prompt.
 
-    It needs no group: a single completion has r - V(x), and a group of equal returns has that too, not 0.
+    V(x) is the column `prompt_value` (estimators/prompt_value.py says what values there are). It needs no group: a
+    single completion has r - V(x), and a group of equal returns has that too, not 0.
 
     >>> # rewards 1 and 0, V(x) = 0.25: advantages 0.75 and -0.25
     """
