@@ -69,12 +69,18 @@ def test_a_skipped_step_is_told() -> None:
     assert "gradient was not finite" in told({"optim/nonfinite": 0.5})[1]
 
 
-def test_groups_that_all_fall_away_are_told_at_once() -> None:
-    """By the credit of trees, and by the prompt filter with its reasons."""
-    assert "no group of siblings had values" in told({"group/kept": 0.0})[1]
+def test_siblings_that_never_differ_are_told() -> None:
+    """Not at once: at a low accuracy a batch without a right completion is chance, as a batch of equal groups is."""
+    alike = {"group/kept": 0.0}
+    assert "no group of siblings had values" in told(*[alike] * WARN_AFTER)[1]
+    assert "warning" not in told(*[*[alike] * (WARN_AFTER - 1), {}, alike])[1]
+
+
+def test_problems_that_all_fall_away_are_told_at_once() -> None:
+    """By the prompt filter, with its reasons."""
     shares = {"filter/passed": 0.0, "filter/problems": 64.0, "filter/hard": 0.75, "filter/truncated": 0.25}
     assert "none of 64 problems passed the prompt filter (75% too hard, 0% too easy, 25% truncated)" in told(shares)[1]
-    assert "warning" not in told({"group/kept": 0.1, "filter/passed": 0.1})[1]
+    assert "warning" not in told({"filter/passed": 0.1})[1]
 
 
 def test_a_reward_model_that_skips_its_step_is_told() -> None:

@@ -74,10 +74,10 @@ ALARMS: dict[str, Alarm] = {
     "no siblings differ": Alarm(
         lambda now, first: _value(now, "group/kept", 1.0) == 0.0,
         lambda now, first: (
-            "no group of siblings had values further apart than the credit asks for, so the update was skipped "
-            "(optim/skipped counts them). Take more branches, easier or harder problems, or a smaller --credit.tau"
+            f"no group of siblings had values further apart than the credit asks for, for {WARN_AFTER} iterations, so "
+            "their updates were skipped (optim/skipped counts them). Take more branches, easier or harder problems, or "
+            "a smaller --credit.tau"
         ),
-        after=1,
     ),
     "rewards fail": Alarm(
         lambda now, first: _value(now, "reward/timeout") + _value(now, "reward/error") > 0.05,
