@@ -97,12 +97,17 @@ def judge_only_sampled(tree: Tree) -> None:
 
 def run(forest: Forest, name: str, column: str = "advantages", **options) -> Tensor:
     """The column that a credit function of the table assigns."""
-    if "greedy_return" in CREDIT[name].needs.columns and not forest.has("greedy_return"):
-        greedy = forest.tree["prompt_length"] % 3 / 2  # as `reference_credit.remax`
-        forest = forest.with_token(greedy_return=greedy[forest.token_tree])
-    if "prompt_value" in CREDIT[name].needs.columns:
-        forest = forest.with_token(prompt_value=torch.full((forest.num_tokens,), PROMPT_VALUE))
-    return assign(forest, name, CREDIT[name], options).token[column]
+    return assign(with_baselines(forest), name, CREDIT[name], options).token[column]
+
+
+def with_baselines(forest: Forest) -> Forest:
+    """With the columns of prompts that credit functions read, where it does not have them."""
+    greedy = forest.tree["prompt_length"] % 3 / 2  # as `reference_credit.remax`
+    columns = {
+        "greedy_return": greedy[forest.token_tree],
+        "prompt_value": torch.full((forest.num_tokens,), PROMPT_VALUE),
+    }
+    return forest.with_token(**{name: values for name, values in columns.items() if not forest.has(name)})
 
 
 def objective_of(

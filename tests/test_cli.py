@@ -84,10 +84,13 @@ def test_help_names_every_command(capsys):
 
 
 def test_train_help_names_every_algorithm_and_option(capsys):
-    """What the schema has, the help has, with its default."""
-    main(["train", "--help"])
+    """What the schema has, the help has, with its default; the help of credit has a line about each algorithm."""
+    main(["credit", "--help"])
     shown = capsys.readouterr().out
     assert [name for name, row in ALGORITHMS.items() if f"  {name} " not in shown or row.summary not in shown] == []
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert [name for name, row in ALGORITHMS.items() if f" {name} ({row.paper})" not in shown] == []
     missing = []
     for name, value in Config():
         if not isinstance(value, BaseModel):

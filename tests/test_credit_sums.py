@@ -19,6 +19,7 @@ from builders import (
     random_trees,
     run,
     variants,
+    with_baselines,
 )
 from ranks_of import run_on
 from ranks_of import same_metrics as same_run_metrics
@@ -159,7 +160,7 @@ def forest_for(name: str, seed: int) -> Forest:
     for tree in trees:
         for segment in tree.segments:
             segment.reward = None if segment.reward is None else min(1.0, max(0.0, segment.reward))
-    return Forest.from_trees(trees)
+    return with_baselines(Forest.from_trees(trees))
 
 
 @variants

@@ -14,6 +14,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def algorithms() -> str:
+    return "\n".join(f"  {name:22}{row.summary} ({_source(row.paper)})" for name, row in ALGORITHMS.items())
+
+
+def algorithm_names() -> str:
     return "\n".join(_wrapped("  ", [f"{name} ({row.paper})" for name, row in ALGORITHMS.items()]))
 
 
@@ -77,3 +81,7 @@ def _shown(value: Any) -> str:
     if value is None or value == "" or value == [] or value == {}:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _source(paper: str) -> str:
+    return f"arXiv {paper}" if paper[0].isdigit() else paper

@@ -76,7 +76,7 @@ def main(words: Sequence[str]) -> int:
         print(
             HELP.format(
                 names=names,
-                algorithms=help_text.algorithms(),
+                algorithms=help_text.algorithm_names(),
                 credits=credits,
                 losses=losses,
                 shapers=shapers,
