@@ -444,6 +444,8 @@ REFUSED = [
     ({"low": 1.0, "high": 0.0}, "critic.low (1) must be below critic.high (0)"),
     ({"backbone": "policy", "model": "other"}, "critic.model: a critic on the policy's states"),
     ({"warmup": 120}, "critic.warmup 120 is not below train.iterations 120"),
+    ({"update": "none"}, "critic.update none: the critic stays as it is, so it needs a --critic.model"),
+    ({"update": "none", "model": "other", "warmup": 2}, "critic.update none"),
 ]
 
 
@@ -452,6 +454,13 @@ def test_what_does_not_go_together_is_refused(given, words):
     with pytest.raises(UserError) as error:
         build_parts(resolve({"algorithm": "ppo", "critic": {"clip": 0.0} | given}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_warm_up_of_the_rate_that_nobody_would_see_is_refused():
+    given = {"algorithm": "ppo", "critic": {"warmup": 5}, "optim": {"warmup": 5}}
+    with pytest.raises(UserError, match="optim.warmup 5 would be over before the policy's first step"):
+        build_parts(resolve(given))
+    build_parts(resolve(given | {"optim": {"warmup": 6}}))
 
 
 # ---------------------------------------------------------------------- runs
@@ -472,6 +481,12 @@ def test_it_is_saved_with_every_checkpoint(tmp_path, capsys):
     bins = {"critic__model": str(folder), "critic__loss": "hl_gauss", "critic__clip": 0}
     assert train(tmp_path / "three", algorithm="ppo", **bins) == 2
     assert "critic.model: its value head gives 1 numbers" in capsys.readouterr().err
+    logits = {"critic__model": str(folder), "critic__loss": "bce", "critic__clip": 0}
+    assert train(tmp_path / "four", algorithm="ppo", **logits) == 2
+    assert "for a state (value), and critic.loss bce needs 1 (logit of success)" in capsys.readouterr().err
+    bare = {"critic__model": str(folder.parent), "critic__update": "none"}
+    assert train(tmp_path / "five", algorithm="ppo", **bare) == 2
+    assert "has no value head" in capsys.readouterr().err
 
 
 def test_in_the_warm_up_the_policy_stays(tmp_path):

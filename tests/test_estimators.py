@@ -212,7 +212,7 @@ def test_the_gradient_of_a_head_reaches_head_and_model():
 
 def test_heads_are_saved_and_loaded(tmp_path):
     policy, other = with_head(), fresh("qwen3")
-    save_heads(dict(policy.heads.state_dict()), tmp_path)
+    save_heads(policy, dict(policy.heads.state_dict()), tmp_path)
     load_heads(other, tmp_path)
     forest = random_forest(3)
     assert other(forest, head="value").equal(policy(forest, head="value"))

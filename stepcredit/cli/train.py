@@ -63,7 +63,9 @@ Exit codes: 0 done, 1 nothing was learnt (0 under torchrun; the log says it), 2 
 the program or of the user's code, with a traceback, 130 stopped by a signal"""
 
 # What makes it another run when it changes.
-OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference"}
+OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference"} | {
+    f"critic.{name}" for name in ("backbone", "loss", "low", "high", "num_bins")
+}
 
 
 def main(words: Sequence[str]) -> int:

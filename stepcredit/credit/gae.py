@@ -126,7 +126,7 @@ def gae(
             that token's advantage is its reward; "value": the critic's value of the state behind it.
         whiten: (A - mean) / sqrt(var + 1e-8) over all judged sampled tokens of the batch, the variance unbiased, as in
             verl and TRL. TRL does it in each process for itself.
-        whiten_rewards: r / sqrt(var + 1e-8), the mean kept, before anything else (TRL). TRL counts one more token a
+        whiten_rewards: (r - mean) / sqrt(var + 1e-8) + mean, before anything else (TRL). TRL counts one more token a
             completion, behind the last, and puts the outcome there.
         clip: bounds the advantages at last, to [-clip, clip] (PPO-max, arXiv 2307.04964: 0.5); 0: not.
 

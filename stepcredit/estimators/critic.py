@@ -1,8 +1,10 @@
 """The critic: values of the states before tokens, learnt from the returns of the same rollouts (PPO)."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +29,12 @@ from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.policy.batching import with_source
 from stepcredit.policy.forward import Policy
-from stepcredit.policy.heads import add_head, outputs_of
+from stepcredit.policy.heads import HeadForm, add_head, form_of
 from stepcredit.seeds import CRITIC, generator, mixed
 
 HEAD = "value"
+
+log = logging.getLogger("stepcredit")
 
 
 class Critic(Estimator):
@@ -75,7 +79,7 @@ class Critic(Estimator):
             self.learner = HeadLearner(policy, self.form.outputs, placement, options, max_tokens)
             return
         own = trainable_copy(policy, share_frozen=True, until_sharded=placement.sharded)
-        _give_head(own, self.form.outputs, options)
+        _give_head(own, HeadForm(self.form.outputs, self.form.kind), options)
         self.policy = placement.place(own)
         self.learner = self.trained = Learner(self.policy, placement, options, max_tokens, " in the critic")
 
@@ -95,11 +99,12 @@ class Critic(Estimator):
         learns = self.options.update != "none"
         if self.returns.reads_values or steps > 1 or not learns:
             forest = self._with_values(forest)
-        if learns:
-            forest = self._learn(self._with_target(forest))
         forest = self._with_target(forest)
+        if learns:
+            forest = self._learn(forest)
         self.batches += 1
-        returns = Returns(self.returns.gamma, 1.0).of(forest, forest.token["values"]).float()
+        whole = replace(self.returns, lam=1.0, bootstrap="zero")
+        returns = whole.of(forest, forest.token["values"]).float()
         self.metrics |= value_metrics(forest, forest.token["values"], returns)
         return forest
 
@@ -152,24 +157,25 @@ class Critic(Estimator):
         values = forest.token["values"] if "values" in forest.token else torch.zeros(forest.num_tokens)
         target = self.returns.of(forest, values).float()
         low, high = self.form.range
-        outside = forest.active & ((target < low - 1e-6) | (target > high + 1e-6))
+        outside = self._counted(forest) & ((target < low - 1e-6) | (target > high + 1e-6))
         if self.form.bounded and bool(outside.any()):
             index = int(outside.nonzero()[0])
             raise UserError(
                 f"{forest.describe_segment(int(forest.token['segment'][index]))} has the return "
                 f"{float(target[index]):.4g}; critic.loss bce learns returns in [0, 1]. Scale the reward functions "
-                "with --reward.weights, take no k1 penalty, or another --critic.loss"
+                "with --reward.weights, take no k1 penalty and no --credit.bootstrap, or another --critic.loss"
             )
         if math.isfinite(high - low) and not self.form.bounded:
             self.metrics["critic/outside"] = float(outside.sum() / forest.active.sum().clamp(min=1))
         return forest.with_token(value_target=target)
 
+    def _counted(self, forest: Forest) -> Tensor:
+        """[num_tokens] the tokens that it learns from."""
+        return forest.active & _finished(forest) if self.options.learn_from == "finished" else forest.active
+
     def _learn(self, forest: Forest) -> Forest:
         """The optimiser steps of a batch; adds the values of the only one where there are none yet."""
-        counted = forest.active
-        if self.options.learn_from == "finished":
-            counted = counted & _finished(forest)
-        whole = with_source(forest.with_token(counted=counted))
+        whole = with_source(forest.with_token(counted=self._counted(forest)))
         norms, losses, values = [], [], torch.zeros(forest.num_tokens)
         for step in self._minibatches(whole):
             count = int(step.token["counted"].sum())
@@ -233,14 +239,22 @@ def _one_token_more(forest: Forest, leaves: Tensor) -> tuple[Forest, Tensor]:
     return longer, torch.tensor(added)[longer.token["segment"]]
 
 
-def _give_head(policy: Policy, outputs: int, options: CriticOptions) -> None:
+def _give_head(policy: Policy, form: HeadForm, options: CriticOptions) -> None:
     """A head for the values, unless the model brings one; and no gradient for an output layer that nothing reads."""
     if HEAD not in policy.heads:
-        add_head(policy, HEAD, outputs)
-    elif outputs_of(policy, HEAD) != outputs:
+        if options.model is not None:
+            where = (
+                f"critic.model: '{options.model}' has no value head (that of another run is in checkpoints/N/values)"
+            )
+            if options.update == "none":
+                raise UserError(f"{where}, and with --critic.update none it would never say anything")
+            log.warning("%s; it begins with zeros", where)
+        add_head(policy, HEAD, *form)
+    elif (own := form_of(policy, HEAD)) != form:
+        kind = f" ({own.kind})" if own.kind else ""
         raise UserError(
-            f"critic.model: its value head gives {outputs_of(policy, HEAD)} numbers for a state, and critic.loss "
-            f"{options.loss} needs {outputs}; take the options with which it was trained"
+            f"critic.model: its value head gives {own.outputs} numbers for a state{kind}, and critic.loss "
+            f"{options.loss} needs {form.outputs} ({form.kind}); take the options with which it was trained"
         )
     policy.heads.requires_grad_(True)
     output = policy.model.get_output_embeddings().weight
@@ -255,7 +269,7 @@ def _needs(config: Config, needed: Collection[str]) -> Iterator[str]:
     """The rewards that its targets are made of, after refusing what does not go together."""
     given = config.critic
     if given.clip and given.loss != "mse":
-        raise UserError(f"critic.clip goes with --critic.loss mse, not with {given.loss}")
+        raise UserError(f"critic.clip goes with --critic.loss mse, not with {given.loss}; add --critic.clip 0")
     if given.low >= given.high:
         raise UserError(f"critic.low ({given.low:g}) must be below critic.high ({given.high:g})")
     if given.backbone == "policy" and given.model is not None:
@@ -266,6 +280,16 @@ def _needs(config: Config, needed: Collection[str]) -> Iterator[str]:
         raise UserError(
             f"critic.warmup {given.warmup} is not below train.iterations {config.train.iterations}: the policy would "
             "learn nothing"
+        )
+    if given.update == "none" and (given.model is None or given.warmup):
+        raise UserError(
+            "critic.update none: the critic stays as it is, so it needs a --critic.model that has learnt, and no "
+            "--critic.warmup"
+        )
+    if 0 < config.optim.warmup <= given.warmup:
+        raise UserError(
+            f"optim.warmup {config.optim.warmup} would be over before the policy's first step, after critic.warmup "
+            f"{given.warmup}; make it longer, or 0"
         )
     if "token_rewards" in needed:
         yield "token_rewards"

@@ -33,8 +33,10 @@ class HeadLearner:
         self.head = new_head(policy, outputs).requires_grad_(True)
         self.grad_clip = options.grad_clip
         self.trained = list(self.head.parameters())
+        weight, bias = self.head.linear.weight, self.head.linear.bias
+        groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+            groups, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
         )
 
     def outputs(self, part: Forest, head: str) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stepcredit.forest import Forest
 from stepcredit.forest.ops import SAME, cumsum_along_path
+from stepcredit.shaping.base import RAW
 
 RIGHT = 0.5  # an outcome of at least so much counts as right
 
@@ -27,7 +28,8 @@ def value_metrics(forest: Forest, values: Tensor, returns: Tensor) -> dict[str, 
     """How well values fit what came of them, over active tokens.
 
     `critic/explained_variance` is 1 - var(return - value) / var(return), absent where all returns are equal;
-    `critic/auc` the chance that a right completion's mean value is above a wrong one's, absent when all are alike;
+    `critic/auc` the chance that a right completion's mean value is above a wrong one's, right by its reward before
+    shapers, absent when all are alike;
     `critic/value` and `critic/return` are means.
 
     Args:
@@ -42,7 +44,7 @@ def value_metrics(forest: Forest, values: Tensor, returns: Tensor) -> dict[str, 
         left = (target - value).var(correction=0) / target.var(correction=0)
         found["critic/explained_variance"] = float(1 - left)
     leaf, mean = _mean_values(forest, values)
-    right = forest.segment["reward"][leaf] >= RIGHT
+    right = forest.segment[RAW if RAW in forest.segment else "reward"][leaf] >= RIGHT
     if bool(right.any()) and not bool(right.all()):
         found["critic/auc"] = area_under_curve(mean, right)
     return found

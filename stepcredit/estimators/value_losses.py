@@ -15,6 +15,7 @@ from stepcredit.estimators.options import CriticOptions
 class ValueForm:
     """
     Attributes:
+        kind: what the numbers are; heads of another kind say something else.
         outputs: numbers that the head gives for a state.
         range: least and largest target that it can learn.
         bounded: a target beyond is an error, not moved to the nearest one.
@@ -22,6 +23,7 @@ class ValueForm:
         loss: of outputs, targets [n] and the values [n] before the batch, to [n].
     """
 
+    kind: str
     outputs: int
     range: tuple[float, float]
     bounded: bool
@@ -41,7 +43,7 @@ def squares(clip: float = 0.0) -> ValueForm:
             error = torch.maximum(error, (old + (value - old).clamp(-clip, clip) - target).square())
         return error / 2
 
-    return ValueForm(1, (-math.inf, math.inf), False, lambda value: value, loss)
+    return ValueForm("value", 1, (-math.inf, math.inf), False, lambda value: value, loss)
 
 
 def success_probability() -> ValueForm:
@@ -50,7 +52,7 @@ def success_probability() -> ValueForm:
     def loss(logit: Tensor, target: Tensor, old: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logit, target, reduction="none")
 
-    return ValueForm(1, (0.0, 1.0), True, torch.sigmoid, loss)
+    return ValueForm("logit of success", 1, (0.0, 1.0), True, torch.sigmoid, loss)
 
 
 def gaussian_bins(low: float, high: float, num_bins: int, sigma: float) -> ValueForm:
@@ -71,7 +73,8 @@ def gaussian_bins(low: float, high: float, num_bins: int, sigma: float) -> Value
         shares = below.diff(dim=-1) / (below[:, -1:] - below[:, :1])
         return -(shares.to(logits) * logits.log_softmax(-1)).sum(-1)
 
-    return ValueForm(num_bins, (low, high), False, decode, loss)
+    kind = f"logits of {num_bins} bins from {low:g} to {high:g}"
+    return ValueForm(kind, num_bins, (low, high), False, decode, loss)
 
 
 def value_form(options: CriticOptions) -> ValueForm:

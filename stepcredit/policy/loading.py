@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from stepcredit.errors import UserError
 from stepcredit.policy.forward import Policy, ScoringForm, check_causal, choose_scoring_form
-from stepcredit.policy.heads import add_head, load_heads, outputs_of
+from stepcredit.policy.heads import HeadForm, add_head, form_of, load_heads
 from stepcredit.policy.limits import check_vocabulary
 from stepcredit.policy.weights import ADAPTER, ADAPTER_WEIGHTS, UNREADABLE, load_network, why_unreadable
 
@@ -125,13 +125,13 @@ class Loaded:
     """What is known of a policy that was loaded, beside its weights.
 
     Attributes:
-        heads: how many numbers each head gives for a state.
+        heads: what each head gives for a state.
         tensors: name, shape and type of its weights and buffers; tied ones once.
     """
 
     scoring_form: ScoringForm
     generation_config: Any
-    heads: dict[str, int]
+    heads: dict[str, HeadForm]
     tensors: list[tuple[str, tuple[int, ...], torch.dtype]]
 
     @classmethod
@@ -140,7 +140,7 @@ class Loaded:
             (name, tuple(value.shape), value.dtype)
             for name, value in (*policy.named_parameters(), *policy.named_buffers())
         ]
-        heads = {name: outputs_of(policy, name) for name in policy.heads}
+        heads = {name: form_of(policy, name) for name in policy.heads}
         return cls(policy.scoring_form, policy.model.generation_config, heads, tensors)
 
 
@@ -164,8 +164,8 @@ def empty_policy(
     network.generation_config, network.name_or_path = loaded.generation_config, source
     tokenizer = _tokenizer(source, f"model: '{model}'", trust_remote_code)
     policy = Policy(network, tokenizer, autocast_type(dtype, home))
-    for name, outputs in loaded.heads.items():
-        add_head(policy, name, outputs)
+    for name, form in loaded.heads.items():
+        add_head(policy, name, *form)
     policy.scoring_form = loaded.scoring_form
     return policy if Loaded.of(policy).tensors == loaded.tensors else None
 

@@ -159,7 +159,7 @@ def _save_learner(learner: Learner, checkpoint: Path, folder: str) -> None:
 
     def write() -> None:
         save_policy(learner.policy, checkpoint / folder, state)
-        save_heads(heads, checkpoint / folder)
+        save_heads(learner.policy, heads, checkpoint / folder)
 
     ranks.on_main(write)
     tensors = learner.tensors()
