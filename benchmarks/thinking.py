@@ -1,4 +1,4 @@
-"""A reward for the thinking before the answer, for `--algorithm posterior_grpo` on the embedded task."""
+"""A reward for the thinking before the answer of the embedded task (posterior.yaml)."""
 
 from collections.abc import Sequence
 from typing import Any
