@@ -458,7 +458,7 @@ def test_what_does_not_go_together_is_refused(given, words):
 
 def test_a_warm_up_of_the_rate_that_nobody_would_see_is_refused():
     given = {"algorithm": "ppo", "critic": {"warmup": 5}, "optim": {"warmup": 5}}
-    with pytest.raises(UserError, match="optim.warmup 5 would be over before the policy's first step"):
+    with pytest.raises(UserError, match=r"optim\.warmup 5 would be over before the policy's first step"):
         build_parts(resolve(given))
     build_parts(resolve(given | {"optim": {"warmup": 6}}))
 

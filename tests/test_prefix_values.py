@@ -300,6 +300,49 @@ def test_steps_sum_to_what_a_completion_is_above_the_prompt():
         assert float(advantages[each.rows].sum()) == pytest.approx(each.total - value, abs=1e-5)
 
 
+def test_the_best_of_several_rollouts_is_a_prover():
+    """1 - (1 - V)^K of V = 1/2, 3/4, 1/4 with K 2: 3/4, 15/16, 7/16; the outcomes stay 1 and 0."""
+    columns = {"prefix_value": [[[0.5, 0.75, 0.25]] * 2], "step_index": [[[0, 1, 2]] * 2]}
+    forest = flat_forest([[3, 3]], [[1.0, 0.0]], **columns)
+    is_near(run(forest, "vine", best_of=2), [3 / 16, -0.5, 9 / 16, 3 / 16, -0.5, -7 / 16], 1e-6)
+    with pytest.raises(UserError, match="best_of 2 is the chance that one of so many rollouts is right"):
+        run(flat_forest([[3]], [[2.0]], **{name: [each[0][:1]] for name, each in columns.items()}), "vine", best_of=2)
+
+
+def test_progress_as_a_reward_telescopes_and_as_an_advantage_does_not():
+    """PAV's trap: alpha times the progress, fed as rewards and summed to the end, is alpha (r - V(prompt)) for
+    the first token of a completion; added as an advantage it differs from step to step."""
+    columns = {"prefix_value": [[[0.5, 0.75, 0.25], [0.5, 0.5, 0.125]]], "step_index": [[[0, 1, 2]] * 2]}
+    forest = flat_forest([[3, 3]], [[1.0, 0.0]], **columns)
+    progress = run(forest, "vine")
+    rewards = forest.with_token(token_rewards=3 * progress)
+    fed = run(rewards, "reward_to_go", baseline="none")
+    is_near(fed[[0, 3]], [1 + 3 * 0.5, 3 * -0.5], 1e-6)  # the first token of each: (1 + alpha) r - alpha V(prompt)
+    added = run(forest, "rloo") + 3 * progress
+    assert len(set(added[:3].tolist())) == 3 and float(progress[:3].sum()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("returns", [[1.0, 0.0, 0.0], [1.0, 1.0], [0.25, -1.0, 3.0]], ids=str)
+def test_soft_values_go_from_the_mean_to_the_largest(returns):
+    """ER-PRM's labels; of rewards of 0 and 1 log(1 + p (e^eta - 1)) / eta; the error goes to that of the mean."""
+    mean, error = value_of(returns)
+    assert value_of(returns, 1e-6) == (pytest.approx(mean, abs=1e-5), pytest.approx(error, rel=1e-4))
+    assert value_of(returns, 500.0)[0] == pytest.approx(max(returns), abs=0.01)
+    assert value_of([1.0, 0.0, 0.0, 0.0], 2.0)[0] == pytest.approx(np.log(1 + 0.25 * (np.e**2 - 1)) / 2)
+    values = [value_of(returns, eta)[0] for eta in (0.0, 0.5, 1.0, 4.0)]
+    assert values == sorted(values)
+
+
+def test_soft_values_are_those_of_the_rollouts():
+    hard, _, _, returns = continue_from(drawn(0.6), group(WON, LOST), EACH, given(num_rollouts=5))
+    soft, steps, _, _ = continue_from(drawn(0.6), group(WON, LOST), EACH, given(num_rollouts=5, eta=2.0))
+    for each in steps:
+        for start, row in zip(each.starts, each.rows, strict=True):
+            own = returns[each.tree, each.token_ids[:start]]
+            assert float(soft.token["prefix_value"][row]) == pytest.approx(value_of(own, 2.0)[0], abs=1e-6)
+    assert not soft.token["prefix_value"].equal(hard.token["prefix_value"])
+
+
 # ---------------------------------------------------------------------- the embedded model
 
 

@@ -189,6 +189,17 @@ ALGORITHMS = {
         "change of the value in a step, by rollouts from both of its ends",
         data="rollouts from every step",
     ),
+    "pav": Algorithm(
+        "sum",
+        "2410.08146",
+        "reward less the others', plus what a step changes in the chance of a prover",
+        credit_options={
+            "sum": [{"name": "rloo"}, {"name": "vine", "weight": 3.0, "options": {"best_of": 4}}],
+        },
+        loss={"name": "reinforce"},
+        objective={"kl": {"estimator": "k3", "coef": 0.001}},
+        data="rollouts from every step",
+    ),
     "rebel": Algorithm(
         "dr_grpo",
         "2404.16767",

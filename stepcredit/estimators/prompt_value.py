@@ -17,6 +17,7 @@ from stepcredit.estimators.prepared import Prepared, Sampled, Show, check_stamp,
 from stepcredit.estimators.prepared import read_prepared as read
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem
+from stepcredit.growth.prefix_values import soft_mean
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.tasks.base import Task
 
@@ -133,11 +134,9 @@ def value_of(row: Sampled, given: PrepareOptions) -> float:
     (0.4773, 0.25)
     """
     rewards = [reward for reward in row.rewards if reward is not None]
-    largest = max(rewards)
     if given.value == "soft":
-        total = math.fsum(math.exp((reward - largest) / given.beta) for reward in rewards)
-        return largest + given.beta * math.log(total / len(rewards))
-    return {"mean": math.fsum(rewards) / len(rewards), "max": largest, "zero": 0.0}[given.value]
+        return soft_mean(rewards, 1 / given.beta)
+    return {"mean": math.fsum(rewards) / len(rewards), "max": max(rewards), "zero": 0.0}[given.value]
 
 
 def problems_of_run(config: Config, task: Task) -> list[Problem]:

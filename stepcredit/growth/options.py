@@ -18,6 +18,7 @@ class PrefixValueOptions(Section):
     step: StepOptions = StepOptions(delimiters=["task"])  # where a step ends
     max_steps: int = Field(0, ge=0)  # of a completion that are told apart, the last one takes the rest; 0: all
     start: Literal["rollouts", "group"] = "rollouts"  # value of the prompt: rollouts, or mean of the group's others
+    eta: float = Field(0.0, ge=0)  # above 0: soft values 1 / eta log mean exp(eta r); 0: mean returns
     adaptive: float = Field(0.0, ge=0, lt=1)  # share of the rollouts that is drawn only where neighbouring steps vary
     max_tokens: int = Field(0, ge=0)  # budget of a batch, planned by how long its completions go on; 0: none
     model: Place | None = None  # that continues (a prover): folder | hub id; None: the policy

@@ -339,21 +339,40 @@ def _among_neighbours_that_vary(steps: Sequence[Steps], returns: Returns) -> set
 # ---------------------------------------------------------------------- values
 
 
-def value_of(returns: Sequence[float]) -> tuple[float, float]:
+def soft_mean(values: Sequence[float], eta: float) -> float:
+    """(1 / eta) log mean exp(eta x), eta above 0: the mean as eta goes to 0, the largest as it grows.
+
+    >>> round(soft_mean([1.0, 0.0], 1.0), 4)  # log((e + 1) / 2)
+    0.6201
+    """
+    largest = max(values)
+    return largest + math.log(fmean(math.exp(eta * (value - largest)) for value in values)) / eta
+
+
+def value_of(returns: Sequence[float], eta: float = 0.0) -> tuple[float, float]:
     """The mean of returns and its standard error.
 
     The error is that of n + 2 numbers: the returns and the ends of their range, which is [0, 1] or wider. So it is not
     0 where a few returns happen to be equal (Agresti and Coull's interval for shares, for any returns).
 
+    Args:
+        eta: above 0: the soft mean (1 / eta) log mean exp(eta r), the labels of ER-PRM (arXiv 2412.11006); 0: the mean,
+            those of Math-Shepherd (arXiv 2312.08935). Its error is that of the mean of exp(eta r), carried through the
+            logarithm.
+
     >>> value_of([1.0, 1.0, 0.0, 0.0])  # half of (1, 1, 0, 0, 0, 1), over the root of 4
     (0.5, 0.25)
     """
     ends = [min(0.0, *returns), max(1.0, *returns)]
-    return fmean(returns), pstdev([*returns, *ends]) / math.sqrt(len(returns))
+    if eta == 0.0:
+        return fmean(returns), pstdev([*returns, *ends]) / math.sqrt(len(returns))
+    value = soft_mean(returns, eta)
+    weights = [math.exp(eta * (each - value)) for each in (*returns, *ends)]  # of the returns, 1 on average
+    return value, pstdev(weights) / eta / math.sqrt(len(returns))
 
 
 def with_values(
-    forest: Forest, steps: Sequence[Steps], returns: Returns, start: str = "rollouts"
+    forest: Forest, steps: Sequence[Steps], returns: Returns, start: str = "rollouts", eta: float = 0.0
 ) -> tuple[Forest, list[Steps]]:
     """The forest with the token columns `COLUMNS`, and its completions with the steps that have a value.
 
@@ -364,6 +383,7 @@ def with_values(
 
     Args:
         start: "group" takes the mean of the group's other completions for the value of a prompt, where there are any.
+        eta: as in `value_of`.
     """
     columns = {name: torch.zeros(forest.num_tokens) for name in COLUMNS}
     own = {each.leaf: each for each in steps}
@@ -381,7 +401,7 @@ def with_values(
         known = [(0, first), *known]
         starts = [place for place, _ in known]
         lengths = torch.tensor([*starts[1:], len(each.token_ids)]) - torch.tensor(starts)
-        values = torch.tensor([[*value_of(found), len(found)] for _, found in known])
+        values = torch.tensor([[*value_of(found, eta), len(found)] for _, found in known])
         table = torch.cat([values, torch.arange(len(known), dtype=torch.float32)[:, None]], 1)
         spread = table.repeat_interleave(lengths, 0)
         for name, column in zip(COLUMNS, spread.unbind(1), strict=True):
@@ -425,5 +445,5 @@ def continue_from(
     steps = steps_of(forest, rule, given.max_steps)
     made = plan(steps, given.num_rollouts, given.max_tokens)
     returns = measure(rollouts, forest, made, given)
-    forest, kept = with_values(forest, made.steps, returns, given.start)
+    forest, kept = with_values(forest, made.steps, returns, given.start, given.eta)
     return forest, kept, made, returns
