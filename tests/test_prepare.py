@@ -235,10 +235,21 @@ def test_a_damaged_file_is_named_with_its_line(whole, tmp_path, change, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_somebody_elses_file_is_left_as_it_is(tmp_path, capsys):
+    """One line without an end, as `json.dump` writes it, is not a header that was cut short."""
+    path = tmp_path / "values.jsonl"
+    path.write_text('[{"question": "1 + 1", "answer": "2"}]')
+    assert go(f"prepare {SMALL} --num-problems 4 --out {path}") == 2
+    assert "line 1: this is not a file of 'stepcredit prepare'" in capsys.readouterr().err
+    assert path.read_text().startswith('[{"question"')
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
         ("", ["--out FILE is missing"]),
+        ("--out values.jsonl --num-problems 4 --prepare.file v.jsonl", ["prepare.file: nothing would be sampled"]),
+        ("--out values.jsonl --num-problems 4 --prepare.value zero", ["prepare.value zero: nothing would be sampled"]),
         ("--out values.jsonl --what vaule", ["--what", "did you mean 'value'"]),
         ("--out values.jsonl --num-samples 0", ["--num-samples", "at least 1"]),
         ("--out values.jsonl", ["without end", "--num-problems"]),
@@ -297,6 +308,28 @@ def test_a_run_that_is_stopped_while_it_prepares_goes_on_there(tmp_path, monkeyp
     first, second = weights_of(tmp_path / "whole"), weights_of(tmp_path / "run")
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
     assert (tmp_path / "run/prepared.jsonl").read_bytes() == (tmp_path / "whole/prepared.jsonl").read_bytes()
+    assert rows_of(tmp_path / "whole")[0]["time/prepare"] > 0
+
+
+def test_a_stopped_preparation_that_leaves_rows_out_goes_on(tmp_path, monkeypatch, capsys):
+    """The rows are those that the run began with, though some of them are not drawn."""
+    data = tmp_path / "rows.jsonl"
+    lines = [{"id": row.id, "question": row.question, "answer": row.answer} for row in chain_problems("train", 0, 6)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in (*lines, lines[0] | {"id": "x", "answer": "none"})))
+    more = f"--data {data} --reward.functions stepcredit.demo.chain:verify --sampler.max-rows 2 --prepare.num-samples 8"
+    more += f" --prepare.all-wrong skip --reward.gold-check 0 --task.eval-data {data}"
+    append = prepared._append
+
+    def stop(path, rows):
+        append(path, rows)
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "_append", stop)
+        assert go(f"{TRAIN} {more} --run-dir", tmp_path / "run") == 130
+    assert go("train --resume", tmp_path / "run") == 0
+    assert go("train --prepare.all-wrong keep --resume", tmp_path / "run") == 2
+    assert "the run has prepare.all_wrong skip, not keep" in capsys.readouterr().err
 
 
 def test_a_longer_run_samples_the_reference_for_the_rest(tmp_path):

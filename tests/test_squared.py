@@ -12,7 +12,7 @@ from torch import Tensor
 from stepcredit.config import resolve
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
-from stepcredit.forest.ops import TokenScores, segment_sum
+from stepcredit.forest.ops import TokenScores
 from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.learn.learner import Learner
 from stepcredit.learn.options import AdamWOptions, OptimOptions
@@ -67,6 +67,15 @@ def test_by_pencil(anchor, unit, expected, slopes):
     forest, logprobs = ready([[[0.5, 0.25], [-0.5]]], [[1.0, 1.0]], objective, anchor)
     assert value_of(objective, forest, logprobs).item() == pytest.approx(expected, abs=1e-6)
     is_near(gradient_of(objective, forest, logprobs).float(), slopes)
+
+
+def test_steps_inside_a_completion_have_a_number():
+    """Two steps of one and two tokens, D 0.5 and 1, A 1 and -1 (scale 2): x = 0 and 3, its tokens have 0, 9, 9."""
+    objective = regression(unit="step", anchor="reference", scale=2.0)
+    forest, logprobs = ready([[[0.5, 0.75, 0.25]]], [[0.0]], objective, "reference")
+    forest = forest.with_token(advantages=torch.tensor([1.0, -1.0, -1.0]), step_index=torch.tensor([0.0, 1.0, 1.0]))
+    assert value_of(objective, forest, logprobs).item() == pytest.approx(6.0, abs=1e-6)
+    is_near(gradient_of(objective, forest, logprobs).float(), [0.0, 8.0, 8.0])  # 2 x 2 x 3, twice, over three tokens
 
 
 def test_steps_are_segments_also_where_completions_share_them():
@@ -362,11 +371,3 @@ def test_what_does_not_fit_is_said(given, flat, words):
 def test_steps_of_trees_are_allowed():
     given = {"algorithm": "treerpo", "loss": {"name": "squared", "unit": "step"}}
     assert build_objective(resolve(given), flat=False).needs.unit == "token"
-
-
-def test_sums_of_a_group_do_not_need_its_order():
-    """sum over pairs of (x_i - x_j)^2 = n sum (x_i - mean)^2, the identity that the group form rests on."""
-    x = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pairs = sum((a - b) ** 2 for a, b in itertools.combinations(x.tolist(), 2))
-    centred = segment_sum((x - x.mean()).square(), torch.zeros(7, dtype=torch.long), 1)
-    assert pairs == pytest.approx(7 * float(centred))

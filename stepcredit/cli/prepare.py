@@ -24,7 +24,7 @@ options that the run will have: another model, sampler, reward or prompt is refu
 
   --out FILE            JSON lines, one a problem. The same command goes on where one was stopped or killed
   --what NAME           value, which is all there is
-  --num-samples N       completions of each problem, 8 when not given
+  --num-samples N       completions of each problem, 8 when not given (of a run: --prepare.num-samples)
   --num-problems N      the first training problems of --seed; all rows of a file when not given
   --model MODEL         the reference: embedded | folder | hub id
   --data DATA           embedded | file | hub id | gym:TASK; comma between several
@@ -38,7 +38,6 @@ Examples
   torchrun --nproc-per-node 8 -m stepcredit prepare run.yaml --out values.jsonl"""
 
 WHAT = ("value",)
-ENDLESS = 64  # problems by which a task is told to make every problem once
 
 
 def main(words: Sequence[str]) -> int:
@@ -56,15 +55,18 @@ def main(words: Sequence[str]) -> int:
         given = merge(given, {"prepare": {"num_samples": _count(options, "num-samples")}})
     config = resolve(merge({"distributed": {"strategy": "ddp"}}, given))
     config.prepare.check()
-    if config.distributed.strategy == "fsdp":
-        raise UserError("distributed.strategy fsdp: prepare samples with a whole model in each process; leave it out")
+    for option, ignored in (("file", config.prepare.file is not None), ("value zero", not config.prepare.samples)):
+        if ignored:
+            raise UserError(
+                f"prepare.{option}: nothing would be sampled; it is an option of the run. Leave it out here"
+            )
     count = _count(options, "num-problems") if "num-problems" in options else None
 
     from rich.console import Console
 
     from stepcredit.estimators.frozen import fingerprint
     from stepcredit.estimators.prepared import header_of, make_prepared
-    from stepcredit.learn.loading import load_model
+    from stepcredit.learn.loading import adapt, load_model
     from stepcredit.processes.ranks import Ranks
     from stepcredit.run.build import build_parts, build_placement, build_rollouts
     from stepcredit.run.checks import check_gold
@@ -77,7 +79,10 @@ def main(words: Sequence[str]) -> int:
     if config.sampler.temperature == 0:
         raise UserError("sampler.temperature: a value is a mean over samples, so a temperature above 0")
     parts, placement = build_parts(config), build_placement(config, ranks)
+    if placement.sharded or config.distributed.strategy == "fsdp":
+        raise UserError("distributed.strategy fsdp: prepare samples with a whole model in each process; take ddp")
     policy = load_model(config, config.model, placement)
+    adapt(config, policy)  # as a run does: adapters hold the weights in the type that it computes with
     rollouts = build_rollouts(config, parts, policy, placement)
     with closing(rollouts.sampler), closing(rollouts.judge):
         check_gold(rollouts.judge, rollouts.task, config.reward)
@@ -101,7 +106,7 @@ def _count(options: dict[str, str], name: str) -> int:
 def _problems(task: "Task", count: int | None) -> "list[Problem]":
     if count is not None:
         return list({problem.id: problem for problem in task.draw(0, count)}.values())
-    if any(task.name_of(number) is None for number in range(ENDLESS)):
+    if task.endless:
         raise UserError(
             f"{task.name} makes problems without end; say with --num-problems how many a run draws (train.iterations x "
             "train.problems_per_iteration), and give its --seed"

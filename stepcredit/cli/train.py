@@ -63,7 +63,7 @@ Exit codes: 0 done, 1 nothing was learnt (0 under torchrun; the log says it), 2 
 the program or of the user's code, with a traceback, 130 stopped by a signal"""
 
 # What makes it another run when it changes.
-OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference"} | {
+OTHER_RUN = {"algorithm", "model", "task", "train.seed", "credit.name", "prm.reference", "prepare"} | {
     f"critic.{name}" for name in ("backbone", "loss", "low", "high", "num_bins")
 }
 
@@ -130,7 +130,12 @@ def main(words: Sequence[str]) -> int:
     trainer = Trainer(config, parts, policy, console, placement)
     run_dir = ranks.on_main(lambda: _claim(config, run_dir))
     if checkpoint is not None:
-        trainer.load(checkpoint)
+        try:
+            trainer.load(checkpoint)
+        except Interrupted:  # while something is prepared
+            console.print(f"stopped; continue with --resume {run_dir}", highlight=False, soft_wrap=True)
+            ranks.leave()
+            return 130
         console.print(f"continuing {run_dir} after iteration {trainer.done}", highlight=False, soft_wrap=True)
     folders = list(dict.fromkeys([*config.code_folders, *used_folders()]))
     config = config.model_copy(update={"run_dir": str(run_dir), "code_folders": folders})

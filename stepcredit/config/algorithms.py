@@ -217,6 +217,14 @@ ALGORITHMS = {
         group_size=1,
         data="samples of the reference before training",
     ),
+    "apa": Algorithm(
+        "gae",
+        "2306.02231",
+        "log-ratio of each token to the reference fitted to the advantage of a critic",
+        credit_options={"lam": 0.95, "whiten": True},
+        loss={"name": "squared", "unit": "token", "anchor": "reference", "scale": 0.1},
+        optim={"num_epochs": 2},
+    ),
     "ppo": Algorithm(
         "gae",
         "1707.06347",

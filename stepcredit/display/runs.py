@@ -202,8 +202,9 @@ def _rows(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
         remarks.append("metrics.jsonl has no iteration yet")
     seconds = 0.0
     for iteration in sorted(rows):
-        spent = rows[iteration].get("time/iteration")
-        seconds += float(spent) if spent is not None and _is_number(spent) else 0.0
+        for name in ("time/iteration", "time/prepare"):
+            spent = rows[iteration].get(name)
+            seconds += float(spent) if spent is not None and _is_number(spent) else 0.0
         yield rows[iteration] | {"seconds": seconds}
 
 

@@ -32,7 +32,7 @@ class Estimator:
         self.metrics: dict[str, float] = {}
         self.trained: Learner | None = None
 
-    def prepare(self, folder: Path, show: Callable[[int, int], None]) -> None:
+    def prepare(self, folder: Path, show: Callable[[int, int], None], check: Callable[[], None]) -> None:
         """What is to be done before training, while policy and sampler have the weights that training starts from.
 
         A run that goes on calls it again, before its checkpoint is loaded.
@@ -40,6 +40,7 @@ class Estimator:
         Args:
             folder: of the run.
             show: is told how much is done, and of how much.
+            check: ends the program where that was asked for. All processes call it, where no work would be lost.
         """
 
     def observe(self, forest: Forest) -> Forest:

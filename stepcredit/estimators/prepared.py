@@ -125,6 +125,11 @@ def read_prepared(path: Path) -> Prepared:
             raise UserError(f"{path}, line {number}: cannot be read; remove the file and prepare it again")
         if row is None or last:  # a whole line has an end
             continue
+        if len(row.rewards) != header["stamp"]["prepare"]["num_samples"]:
+            raise UserError(
+                f"{path}, line {number}: problem '{row.id}' has {len(row.rewards)} rewards, and line 1 says "
+                f"{header['stamp']['prepare']['num_samples']} samples of each; prepare it again"
+            )
         if row.id in ids:
             raise UserError(f"{path}, line {number}: problem '{row.id}' stands in line {ids[row.id]} already")
         ids[row.id] = number
@@ -181,11 +186,19 @@ def check_stamp(where: str, made: Mapping[str, Any], now: Mapping[str, Any], wha
 
 
 def make_prepared(
-    path: Path, header: Mapping[str, Any], rollouts: Rollouts, problems: Sequence[Problem], show: Show
+    path: Path,
+    header: Mapping[str, Any],
+    rollouts: Rollouts,
+    problems: Sequence[Problem],
+    show: Show,
+    check: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Sample and judge what the file lacks of these problems; all processes of a run call this.
 
     The sampler has the reference's weights.
+
+    Args:
+        check: called by all processes after each batch, when it is in the file.
 
     Raises:
         UserError: the file has samples that were made with something else, or of other problems.
@@ -200,12 +213,14 @@ def make_prepared(
             rows = _sample(rollouts, batch, start, header["order"]["seed"], count)
         ranks.on_main(lambda rows=rows: _append(path, rows))  # type: ignore[misc]
         show(min(total, (start + size) * count), total)
+        check()
     return ranks.on_main(lambda: read_prepared(path))
 
 
 def _begin(path: Path, header: Mapping[str, Any], problems: Sequence[Problem], size: int) -> int:
     """How many problems are done, after what is not whole was cut from the file."""
-    if not path.is_file() or "\n" not in path.read_text(encoding="utf-8", errors="replace"):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if _text([header]).startswith(text):  # nothing, or this header cut short
         _write(path, _text([header]))
         return 0
     there = read_prepared(path)

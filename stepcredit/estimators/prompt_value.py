@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from stepcredit.tasks.base import Task
 log = logging.getLogger("stepcredit")
 
 FILE = "prepared.jsonl"  # in the run's folder
+ONLY_MASK = ("mask_truncated", "positives_only", "drop_uniform")  # shapers that change no reward
 
 
 class PromptValue(Estimator):
@@ -48,10 +49,10 @@ class PromptValue(Estimator):
             check_stamp(where, made.header, header, "Give the run the same options, or prepare another file")
             self._take(made, where)
 
-    def prepare(self, folder: Path, show: Show) -> None:
+    def prepare(self, folder: Path, show: Show, check: Callable[[], None]) -> None:
         """Sample into the run's folder what no file was named for; the sampler still has the reference's weights."""
         if self.given.file is None and self.given.samples:
-            self._take(make_prepared(folder / FILE, self.header, self.rollouts, self.problems, show), FILE)
+            self._take(make_prepared(folder / FILE, self.header, self.rollouts, self.problems, show, check), FILE)
 
     def _take(self, made: Prepared, where: str) -> None:
         self.rows, self.tokens = {row.id: row for row in made.rows}, made.tokens
@@ -64,9 +65,9 @@ class PromptValue(Estimator):
         for problem in self.problems:
             self._value(problem)
         if self.given.all_wrong == "skip":
-            wrong = {row.id for row in made.rows if all_wrong(row)}
+            wrong = {problem.id for problem in self.problems if all_wrong(self.rows[problem.id])}
             self.rollouts.task.leave_out(wrong)
-            log.info("%d of %d problems are left out: no sample of theirs was rewarded", len(wrong), len(made.rows))
+            log.info("%d of %d problems are left out: no sample of theirs was rewarded", len(wrong), len(self.problems))
         log.info(
             "values of %d prompts from %d sampled tokens, mean %.3f",
             len(self.rows),
@@ -143,6 +144,12 @@ def problems_of_run(config: Config, task: Task) -> list[Problem]:
     """Every problem that a run can draw, each once, in the order in which they come."""
     given, train = config.filter, config.train
     if config.prepare.all_wrong == "skip" or given.history:  # others move up for those that are left out
+        if task.endless:
+            option = "filter.history" if given.history else "prepare.all_wrong skip"
+            raise UserError(
+                f"{option}: {task.name} makes problems without end, so which ones would move up cannot be known "
+                "beforehand; leave it out"
+            )
         return task.rows()
     count = train.iterations * train.problems_per_iteration
     count = math.ceil(count * given.max_draws) if given.enabled else count
@@ -161,6 +168,19 @@ def prompt_value(context: Context) -> PromptValue:
     given.check()
     if not given.samples:
         return PromptValue(rollouts, given, {}, [])
+    if config.growth.name != "flat":
+        raise UserError(
+            f"growth.name {config.growth.name}: values of prompts are those of plain completions (growth.name flat); "
+            "take --prepare.value zero, or another credit"
+        )
+    changing = [f"shaper {shaper.name}" for shaper in config.shapers if shaper.name not in ONLY_MASK]
+    if config.objective.kl.estimator == "k1" and config.objective.kl.coef:
+        changing.append("the k1 penalty in the reward")
+    if changing:
+        log.warning(
+            "prepare: values of prompts are of rewards as they are judged; %s changes what they are compared with",
+            " and ".join(changing),
+        )
     weights = context.placement.ranks.on_main(lambda: fingerprint(context.policy.model))
     header = header_of(config, rollouts, weights)
     return PromptValue(rollouts, given, header, problems_of_run(config, rollouts.task))

@@ -49,6 +49,7 @@ class LossNeeds:
         sparse: where the advantage is 0 there is no gradient, so such tokens (of such completions, of such trees) need
             not be computed. A squared loss is not sparse.
         flat: it reads completions, which must not share tokens; so does every loss whose unit is the completion.
+        aggregate: the `objective.aggregate` that makes it what was published, where tokens have the loss of a unit.
     """
 
     columns: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ class LossNeeds:
     unit: LossUnit = "token"
     sparse: bool = False
     flat: bool = False
+    aggregate: str = ""
 
     @property
     def reads_completions(self) -> bool:

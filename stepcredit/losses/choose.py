@@ -43,6 +43,13 @@ def build_objective(config: Config, flat: bool) -> Objective:
             f"objective.entropy_top makes advantages 0, which is a gradient under loss '{name}'; leave it out, or "
             "declare the loss with @loss(sparse=True) where it is none"
         )
+    if objective.needs.aggregate and config.objective.aggregate != objective.needs.aggregate:
+        log.warning(
+            "objective.aggregate %s weighs the units of loss '%s' in another way than was published, which is %s",
+            config.objective.aggregate,
+            name,
+            objective.needs.aggregate,
+        )
     _try(objective, name)
     return objective
 

@@ -22,7 +22,8 @@ def _needs(unit: RegressionUnit, anchor: Anchor, centre: Centre, scale: float) -
     together: LossUnit = "completion" if unit == "completion" else "token"
     if centre != "none":
         together = "tree"
-    return LossNeeds(columns, ratio=True, unit=together, flat=unit == "completion")
+    mean = "token_mean" if unit == "token" else "seq_mean_token_mean"
+    return LossNeeds(columns, ratio=True, unit=together, flat=unit == "completion", aggregate=mean)
 
 
 @loss(by_options=_needs)
@@ -44,10 +45,11 @@ def squared(
       pairs of a group: 2 / (G - 1) times the sum of (x_i - mean x)^2, x = scale D - A.
     - APA (arXiv 2306.02231): token, reference, A of a critic, `scale` its lambda; its loss is (D - A / lambda)^2, this
       one lambda^2 times that. The released code's "old" log-probabilities are the reference's.
-    - Direct Advantage Policy Optimization (arXiv 2412.18279): step, reference, `scale` its beta, likewise.
+    - Direct Advantage Policy Optimization (arXiv 2412.18279): step, reference, `scale` its beta; half of this one.
 
     Args:
-        unit: "step" is a segment of the forest; a completion of one segment is one step.
+        unit: "step" is what `step_index` numbers (credit `vine`), otherwise a segment of the forest; a completion of
+            one segment is one step. In a mean over completions a step counts as its tokens do.
         anchor: the policy that the batch began with, or the reference.
         centre: the rest x less its mean over the group, or over two completions of it that stand together. What has
             no partner has no loss and is counted (policy/unpaired).
@@ -63,10 +65,10 @@ def squared(
     log_ratio = _log_ratio(tokens, anchor)
     if unit == "token":
         return LossParts((scale * log_ratio - tokens.advantages).square(), {"policy/log_ratio": log_ratio})
-    place = tokens.segment if unit == "step" else tokens.completion
-    size = _sum(tokens, tokens.counted.to(log_ratio.dtype), place)
-    moved = _sum(tokens, log_ratio, place)
-    rest = scale * moved - _sum(tokens, tokens.advantages, place) / size.clamp(min=1)
+    place, most = _steps(tokens) if unit == "step" else (tokens.completion, tokens.forest.num_segments)
+    size = _sum(tokens, tokens.counted.to(log_ratio.dtype), place, most)
+    moved = _sum(tokens, log_ratio, place, most)
+    rest = scale * moved - _sum(tokens, tokens.advantages, place, most) / size.clamp(min=1)
     means = {"policy/log_ratio": moved[place]}
     if centre == "none":
         return LossParts(rest.square()[place], means)
@@ -83,9 +85,18 @@ def _log_ratio(tokens: Tokens, anchor: Anchor) -> Tensor:
     return tokens.logprobs - tokens.logprobs.detach()
 
 
-def _sum(tokens: Tokens, values: Tensor, place: Tensor) -> Tensor:
-    """[num_segments] the sum of `values` over the tokens of each row that count."""
-    return segment_sum(tokens.used(values), place, tokens.forest.num_segments)
+def _steps(tokens: Tokens) -> tuple[Tensor, int]:
+    """For each token the number of its step, and how many there are."""
+    if "step_index" not in tokens.forest.token:
+        return tokens.segment, tokens.forest.num_segments
+    index = tokens.column("step_index").long()
+    names, place = torch.unique(tokens.segment * (int(index.max()) + 1) + index, return_inverse=True)
+    return place, len(names)
+
+
+def _sum(tokens: Tokens, values: Tensor, place: Tensor, most: int) -> Tensor:
+    """[most] the sum of `values` over the tokens of each unit that count."""
+    return segment_sum(tokens.used(values), place, most)
 
 
 def _over_pairs(tokens: Tokens, rest: Tensor, there: Tensor, centre: Centre) -> tuple[Tensor, Tensor]:

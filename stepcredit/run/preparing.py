@@ -1,6 +1,6 @@
 """What estimators do before training, with a progress bar once one of them has something to do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -36,8 +36,12 @@ class PreparationBar:
             self.console.print(f"prepare: {done:,} of {total:,} completions", highlight=False, soft_wrap=True)
 
 
-def prepare_all(estimators: Iterable[Estimator], folder: Path, console: Console) -> None:
-    """Args: folder: of the run."""
+def prepare_all(estimators: Iterable[Estimator], folder: Path, console: Console, check: Callable[[], None]) -> None:
+    """
+    Args:
+        folder: of the run.
+        check: as in `Estimator.prepare`.
+    """
     with PreparationBar(console) as bar:
         for estimator in estimators:
-            estimator.prepare(folder, bar)
+            estimator.prepare(folder, bar, check)

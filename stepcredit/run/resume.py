@@ -62,7 +62,7 @@ def data_state(trainer: "Trainer") -> dict[str, str]:
     """Fingerprints of the contents of the problems, wherever they lie."""
     held_out = hashlib.sha256(b"".join(canonical(problem) for problem in trainer.held_out))
     return {
-        "training problems": trainer.rollouts.task.fingerprint(),
+        "training problems": trainer.fingerprint,
         "held-out problems": held_out.hexdigest(),
     }
 

@@ -18,7 +18,7 @@ from stepcredit.plan.advice import with_fitting_budget
 from stepcredit.policy.forward import Policy
 from stepcredit.run.build import Parts, build_estimators, build_rollouts
 from stepcredit.run.by_source import reported_sources
-from stepcredit.run.checkpoint import load_checkpoint, load_learner, save_checkpoint
+from stepcredit.run.checkpoint import load_checkpoint, load_learner, newest_checkpoint, save_checkpoint
 from stepcredit.run.checks import check_agreement, check_gold, check_sampling
 from stepcredit.run.clock import Clock
 from stepcredit.run.evaluate import held_out_metrics
@@ -53,6 +53,7 @@ class Trainer:
         self.sampling = check_training(config)
         adapt(config, policy)
         self.rollouts = build_rollouts(config, parts, policy, placement)
+        self.fingerprint = self.rollouts.task.fingerprint()  # before anything is left out
         self.estimators = build_estimators(config, parts, policy, self.rollouts, placement)
         optim, train = config.optim, config.train
         self.learner = Learner(placement.place(policy), placement, optim, optim.max_tokens_per_micro_batch)
@@ -63,7 +64,7 @@ class Trainer:
         self.source: Source = InStep(self.rollouts, train.seed, train.problems_per_iteration, window)
         self.ranks, self.stop = placement.ranks, StopRequest(placement.ranks)
         self.shaper_states, self.entropy = fresh_states(parts.shapers), EntropyControl(config.objective)
-        self.done, self.resumed = 0, False
+        self.done, self.resumed, self.preparing = 0, False, 0.0
         self.work: Work | None = None
         self.nonfinite = 0  # optimiser steps in a row that were skipped
         self.held_out = self.rollouts.task.held_out(config.eval.num_problems)
@@ -107,19 +108,24 @@ class Trainer:
         return self.ranks.on_main(lambda: tracker.summary(time.monotonic() - started))
 
     def prepare(self, run_dir: Path) -> None:
-        """What estimators do before a new run; a run that is stopped in it is saved and goes on there."""
+        """What estimators do before training; a run that is stopped in it is saved and goes on there."""
+        started = time.monotonic()
         with self.stop:
             self.rollouts.sampler.on_progress = self.stop.check_if_alone
             try:
-                prepare_all(self.estimators.values(), run_dir, self.console)
+                prepare_all(self.estimators.values(), run_dir, self.console, self.stop.check)
             except Interrupted:
-                self.save(run_dir)
+                if newest_checkpoint(run_dir) is None:
+                    self.save(run_dir)
                 raise
+        self.preparing = time.monotonic() - started
 
     def prepared(self) -> dict[str, float]:
         """Tokens that estimators have sampled, where there are any; they count as sampled by the run."""
         tokens = float(sum(estimator.take_sampled() for estimator in self.estimators.values()))
-        return {"tokens/prepared": tokens, "tokens/sampled": tokens} if tokens else {}
+        if not tokens:
+            return {}
+        return {"tokens/prepared": tokens, "tokens/sampled": tokens, "time/prepare": self.preparing}
 
     def begin(self) -> Work:
         """Sample, judge and observe an iteration's problems, and give the credit."""
@@ -135,7 +141,7 @@ class Trainer:
             observed |= self.entropy.begin(forest)
             forest = with_top_entropy(forest, self.config.objective.entropy_top)
         self.shaper_states = states
-        observed |= {name: tokens for name, tokens in self.prepared().items() if name == "tokens/prepared"}
+        observed |= {name: value for name, value in self.prepared().items() if name != "tokens/sampled"}
         return Work(forest, batch.position, clock, observed)
 
     def update(self, work: Work, step: Forest, iteration: int, tracker: Records) -> None:
@@ -171,7 +177,7 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: the weights and everything else."""
         state = self.ranks.on_main(lambda: load_checkpoint(checkpoint))
-        prepare_all(self.estimators.values(), checkpoint.parents[1], self.console)
+        self.prepare(checkpoint.parents[1])
         for name, learner in self.learners().items():
             load_learner(learner, checkpoint, name)
         restore(self, state)

@@ -33,7 +33,7 @@ class Work:
         metrics = forest_metrics(self.forest, config, sources) | self.observed | average(self.learnt)
         for name in ("tokens/left_out", "tokens/greedy", "tokens/rollouts", "tokens/prepared"):
             metrics["tokens/sampled"] += self.observed.get(name, 0.0)
-        return metrics | self.clock.metrics(metrics["tokens/sampled"])
+        return metrics | self.clock.metrics(metrics["tokens/sampled"] - self.observed.get("tokens/prepared", 0.0))
 
     def state_dict(self, steps: list[int]) -> dict[str, Any]:
         """Args: steps: what decides how a batch becomes optimiser steps."""

@@ -33,6 +33,11 @@ class Task:
         """The id of training problem `number`; None where it never comes again, so that nothing is kept of it."""
         return self.draw(number, 1)[0].id
 
+    @property
+    def endless(self) -> bool:
+        """Whether some of its training problems are made as they are drawn and never come again."""
+        return self.name_of(0) is None
+
     def rows(self) -> list[Problem]:
         """The training problems that are rows of data; a few of those that are made without end."""
         return []

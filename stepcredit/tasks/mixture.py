@@ -65,6 +65,10 @@ class Mixture(Task):
         ((task, own),) = self._picked(number, 1)
         return self.tasks[task].name_of(own)
 
+    @property
+    def endless(self) -> bool:
+        return any(task.endless for task in self.tasks)
+
     def rows(self) -> list[Problem]:
         return [problem for task in self.tasks for problem in task.rows()]
 
