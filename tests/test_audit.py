@@ -150,13 +150,19 @@ def test_the_embedded_model(run, tmp_path, capsys):
     assert "grpo" in shown and "noise ceiling" in shown and "prime: needs prm_logprobs" in shown
     found = json.loads(numbers.read_text())
     assert found["sizes"]["completions"] == 10 and 3 <= found["sizes"]["right"] <= 7
-    assert found["credits"].keys() == CREDIT.keys() - {"prime", "vine"} and found["refused"].keys() == {"prime"}
+    lacking = {"prime", "remax", "prompt_baseline", "gae"}  # columns that these rollouts do not have
+    assert found["credits"].keys() == CREDIT.keys() - {"vine"} - lacking and found["refused"].keys() == lacking
     assert found["credits"]["grpo"]["rank_within"]["value"] == 0
+    assert found["gradients"].keys() == found["credits"].keys() | {"noise ceiling"}
+    assert all(-1.05 < each["cosine"]["value"] < 1.05 and each["noise"] > 0 for each in found["gradients"].values())
     assert found["sampled_now"]["sampled"] > 0
     kept = tmp_path / "a.rollouts.jsonl"
     assert audit(run, "--num-completions", "10", "--json", str(numbers)) == 0
     again = json.loads(numbers.read_text())
     assert again.pop("sampled_now")["sampled"] == 0 and found.pop("sampled_now") and again == found
+    assert "policy gradient by" in capsys.readouterr().out
+    assert audit(run, "--num-completions", "10", "--json", str(numbers), "--gradients", "false") == 0
+    assert json.loads(numbers.read_text())["gradients"] == {} and "gradient" not in capsys.readouterr().out
     out = tmp_path / "scored.jsonl"
     assert main(["credit", "--in", str(kept), "--out", str(out), "--credit.name", "vine"]) == 0
     by_leaf = {each["leaf"]: each for each in found["completions"]}
@@ -189,6 +195,7 @@ def test_trees_are_audited_by_their_paths(tmp_path, capsys):
         (["--credits", "grop"], "did you mean 'grpo'?"),
         (["--credits", "vine"], "there is none to look at (vine: is what the others are compared with"),
         (["--credits", "prime"], "prime: needs prm_logprobs, which these rollouts do not have: name the process"),
+        (["--gradients", "no"], "--gradients: 'no' is neither true nor false"),
         (["--num-completions", "0"], "--num-completions: '0' is not a whole number"),
         (["--iteration", "7"], "--iteration: 7 was not saved; there are 1"),
         (["--prefix-values.step.tokens", "500", "--prefix-values.step.delimiters", "[]"], "has two steps"),

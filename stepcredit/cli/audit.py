@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stepcredit.policy.forward import Policy
     from stepcredit.report.agreement import Agreement, Number, Sizes
     from stepcredit.report.audit import Book, Measured
+    from stepcredit.report.gradients import GradientFit
     from stepcredit.verifiers.judging import Judge
 
 log = logging.getLogger("stepcredit")
@@ -50,6 +51,7 @@ is worth. docs/audit.md says what each number means.
   --out FILE            keep what is measured: rollouts with the values of their steps, which 'stepcredit credit
                         --credit.name vine' reads; an audit that was stopped or killed goes on with it
   --json FILE           write the numbers; what is measured goes to FILE.rollouts.jsonl if there is no --out
+  --gradients false     without the policy gradients, which take a backward pass of each completion for each credit
   --data FILE           where the verifier needs columns of the problems that rollouts do not have
 
 Any --prefix-values., --sampler., --reward. and --task. option of 'stepcredit train' works too; those of a run are its
@@ -61,7 +63,7 @@ Examples
   stepcredit audit rollouts.jsonl --model my-model --prefix-values.step.tokens 50"""
 
 OWN = {"credits": None, "iteration": None, "num-rollouts": None, "num-completions": "64", "ref": None, "prm": None}
-OWN |= {"out": None, "json": None}
+OWN |= {"out": None, "json": None, "gradients": "true"}
 ROLLOUTS = 16
 OTHER_POLICY = 0.02  # nats a token, more than rounding to bf16 makes
 NEEDS = {
@@ -105,6 +107,12 @@ def _whole(own: Mapping[str, str], name: str) -> int:
     return int(own[name])
 
 
+def _truth_of(name: str, word: str) -> bool:
+    if word not in ("true", "false"):
+        raise UserError(f"--{name}: '{word}' is neither true nor false")
+    return word == "true"
+
+
 def _source(source: str, own: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
     """The file of rollouts, and the config of the run that wrote it, if it is known."""
     path = Path(source)
@@ -146,7 +154,7 @@ def _audit(
     from stepcredit.growth.steps import step_rule
     from stepcredit.policy.loading import load_policy
     from stepcredit.report.agreement import agreement, noise_ceiling, sizes
-    from stepcredit.report.audit import Book, Measured, check_trees, choose
+    from stepcredit.report.audit import Book, Measured, check_trees, choose, gradient_fits
     from stepcredit.report.credits import unfold
 
     trees = list(read_trees(file))
@@ -168,7 +176,9 @@ def _audit(
             "--prefix-values.step.delimiters or --prefix-values.step.tokens"
         )
     made = plan(chosen, given.num_rollouts, given.max_tokens)
-    scores, refused = _scores(_with_columns(forest, policy, config, saved, own), _names(own), config, saved)
+    scored, is_policy = _with_columns(forest, policy, config, saved, own)
+    scores, refused = _scores(scored, _names(own), config, saved)
+    with_gradients = _truth_of("gradients", own["gradients"]) and is_policy
     settings = _settings(trees, policy, config, sorted(judge.rewards), len(chosen))
     console = Console()
     returns, count = _returns(console, policy, judge, config, flat, made, Book(out, settings))
@@ -189,11 +199,15 @@ def _audit(
         if len(chosen) > counted.completions
         else "",
     )
+    values = {name: score[source] for name, score in scores.items()}
+    fits = gradient_fits(policy, flat, measured, values, config) if with_gradients else {}
     console.print(_table(found, ceiling, counted))
+    if fits:
+        console.print(_gradients(fits))
     _print_plain(console, *(f"{name}: {why}" for name, why in refused.items()))
     if numbers is not None:
         number_of = asdict(counted) | {"right": right, "one_step": one_step}
-        written = _numbers(settings, made, asdict(count), number_of, found, ceiling, refused, measured)
+        written = _numbers(settings, made, asdict(count), number_of, found, ceiling, fits, refused, measured)
         numbers.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     _print_plain(console, f"numbers in {numbers}" if numbers else "", f"rollouts with values in {out}" if out else "")
     return 0
@@ -286,8 +300,8 @@ def _names(own: Mapping[str, str]) -> list[str]:
 
 def _with_columns(
     forest: "Forest", policy: "Policy", config: Config, saved: Mapping[str, Any], own: Mapping[str, str]
-) -> "Forest":
-    """The rollouts with the log-probabilities that they lack and a model gives."""
+) -> "tuple[Forest, bool]":
+    """The rollouts with the log-probabilities that they lack and a model gives; and whether --model sampled them."""
     from stepcredit.policy.forward import score
     from stepcredit.policy.loading import load_policy
 
@@ -295,12 +309,13 @@ def _with_columns(
     temperature, most = config.sampler.temperature or 1.0, config.optim.max_tokens_per_micro_batch
     own_scores = score(policy, forest, temperature, most).logprobs
     sampled_with = forest.token.get("old_logprobs", forest.token.get("rollout_logprobs"))
+    gap = 0.0
     if sampled_with is not None:
         gap = float((sampled_with - own_scores).abs()[forest.token_sampled].mean())
         if gap > OTHER_POLICY:
             log.warning(
                 "--model is not the policy that sampled these rollouts: their log-probabilities differ by %.2g nats a "
-                "token; values are those of --model, a prover",
+                "token; values are those of --model, a prover, and there are no gradients",
                 gap,
             )
     columns = {} if "old_logprobs" in forest.token else {"old_logprobs": own_scores}
@@ -315,7 +330,7 @@ def _with_columns(
         if scorer.tokenizer.get_vocab() != vocabulary:
             raise UserError(f"--{name}: '{model}' has another vocabulary than --model")
         columns[column] = score(scorer, forest, 1.0 if name == "prm" else temperature, most).logprobs
-    return forest.with_token(**columns)
+    return forest.with_token(**columns), gap <= OTHER_POLICY
 
 
 def _scores(
@@ -372,6 +387,17 @@ def _table(found: "Mapping[str, Agreement]", ceiling: "Agreement | None", counte
     return table
 
 
+def _gradients(fits: "Mapping[str, GradientFit]") -> Table:
+    from stepcredit.report.audit import CEILING
+
+    table = Table("policy gradient by", "cosine", "noise")
+    for name, one in fits.items():
+        if name == CEILING:
+            table.add_section()
+        table.add_row(name, _cell(one.cosine, False), "-" if one.noise is None else f"{one.noise:.1f}")
+    return table
+
+
 def _cell(number: "Number", percent: bool) -> str:
     """A number and its interval."""
     if number.value is None:
@@ -390,6 +416,7 @@ def _numbers(
     sizes: Mapping[str, int],
     found: "Mapping[str, Agreement]",
     ceiling: "Agreement | None",
+    fits: "Mapping[str, GradientFit]",
     refused: Mapping[str, str],
     measured: "Measured",
 ) -> dict[str, Any]:
@@ -408,6 +435,7 @@ def _numbers(
         "sampled_now": count,
         "credits": {name: as_json(row) for name, row in found.items()},
         "noise_ceiling": as_json(ceiling),
+        "gradients": {name: {"cosine": vars(one.cosine), "noise": one.noise} for name, one in fits.items()},
         "refused": refused,
         "completions": completions,
     }

@@ -34,7 +34,7 @@ class HeadLearner:
         self.grad_clip = options.grad_clip
         self.trained = list(self.head.parameters())
         weight, bias = self.head.linear.weight, self.head.linear.bias
-        groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
         )

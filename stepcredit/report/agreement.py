@@ -18,6 +18,7 @@ from stepcredit.report.bootstrap import QUANTILES
 Array = NDArray[numpy.float64]
 
 RESAMPLES = 1000
+HALVES = slice(0, None, 2), slice(1, None, 2)  # of the rollouts of a prefix: every second, and the others
 NOISE = 2.0  # standard errors within which an advantage is not told from 0
 SAME = 1e-6  # smaller differences of credit are rounding
 
@@ -41,10 +42,6 @@ class StepValues:
         found = numpy.array([value_of(row[part]) for row in self.returns])
         value, error = numpy.append(found[:, 0], self.total), numpy.append(found[:, 1], 0.0)
         return numpy.diff(value) + numpy.array(self.inside), numpy.hypot(error[1:], error[:-1])
-
-    def halves(self) -> tuple[slice, slice]:
-        """Every second rollout, and the others."""
-        return slice(0, None, 2), slice(1, None, 2)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def noise_ceiling(measured: Sequence[StepValues]) -> Agreement | None:
     """Of the advantages by one half of the rollouts with those by the other; None with a single rollout of a prefix."""
     if any(len(row) < 2 for each in measured for row in each.returns):
         return None
-    halves = [[each.advantages(part) for part in each.halves()] for each in measured]
+    halves = [[each.advantages(part) for part in HALVES] for each in measured]
     return _agreement([second for _, second in halves], [first for (first, _), _ in halves])
 
 
@@ -147,7 +144,7 @@ def _share(part: Array, whole: Array, draws: NDArray[numpy.int64]) -> Number:
         return Number(None)
     counted = whole[draws].sum(1)
     shares = part[draws].sum(1)[counted > 0] / counted[counted > 0]
-    return Number(float(part.sum() / whole.sum()), *_interval(shares))
+    return Number(float(part.sum() / whole.sum()), *interval(shares))
 
 
 def _pooled(credit: Sequence[Array], advantages: Sequence[Array], draws: NDArray[numpy.int64]) -> Number:
@@ -161,10 +158,10 @@ def _pooled(credit: Sequence[Array], advantages: Sequence[Array], draws: NDArray
         )
         for row in draws
     ]
-    return Number(value, *_interval(numpy.array([each for each in drawn if each is not None])))
+    return Number(value, *interval(numpy.array([each for each in drawn if each is not None])))
 
 
-def _interval(values: Array) -> tuple[float, float] | tuple[None, None]:
+def interval(values: Array) -> tuple[float, float] | tuple[None, None]:
     if not len(values):
         return None, None
     low, high = numpy.quantile(values, QUANTILES)

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from stepcredit.config import Config
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
 from stepcredit.forest.records import to_records
@@ -23,7 +24,8 @@ from stepcredit.forest.types import Tree
 from stepcredit.growth.options import PrefixValueOptions
 from stepcredit.growth.prefix_values import Plan, Prefix, Returns, Rollouts, Steps, measure, with_values
 from stepcredit.policy.forward import Policy
-from stepcredit.report.agreement import Array, StepValues
+from stepcredit.report.agreement import HALVES, Array, StepValues
+from stepcredit.report.gradients import GradientFit, fit, gradients
 
 log = logging.getLogger("stepcredit")
 
@@ -202,6 +204,49 @@ class Measured:
     def by_step(self, advantages: Tensor) -> list[Array]:
         """[steps] of each completion: the mean credit of a step's tokens, given that of all tokens."""
         return [numpy.array([float(advantages[part].double().mean()) for part in parts(each)]) for each in self.steps]
+
+    def by_token(self, forest: Forest, part: slice = slice(None)) -> Tensor:
+        """[num_tokens] the Monte-Carlo advantage of each token's step, of a part of the rollouts; 0 elsewhere."""
+        advantages = torch.zeros(forest.num_tokens, dtype=torch.float64)
+        for each, values in zip(self.steps, self.values, strict=True):
+            for rows, value in zip(parts(each), values.advantages(part)[0], strict=True):
+                advantages[rows] = float(value)
+        return advantages
+
+    def tokens(self, forest: Forest) -> Tensor:
+        """[num_tokens] the tokens of these completions."""
+        own = torch.zeros(forest.num_tokens, dtype=torch.bool)
+        for each in self.steps:
+            own[each.rows] = True
+        return own
+
+
+CEILING = "noise ceiling"
+
+
+def gradient_fits(
+    policy: Policy, forest: Forest, measured: Measured, credits: Mapping[str, Tensor], config: Config
+) -> dict[str, GradientFit]:
+    """How well the policy gradient by each credit points where that by the Monte-Carlo advantages does.
+
+    The last one, `CEILING`, is that of the advantages by one half of the rollouts with those by the other; it is absent
+    with a single rollout of a prefix.
+
+    Args:
+        forest: flat.
+        credits: [num_tokens] advantages.
+    """
+    own = measured.tokens(forest)
+    columns = {name: torch.where(own, values.double(), 0.0) for name, values in credits.items()}
+    columns["truth"] = measured.by_token(forest)
+    if all(len(row) > 1 for each in measured.values for row in each.returns):
+        columns |= {f"half/{n}": measured.by_token(forest, half) for n, half in enumerate(HALVES)}
+    temperature = config.sampler.temperature or 1.0
+    made = gradients(policy, forest, columns, temperature, config.optim.max_tokens_per_micro_batch)
+    fits = {name: fit(made[name], made["truth"]) for name in credits}
+    if "half/0" in made:
+        fits[CEILING] = fit(made["half/0"], made["half/1"])
+    return fits
 
 
 def parts(steps: Steps) -> list[Tensor]:
