@@ -56,6 +56,8 @@ Examples
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
   stepcredit train --credit.sum '[rloo, {{name: prime, part: process, weight: 0.5}}]'
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
+  stepcredit train --algorithm dpo --model my-model --data pairs.jsonl --loss.beta 0.1
+  stepcredit train --algorithm sft --model my-model --data demonstrations.jsonl --train.problems-per-iteration 64
   stepcredit train --resume runs/spro
   stepcredit train --track.sinks tensorboard,wandb
 
@@ -169,6 +171,8 @@ def _processes(placement: "Placement") -> str:
 
 def _size(config: Config) -> str:
     growth = config.growth
+    if growth.recorded:
+        return f"the completions of their {growth.name}"
     if growth.name == "flat":
         return f"{growth.group_size} completions"
     return f"trees of {growth.num_branches} branches, {growth.depth} deep"
