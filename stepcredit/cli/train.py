@@ -137,7 +137,7 @@ def main(words: Sequence[str]) -> int:
     ranks.on_main(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
-        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(placement)}",
+        f"{_size(config)}, in {run_dir}{_processes(placement)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -171,11 +171,12 @@ def _processes(placement: "Placement") -> str:
 
 def _size(config: Config) -> str:
     growth = config.growth
+    count = config.train.problems_per_iteration
     if growth.recorded:
-        return f"the completions of their {growth.name}"
+        return f"{count} {growth.name}"
     if growth.name == "flat":
-        return f"{growth.group_size} completions"
-    return f"trees of {growth.num_branches} branches, {growth.depth} deep"
+        return f"{count} problems x {growth.group_size} completions"
+    return f"{count} problems x trees of {growth.num_branches} branches, {growth.depth} deep"
 
 
 def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:

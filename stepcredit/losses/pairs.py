@@ -11,6 +11,8 @@ from torch.nn import functional
 from stepcredit.forest.ops import SAME, segment_sum
 from stepcredit.losses.base import LossParts, Tokens, loss
 
+TIE = 1e-4  # nats; margins that are smaller are rounding
+
 Beta = Annotated[float, Field(gt=0)]
 
 
@@ -78,7 +80,7 @@ def _over_pairs(tokens: Tokens, beta: float, of_margin: Callable[[Tensor], Tenso
         return torch.where(side, (values * pairs.size / 2)[tree], 0.0)[place]
 
     metrics = {
-        "pair/accuracy": (margin > 0) + 0.5 * (margin == 0),
+        "pair/accuracy": (margin > TIE) + 0.5 * (margin.abs() <= TIE),
         "pair/margin": beta * margin,
         "pair/chosen_log_ratio": chosen,
         "pair/rejected_log_ratio": rejected,
