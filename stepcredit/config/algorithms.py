@@ -206,6 +206,14 @@ ALGORITHMS = {
         group_size=1,
         data="samples of the reference before training",
     ),
+    "direct_advantage": Algorithm(
+        "spo_tree",
+        "2412.18279",
+        "log-ratio of a step to the reference fitted to its value against its siblings'",
+        loss={"name": "squared", "unit": "step", "anchor": "reference", "scale": 0.01},
+        objective=MEAN_OF_MEANS,
+        growth=TREES,
+    ),
     "dpo": Algorithm(
         "dr_grpo",
         "2305.18290",
