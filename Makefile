@@ -89,6 +89,7 @@ bench: install .venv-bench/installed
 	.venv-bench/bin/python benchmarks/table.py --json bench.json $(ARGS)
 	$(BIN)/python benchmarks/algorithms.py
 	.venv-bench/bin/python benchmarks/losses_vs_trl.py
+	.venv-bench/bin/python benchmarks/pairs_vs_trl.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/judging.py

@@ -45,6 +45,8 @@ METRICS = (
     "reward/mean",
     "eval/accuracy",
     "eval/accuracy_greedy",
+    "eval/loss",
+    "pair/accuracy",
     "completion/length",
     "policy/entropy",
     "policy/kl_ref",

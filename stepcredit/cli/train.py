@@ -56,6 +56,8 @@ Examples
   stepcredit train --algorithm treerpo --growth.num-branches 4 --growth.depth 3
   stepcredit train --credit.sum '[rloo, {{name: prime, part: process, weight: 0.5}}]'
   stepcredit train run.yaml --credit.beta 0.01 --optim.num-minibatches 2 --run-dir runs/spro
+  stepcredit train --algorithm dpo --model my-model --data pairs.jsonl --loss.beta 0.1
+  stepcredit train --algorithm sft --model my-model --data demonstrations.jsonl --train.problems-per-iteration 64
   stepcredit train --resume runs/spro
   stepcredit train --track.sinks tensorboard,wandb
 
@@ -142,7 +144,7 @@ def main(words: Sequence[str]) -> int:
     ranks.on_main(lambda: _write_config(config, run_dir))
     console.print(
         f"{config.algorithm} on {trainer.rollouts.task.name}: {config.train.iterations} iterations of "
-        f"{config.train.problems_per_iteration} problems x {_size(config)}, in {run_dir}{_processes(placement)}",
+        f"{_size(config)}, in {run_dir}{_processes(placement)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -176,9 +178,12 @@ def _processes(placement: "Placement") -> str:
 
 def _size(config: Config) -> str:
     growth = config.growth
+    count = config.train.problems_per_iteration
+    if growth.recorded:
+        return f"{count} {growth.name}"
     if growth.name == "flat":
-        return f"{growth.group_size} completions"
-    return f"trees of {growth.num_branches} branches, {growth.depth} deep"
+        return f"{count} problems x {growth.group_size} completions"
+    return f"{count} problems x trees of {growth.num_branches} branches, {growth.depth} deep"
 
 
 def _resumed(given: dict[str, Any], when: str) -> tuple[dict[str, Any], Path | None]:

@@ -18,7 +18,7 @@ class Algorithm:
         paper: arXiv id.
         summary: one line for `--help` and the docs.
         credit_options, loss, objective, growth, filter, optim, critic: defaults that differ from those of the parts
-            and of the schema; `growth` for trees alone.
+            and of the schema; `growth` for trees, and for completions of the data.
         shapers: by name, or name and options; a list of the user's takes their place.
         several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
             not.
@@ -224,6 +224,44 @@ ALGORITHMS = {
         credit_options={"lam": 0.95, "whiten": True},
         loss={"name": "squared", "unit": "token", "anchor": "reference", "scale": 0.1},
         optim={"num_epochs": 2},
+    ),
+    "direct_advantage": Algorithm(
+        "spo_tree",
+        "2412.18279",
+        "log-ratio of a step to the reference fitted to its value against its siblings'",
+        loss={"name": "squared", "unit": "step", "anchor": "reference", "scale": 0.01},
+        objective=MEAN_OF_MEANS,
+        growth=TREES,
+    ),
+    "dpo": Algorithm(
+        "dr_grpo",
+        "2305.18290",
+        "the chosen completion of a pair is made likelier than the rejected one",
+        loss={"name": "dpo"},
+        objective=MEAN_OF_MEANS,
+        growth={"name": "pairs"},
+        shapers=("drop_uniform",),
+        data="preference pairs",
+    ),
+    "ipo": Algorithm(
+        "dr_grpo",
+        "2310.12036",
+        "the log-ratio of chosen to rejected is fitted to a margin",
+        loss={"name": "ipo"},
+        objective=MEAN_OF_MEANS,
+        growth={"name": "pairs"},
+        shapers=("drop_uniform",),
+        data="preference pairs",
+    ),
+    "sft": Algorithm(
+        "reward_to_go",
+        "textbook",
+        "log-likelihood of the completions of the data",
+        credit_options={"baseline": "none"},
+        loss={"name": "reinforce"},
+        growth={"name": "demonstrations"},
+        several_steps="the completions are the data's, whatever the policy is",
+        data="demonstrations",
     ),
     "ppo": Algorithm(
         "gae",

@@ -42,7 +42,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if same_credit:  # another credit function has other options
         layers.append({"credit": dict(chosen.credit_options)})
     if given.get("model", "embedded") == "embedded":
-        layers += [EMBEDDED_RECIPE, EMBEDDED_TREES if chosen.growth else {}]
+        layers += [EMBEDDED_RECIPE, EMBEDDED_TREES if chosen.growth.get("name") == "tree" else {}]
         layers.append({"filter": chosen.filter} if chosen.filter.get("keep") == "varied" else {})
         if same_credit:
             layers.append({"credit": EMBEDDED_CREDIT.get(chosen.credit, {})})

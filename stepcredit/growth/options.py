@@ -7,6 +7,8 @@ from pydantic import Field
 from stepcredit.errors import UserError
 from stepcredit.section import Names, Place, Section
 
+RECORDED = ("pairs", "demonstrations")  # growths that take the completions of the data
+
 
 class StepOptions(Section):
     tokens: int | None = Field(None, ge=1)  # a step ends after this many tokens
@@ -34,12 +36,19 @@ class TreeOptions(Section):
 
 
 class GrowthOptions(TreeOptions):
-    name: Place = "flat"  # flat | tree | dotted path of your own
+    name: Place = "flat"  # flat | tree | pairs | demonstrations (docs/pairs.md) | dotted path of your own
     group_size: int = Field(8, ge=1)  # completions of a problem (flat); the options above are for trees
     options: dict[str, Any] = {}  # for a growth of your own
 
+    @property
+    def recorded(self) -> bool:
+        """Whether completions and their rewards come from the data, so that nothing is sampled and judged."""
+        return self.name in RECORDED
+
     def completions(self) -> int:
         """Most completions of a problem; of a growth of your own its `group_size`."""
+        if self.recorded:
+            return 2 if self.name == "pairs" else 1
         return self.num_branches**self.depth if self.name == "tree" else self.group_size
 
     def check(self, flat_credit: bool, credit: str, trees: str, depth_weights: int) -> None:
@@ -59,13 +68,15 @@ class GrowthOptions(TreeOptions):
             )
         if branching and self.group_size != default.group_size:
             raise UserError("growth.group_size is for flat growth; trees have --growth.num-branches and --growth.depth")
-        if self.name == "flat":
+        if self.name == "flat" or self.recorded:
             for name in TreeOptions.model_fields:
                 if getattr(self, name) != getattr(default, name):
                     raise UserError(
                         f"growth.{name} is for trees; set --growth.name tree, or an algorithm such as treerpo"
                     )
-        if self.options and self.name in ("flat", "tree"):
+        if self.recorded and self.group_size != default.group_size:
+            raise UserError(f"growth.group_size: growth.name {self.name} takes as many completions as the data have")
+        if self.options and self.name in ("flat", "tree", *RECORDED):
             raise UserError(f"growth.options are for a growth of your own; growth.name is {self.name}")
         if branching and depth_weights and depth_weights != self.depth:
             raise UserError(

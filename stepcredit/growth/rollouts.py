@@ -13,6 +13,11 @@ from stepcredit.verifiers.judging import Judge
 
 @dataclass(frozen=True)
 class Rollouts:
+    """
+    Attributes:
+        recorded: completions come from the data with their rewards: the sampler has none, and nothing is judged.
+    """
+
     task: Task
     encode: PromptFormat
     sampler: Sampler
@@ -20,3 +25,4 @@ class Rollouts:
     params: SamplingParams
     judge: Judge
     ranks: Ranks = SINGLE_PROCESS
+    recorded: bool = False

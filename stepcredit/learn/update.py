@@ -66,26 +66,44 @@ class PolicyUpdate:
 
     def _accumulate(self, step: Forest) -> list[Sums]:
         """Add up the gradient of an optimiser step; the sums of its parts, those of all processes."""
-        policy, entropy_grad = self.learner.policy, self.objective.given.entropy_coef != 0
+        _, own = self.learner.accumulate(step, self._loss, self._whole_trees)
+        return self._of_all(own)
 
-        def loss(part: Forest, call: ScoreFunction) -> tuple[Tensor, Sums]:
-            weights = part.token["weights"] * part.token["owned"]
-            owned = part.with_token(weights=weights, owned=weights != 0)
-            scores = call(owned, self.temperature, entropy_grad)
-            value, sums = self.objective.loss(scores, owned)
-            sums.sums["optim/loss"] = value.detach()
-            sums.sums["tokens/computed"] = float(policy.num_positions(part))
-            return value, sums
+    @torch.no_grad()
+    def measure(self, forest: Forest) -> dict[str, float]:
+        """What the loss is on a forest that is not trained on: the metrics of `take` that come from it."""
+        policy = self.learner.policy
+        parts = policy.parts(self.weighted(forest), self.learner.max_tokens, self._whole_trees)
+        with policy.ranks.name_missing():
+            own = [self._loss(part, policy)[1] for part in parts]
+        return step_metrics(self._of_all(own))
 
-        _, own = self.learner.accumulate(step, loss, whole_trees=self.objective.needs.unit == "tree")
+    @property
+    def _whole_trees(self) -> bool:
+        return self.objective.needs.unit == "tree"
+
+    def _loss(self, part: Forest, call: ScoreFunction) -> tuple[Tensor, Sums]:
+        """Of a part, with the policy as it is called."""
+        weights = part.token["weights"] * part.token["owned"]
+        owned = part.with_token(weights=weights, owned=weights != 0)
+        scores = call(owned, self.temperature, self.objective.given.entropy_coef != 0)
+        value, sums = self.objective.loss(scores, owned)
+        sums.sums["optim/loss"] = value.detach()
+        sums.sums["tokens/computed"] = float(self.learner.policy.num_positions(part))
+        return value, sums
+
+    def _of_all(self, own: Sequence[Sums]) -> list[Sums]:
+        """The sums of the parts of all processes."""
         return [sums for each in self.learner.placement.ranks.gather(read_sums(own)) for sums in each]
 
 
 def step_metrics(parts: Sequence[Sums]) -> dict[str, float]:
-    """Of an optimiser step from its parts: the loss and computed tokens add up, other sums become means over tokens."""
+    """Of an optimiser step from its parts: the loss, computed tokens and what else adds up; means over tokens of the
+    other sums."""
     count = sum(part.count for part in parts)
+    added = {"optim/loss", "tokens/computed", *parts[0].added}
     metrics: dict[str, float] = {}
     for name in parts[0].sums:
         total = sum(float(part.sums[name]) for part in parts)
-        metrics[name] = total if name in ("optim/loss", "tokens/computed") else total / count
+        metrics[name] = total if name in added else total / count
     return metrics | {name: max(float(part.largest[name]) for part in parts) for name in parts[0].largest}

@@ -28,10 +28,13 @@ class LossParts(NamedTuple):
     Attributes:
         per_token: [num_tokens] the loss.
         means: metrics by name, each [num_tokens]; reported as means over the tokens that count.
+        weighted: the like, reported as sums over the tokens with their weights, as the loss is: of a loss over
+            completions or pairs their mean.
     """
 
     per_token: Tensor
     means: Mapping[str, Tensor] = {}
+    weighted: Mapping[str, Tensor] = {}
 
 
 LossFunction = Callable[..., Tensor | LossParts]
@@ -69,6 +72,7 @@ def loss(
     ratio: bool = False,
     unit: LossUnit = "token",
     sparse: bool = False,
+    flat: bool = False,
     by_options: Callable[..., LossNeeds] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Declare what a loss needs; `LossNeeds` says what each means.
@@ -78,7 +82,7 @@ def loss(
     """
 
     def declare(function: LossFunction) -> LossFunction:
-        function.needs = by_options or LossNeeds(columns, ratio, unit, sparse)  # type: ignore[attr-defined]
+        function.needs = by_options or LossNeeds(columns, ratio, unit, sparse, flat)  # type: ignore[attr-defined]
         return function
 
     return declare

@@ -23,11 +23,16 @@ Number = Tensor | float  # a tensor without dimensions, on any device, until `re
 
 @dataclass(frozen=True)
 class Sums:
-    """Of a part of an optimiser step: sums over the tokens that count, how many these are, and largest values."""
+    """Of a part of an optimiser step: sums over the tokens that count, how many these are, and largest values.
+
+    Attributes:
+        added: names of the sums that are what they add up to; the others are reported as means over the tokens.
+    """
 
     sums: dict[str, Number]
     count: int
     largest: dict[str, Number]
+    added: frozenset[str] = frozenset()
 
 
 def read_sums(parts: Sequence[Sums]) -> list[Sums]:
@@ -37,7 +42,11 @@ def read_sums(parts: Sequence[Sums]) -> list[Sums]:
     read = iter(torch.stack(tensors).tolist() if tensors else [])
     numbers = iter([next(read) if isinstance(value, Tensor) else float(value) for value in values])
     return [
-        Sums({name: next(numbers) for name in part.sums}, part.count, {name: next(numbers) for name in part.largest})
+        replace(
+            part,
+            sums={name: next(numbers) for name in part.sums},
+            largest={name: next(numbers) for name in part.largest},
+        )
         for part in parts
     ]
 
@@ -122,9 +131,10 @@ class Objective:
         """
         tokens = Tokens(forest, scores, self._read(forest))
         given = self.function(tokens, **self.options)
-        per_token, means = given if isinstance(given, LossParts) else (given, {})
+        per_token, means, weighted = given if isinstance(given, LossParts) else LossParts(given)
         moved = tokens.log_ratio.detach()
         sums: dict[str, Number] = {name: tokens.used(values.detach()).sum() for name, values in means.items()}
+        sums |= {name: (tokens.weights * values.detach()).sum() for name, values in weighted.items()}
         sums["policy/kl_old"] = (moved.exp() - 1 - moved).sum()
         if self.kl_in_loss:
             kl, ref = self.given.kl, tokens.column("ref_logprobs")
@@ -134,7 +144,7 @@ class Objective:
             per_token = per_token - self.given.entropy_coef * tokens.entropy
         largest: dict[str, Number] = {"policy/ratio_max": moved.max().exp() if len(moved) else 1.0}
         count = int((forest.token["weights"] != 0).sum())
-        return (tokens.weights * per_token).sum(), Sums(sums, count, largest)
+        return (tokens.weights * per_token).sum(), Sums(sums, count, largest, frozenset(weighted))
 
     def _read(self, forest: Forest) -> tuple[str, ...]:
         """What the loss reads of each token."""

@@ -4,6 +4,7 @@ from stepcredit.losses.base import LossFunction
 from stepcredit.losses.cispo import cispo
 from stepcredit.losses.clip import clip
 from stepcredit.losses.gspo import gspo, gspo_token
+from stepcredit.losses.pairs import dpo, hinge, ipo
 from stepcredit.losses.reinforce import reinforce
 from stepcredit.losses.squared import squared
 
@@ -14,4 +15,7 @@ LOSSES: dict[str, LossFunction] = {
     "gspo": gspo,
     "gspo_token": gspo_token,
     "squared": squared,
+    "dpo": dpo,
+    "ipo": ipo,
+    "hinge": hinge,
 }

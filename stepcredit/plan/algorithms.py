@@ -78,7 +78,7 @@ def facts_of(name: str) -> AlgorithmFacts:
         models=tuple(observers.loads(config)),
         passes={POLICY: Passes(epochs, epochs)} | observers.passes(config),
         bytes_per_weight=bytes_per_weight(config),
-        branching=config.growth.name != "flat",
+        branching=config.growth.name != "flat" and not config.growth.recorded,
         completions=config.growth.completions(),
     )
 

@@ -40,7 +40,7 @@ class Plan:
         strategy: "ddp" or "fsdp".
         memory: bytes of a GPU, of which a run may fill `USABLE`.
         tokens: of the largest micro-batch that there will be; at least the longest path, which is never split.
-        rows: completions that a process decodes at once; 0 where another program does.
+        rows: completions that a process decodes at once; 0 where another program does, and where none are sampled.
         measured: the model is of a kind whose activations were measured.
     """
 
@@ -138,7 +138,8 @@ def estimate_memory(config: Config, gpus: int, strategy: str, memory: float) -> 
     setting = Setting(config, gpus, strategy == "fsdp", config.train.dtype != "float32")
     policy = _model(config, config.model)
     parts, learning = _permanent(setting, policy)
-    sampling, rows = ([], 0) if sampler_traits(config).elsewhere else _sampling(setting, policy)
+    samples = not (sampler_traits(config).elsewhere or config.growth.recorded)
+    sampling, rows = _sampling(setting, policy) if samples else ([], 0)
     tokens = micro_batch(config, gpus)
     passes = [_training_pass(setting, model, tokens) for model in learning]
     largest_pass = max(passes, key=lambda parts: sum(part.bytes for part in parts))

@@ -33,7 +33,10 @@ PANELS = {  # section: metric -> title and unit
     "Outcome": {
         "eval/accuracy": ("Held-out accuracy, sampled", "%"),
         "eval/accuracy_greedy": ("Held-out accuracy, greedy", "%"),
+        "eval/loss": ("Held-out loss", ""),
         "reward/mean": ("Mean reward", ""),
+        "pair/accuracy": ("Pairs in the right order", "%"),
+        "pair/margin": ("Margin of the pairs", ""),
     },
     "Policy": {
         "completion/length": ("Completion length", "tokens"),

@@ -11,6 +11,7 @@ from stepcredit.estimators.base import Context, Estimator
 from stepcredit.estimators.reads import run_observers
 from stepcredit.estimators.table import Observers
 from stepcredit.forest import Forest
+from stepcredit.growth.recorded import Recorded
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.growth.table import build_growth
 from stepcredit.learn.placement import UNSHARDED, Placement
@@ -21,7 +22,7 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.limits import PromptCheck, check_stop_tokens
 from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
-from stepcredit.run.checks import check_combination
+from stepcredit.run.checks import check_combination, check_recorded
 from stepcredit.run.servers import fit_server
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
@@ -65,8 +66,9 @@ def build_parts(config: Config) -> Parts:
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)
     seen = run_observers(config, credit, objective, shapers)
+    check_recorded(config, seen.needed)
     task = build_task(config)
-    rewards, weights = build_rewards(config, task)
+    rewards, weights = ({}, []) if config.growth.recorded else build_rewards(config, task)
     check_shapers(shapers, dict(zip(rewards, weights, strict=True)))
     return Parts(task, rewards, weights, config.sampler, shapers, credit, assign, objective, seen)
 
@@ -87,14 +89,15 @@ def build_rollouts(config: Config, parts: Parts, policy: Policy, placement: Plac
     ranks = placement.ranks
     judge = build_judge(config, parts.rewards, parts.reward_weights, policy.tokenizer, ranks.local_size)
     judge.start()  # while the prompts are checked
-    parts.task.fit(encode, given.long_prompts)
+    stop = policy.stop_token_ids if parts.params.stop_token_ids is None else parts.params.stop_token_ids
+    grow = build_growth(config, parts.task, encode, stop)
+    parts.task.fit(grow.prompt if isinstance(grow, Recorded) else encode, given.long_prompts)
     sampler = build_sampler(fit_server(config, placement, policy.device), policy, placement)
     check_stop_tokens(
         sampler.stop_token_ids if parts.params.stop_token_ids is None else parts.params.stop_token_ids,
         policy.vocabulary,
     )
-    grow = build_growth(config, parts.task, policy.tokenizer)
-    return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, ranks)
+    return Rollouts(parts.task, encode, sampler, grow, parts.params, judge, ranks, config.growth.recorded)
 
 
 def build_estimators(
@@ -111,6 +114,10 @@ def build_task(config: Config) -> Task:
     """The embedded task, or what `task.data` names, with a held-out part."""
     given = config.task
     if given.data == "embedded":
+        if config.growth.recorded:
+            raise UserError(
+                f"task.data: the embedded task has no {config.growth.name}; name a file that has: --data FILE"
+            )
         if given.columns or given.eval_data or given.weights or given.gym:
             raise UserError(
                 "task.columns, eval_data, weights and gym belong to data of your own; name them with --data"

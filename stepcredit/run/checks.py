@@ -1,7 +1,7 @@
 """What is looked at before and while a run trains, so that it does not learn from something wrong for hours."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from stepcredit.config import Config
 from stepcredit.config.algorithms import algorithm
 from stepcredit.credit import CreditFunction, needs_of
 from stepcredit.errors import UserError
+from stepcredit.estimators.table import PROVIDERS
 from stepcredit.forest import Forest
 from stepcredit.forest.made_up import made_up_forest
 from stepcredit.forest.types import Problem
@@ -16,6 +17,7 @@ from stepcredit.growth.rollouts import Rollouts
 from stepcredit.losses.objective import Objective
 from stepcredit.policy.forward import Policy
 from stepcredit.samplers.base import Traits
+from stepcredit.samplers.table import AUTO, NONE
 from stepcredit.tasks.base import Task
 from stepcredit.verifiers.judging import Judge
 from stepcredit.verifiers.options import RewardOptions
@@ -79,6 +81,38 @@ def _check_penalty(config: Config, credit: CreditFunction) -> None:
         ) from error
     except Exception as error:  # it may rely on what only real rollouts have
         log.debug("credit '%s' failed on made-up rollouts (%s)", name, error)
+
+
+WITHOUT_SAMPLES = {"ref_logprobs", "old_logprobs", "entropy"}  # columns that need nothing but a forward
+
+
+def check_recorded(config: Config, needed: Collection[str]) -> None:
+    """Refuse what needs samples where the completions are the data's, and the sampler of such runs elsewhere.
+
+    Args:
+        needed: columns that the run reads.
+
+    Raises:
+        UserError: naming the option.
+    """
+    growth, sampler = config.growth, config.sampler.name
+    if not growth.recorded:
+        if sampler == NONE:
+            raise UserError(f"sampler.name: none is for completions of the data, and growth.name {growth.name} samples")
+        return
+    why = f"growth.name {growth.name} takes completions and preferences from the data"
+    if sampler not in (AUTO, NONE):
+        raise UserError(f"sampler.name: {why}, so that '{sampler}' has nothing to sample; leave it out")
+    if config.reward.functions or config.reward.kinds:
+        raise UserError(f"reward: {why}, so that reward functions have nothing to judge; leave them out")
+    if config.filter.enabled:
+        raise UserError(f"filter.enabled: {why}, so that there is nothing to filter by; leave it out")
+    sampling = [column for column in PROVIDERS if column in needed and column not in WITHOUT_SAMPLES]
+    if missing := [column for column in sampling if column not in config.estimators]:
+        raise UserError(
+            f"{why}; column {missing[0]}, which credit '{config.credit.label}', loss '{config.loss.name}' or a penalty "
+            "reads, needs samples of the policy"
+        )
 
 
 def _check_warmup(config: Config) -> None:

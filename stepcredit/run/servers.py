@@ -11,7 +11,7 @@ from stepcredit.learn.placement import Placement
 from stepcredit.plan.memory import ALWAYS, GIB, Plan, estimate_memory
 from stepcredit.plan.sizes import size_of
 from stepcredit.samplers.gpus import free_gpus
-from stepcredit.samplers.table import AUTO, name_of, sampler_traits
+from stepcredit.samplers.table import AUTO, NONE, name_of, sampler_traits
 
 log = logging.getLogger("stepcredit")
 
@@ -29,6 +29,9 @@ def choose_sampler(config: Config, placement: Placement, device: torch.device) -
     """
     if config.sampler.name != AUTO:
         return config, ""
+    if config.growth.recorded:
+        sampler = config.sampler.model_copy(update={"name": NONE})
+        return config.model_copy(update={"sampler": sampler}), f"sampler: none ({config.growth.name} of the data)"
     server = config.sampler.server
     if server.urls or server.launch:
         name, why = name_of(config.sampler), "servers are named" if server.urls else "sampler.server.launch"
@@ -80,7 +83,7 @@ def fit_server(config: Config, placement: Placement, device: torch.device) -> Co
             "sampler.server.sleep: 2 lets a server forget its weights, and with --lora.rank it is given adapters alone;"
             " take --sampler.server.sleep 1"
         )
-    starts_one = server.launch and name_of(config.sampler) != "transformers"
+    starts_one = server.launch and name_of(config.sampler) not in ("transformers", NONE)
     if not starts_one or device.type != "cuda" or free_gpus(device, placement.ranks):
         return config
     if server.sleep == "auto":

@@ -209,7 +209,8 @@ class InStep:
         if mine:
             with clock("time/sample"):
                 forest = rollouts.grow(rollouts.sampler, problems, rollouts.encode, rollouts.params, seeds)
-            with clock("time/judge"):
-                forest = rollouts.judge(forest)
+            if not rollouts.recorded:
+                with clock("time/judge"):
+                    forest = rollouts.judge(forest)
         with clock("time/gather"):
             return Forest.interleave([part for part in ranks.gather(forest) if part is not None])

@@ -30,9 +30,19 @@ log = logging.getLogger("stepcredit")
 PROGRESS = (  # metric, label and format in the progress line
     ("reward/mean", "reward", "{:.2f}"),
     ("eval/accuracy", "acc", "{:.1%}"),
+    ("eval/loss", "held-out loss", "{:.3f}"),
+    ("pair/accuracy", "pairs in order", "{:.0%}"),
     ("completion/length", "length", "{:.0f}"),
     ("policy/entropy", "entropy", "{:.2f}"),
     ("tokens/per_second", "tok/s", "{:.0f}"),
+)
+SUMMARY = (  # metric, label and format in the closing lines
+    ("eval/accuracy", "held-out accuracy, sampled", "{:.1%}"),
+    ("eval/accuracy_greedy", "held-out accuracy, greedy", "{:.1%}"),
+)
+RECORDED_SUMMARY = (
+    ("eval/accuracy", "held-out pairs in the right order", "{:.1%}"),
+    ("eval/loss", "held-out loss", "{:.4f}"),
 )
 PLAIN_EVERY = 10  # iterations between lines when the output is not a terminal
 
@@ -118,7 +128,7 @@ class Tracker:
     ) -> None:
         self.tokenizer, self.token_texts = tokenizer, TokenTexts(tokenizer)
         self.run_dir, self.console, self.last = run_dir, console, config.train.iterations
-        self.rollouts = config.rollouts
+        self.rollouts, self.recorded = config.rollouts, config.growth.recorded
         self.step_delimiter = "." if config.task.data == "embedded" else "\n"
         self.health = Health(console)
         self.first_eval: dict[str, float] = {}
@@ -237,18 +247,13 @@ class Tracker:
 
     def summary(self, seconds: float) -> bool:
         """Print before -> after and where everything is. False when nothing was learnt."""
-        for name, label in (
-            ("eval/accuracy", "held-out accuracy, sampled"),
-            ("eval/accuracy_greedy", "held-out accuracy, greedy"),
-        ):
+        for name, label, pattern in RECORDED_SUMMARY if self.recorded else SUMMARY:
             if name in self.first_eval:
-                self.console.print(
-                    f"{label}: {self.first_eval[name]:.1%} -> {self.latest_eval[name]:.1%}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                first, latest = pattern.format(self.first_eval[name]), pattern.format(self.latest_eval[name])
+                self.console.print(f"{label}: {first} -> {latest}", highlight=False, soft_wrap=True)
+        whose = "of completions" if self.recorded else "sampled"
         self.console.print(
-            f"{self.tokens_sampled:,.0f} tokens sampled in {seconds:.0f}s; everything is in {self.run_dir}",
+            f"{self.tokens_sampled:,.0f} tokens {whose} in {seconds:.0f}s; everything is in {self.run_dir}",
             highlight=False,
             soft_wrap=True,
         )

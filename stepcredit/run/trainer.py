@@ -25,6 +25,7 @@ from stepcredit.run.evaluate import held_out_metrics
 from stepcredit.run.interrupt import Interrupted, StopRequest
 from stepcredit.run.observing import observe
 from stepcredit.run.preparing import prepare_all
+from stepcredit.run.recorded import held_out_loss, score_of
 from stepcredit.run.resume import restore, run_state
 from stepcredit.run.source import InStep, Source
 from stepcredit.run.tracking import Records, open_tracker
@@ -101,7 +102,7 @@ class Trainer:
                     tracker.report(iteration, metrics, self.policy_update.weighted(work.forest))
                     self.done, self.source.position, self.work = iteration, work.position, None
                     if self.due(iteration, self.config.checkpoint.every):
-                        self.save(run_dir, metrics.get("eval/accuracy"))
+                        self.save(run_dir, score_of(metrics))
             except Interrupted:
                 self.save(run_dir)
                 raise
@@ -164,6 +165,9 @@ class Trainer:
         self.stop.check()
 
     def evaluate(self) -> dict[str, float]:
+        if self.rollouts.recorded:
+            estimators, assign = self.estimators.values(), self.parts.assign
+            return held_out_loss(self.rollouts, self.held_out, estimators, assign, self.policy_update)
         return held_out_metrics(self.rollouts, self.held_out, self.config.eval, self.sources)
 
     def due(self, iteration: int, every: int) -> bool:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from stepcredit.learn.placement import Placement
     from stepcredit.policy.forward import Policy
 
+NONE = "none"  # of runs whose completions come from the data
 AUTO = "auto"  # a run chooses (run/servers.py); what does not choose takes `name_of`
 SAMPLERS = {
     "transformers": "stepcredit.samplers.transformers.build",
     "vllm": "stepcredit.samplers.remote.vllm.build",
+    NONE: "stepcredit.samplers.nothing.build",
 }
 
 
@@ -31,7 +33,8 @@ def sampler_builder(config: Config) -> Builder:
         UserError: there is none, or it does not take `sampler.options`.
     """
     given = config.sampler
-    builder = _named(name_of(given))
+    nothing = given.name == AUTO and config.growth.recorded
+    builder = _named(NONE if nothing else name_of(given))
     if given.options and given.name in (AUTO, *SAMPLERS):
         names = ", ".join(given.options)
         raise UserError(

@@ -163,7 +163,7 @@ def load_problems(
         )
     if without_answer:
         log.warning("%d rows without an answer were left out (first: %s)", len(without_answer), without_answer[0])
-    _check_ids(source, problems, places, named="id" in named)
+    check_ids(source, problems, places, named="id" in named)
     for column in UNSEEN:
         if unseen := [problem.id for problem in problems if problem.columns.get(column)]:
             text = "%s: %d rows have something in column '%s', which no prompt shows (first: '%s')"
@@ -194,7 +194,7 @@ def called(sources: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(sources)
 
 
-def _check_ids(source: str, problems: list[Problem], places: Sequence[str], named: bool) -> None:
+def check_ids(source: str, problems: list[Problem], places: Sequence[str], named: bool) -> None:
     """No two rows may have one id: an error where the column was chosen, otherwise rows are named by their places."""
     seen: dict[str, str] = {}
     for problem, place in zip(problems, places, strict=True):

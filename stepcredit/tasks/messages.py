@@ -22,21 +22,32 @@ def question_of(where: str, column: str | None, question: Any) -> str | list[Mes
         UserError: it is neither, or has parts that are no text.
     """
     at = f"{where}: column '{column}'"
-    if isinstance(question, str) and question.lstrip().startswith("[{"):
-        question = _from_json(question)
-        if isinstance(question, str) and PYTHON.match(question):
-            raise UserError(f"{at} has chat messages as Python prints them; write them as JSON; found {question!r:.60}")
-    if isinstance(question, str) and question.strip():
+    messages = messages_of(at, question)
+    if messages is None and isinstance(question, str) and question.strip():
         _check_text(at, question)
         return question
-    if isinstance(question, list) and question and all(isinstance(message, dict) for message in question):
-        messages = [_message(f"{at}, message {number}", message) for number, message in enumerate(question, 1)]
+    if messages:
         last = messages[-1]
         asked = messages[:-1] if last["role"] == "assistant" and not last.get("tool_calls") else messages
         if any(message["role"] != "system" and message["content"] for message in asked):
             return asked
         raise UserError(f"{at} has no message that asks anything; found {question!r:.60}")
     raise UserError(f"{at} must be text, or chat messages with role and content; found {question!r:.60}")
+
+
+def messages_of(at: str, value: Any) -> list[Message] | None:
+    """Chat messages whose content is text; None where a value is none of their forms.
+
+    Raises:
+        UserError: a message has no role, or parts that are no text.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = _from_json(value)
+        if isinstance(value, str) and PYTHON.match(value):
+            raise UserError(f"{at} has chat messages as Python prints them; write them as JSON; found {value!r:.60}")
+    if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
+        return None
+    return [_message(f"{at}, message {number}", message) for number, message in enumerate(value, 1)]
 
 
 def _from_json(text: str) -> Any:

@@ -208,6 +208,8 @@ def _check(config: Config, sources: Sequence[str], num_weighted: int) -> None:
     if "embedded" in sources:
         raise UserError("task.data: embedded is a task of its own and does not go into a mixture")
     tasks = [source.removeprefix(GYM) for source in sources if is_gym(source)]
+    if tasks and config.growth.recorded:
+        raise UserError(f"task.data: {GYM}{tasks[0]} has no {config.growth.name} (growth.name); name files that have")
     if unused := [name for name in given.gym if name not in tasks]:
         hint = did_you_mean(unused[0], tasks) if tasks else "name it with --data gym:" + unused[0]
         raise UserError(f"task.gym.{unused[0]}: no such task in task.data; {hint}")

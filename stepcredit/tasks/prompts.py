@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepcredit.errors import UserError
-from stepcredit.forest.types import Problem
+from stepcredit.forest.types import Message, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,10 @@ MAX_TOKEN_CHARS = 64  # a text of more characters a token than this is too long 
 
 class PromptTooLong(UserError):
     """The prompt of a problem has more tokens than are allowed."""
+
+
+class CompletionTooLong(PromptTooLong):
+    """A completion of the data has more tokens than are allowed."""
 
 
 class PromptFormat:
@@ -112,6 +116,48 @@ class PromptFormat:
         self.longest = max(self.longest, len(ids))
         return ids
 
+    def completion(
+        self, problem: Problem, prompt: Sequence[int], text: str | Message, stop: Sequence[int]
+    ) -> list[int]:
+        """Token ids of a completion that the data have, behind its prompt; the last one is of `stop`, if there are any.
+
+        The two are encoded together; where that does not begin with the prompt's tokens, as it is when a model goes on
+        from the prompt, the completion is encoded by itself.
+
+        Args:
+            text: or a message of the assistant.
+
+        Raises:
+            UserError: the chat template writes the prompt otherwise when an answer follows.
+        """
+        question = self._filled(problem)
+        if self.chat:
+            message = {"role": "assistant", "content": text} if isinstance(text, str) else text
+            whole = self._encoded(problem, [*self._messages(problem, question), message])
+            if whole[: len(prompt)] != list(prompt):
+                raise UserError(
+                    f"problem '{problem.id}': with an answer behind it the chat template writes the prompt otherwise "
+                    "than without, so the completion has no beginning; try --task.chat-template-kwargs.enable_thinking "
+                    "false, or --task.chat-template off with prompts and completions that are rendered already"
+                )
+            return self._ended(whole[len(prompt) :], stop)
+        text = text if isinstance(text, str) else text["content"]
+        whole = self._plain(question + text)
+        if whole[: len(prompt)] == list(prompt):
+            return self._ended(whole[len(prompt) :], stop)
+        self._say(
+            "apart", "prompts and completions are encoded each by itself: their tokens would merge ('%s')", problem.id
+        )
+        return self._ended(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]), stop)
+
+    def _ended(self, ids: list[int], stop: Sequence[int]) -> list[int]:
+        """Up to its last end token, if only space stands behind that; otherwise with one behind it."""
+        last = max((place for place, token in enumerate(ids) if token in stop), default=None)
+        if last is not None and not str(self.tokenizer.decode(ids[last + 1 :])).strip():
+            return ids[: last + 1]
+        usual = self.tokenizer.eos_token_id
+        return ids + ([usual] if usual in stop else list(stop[:1]))
+
     def _check_kwargs(self) -> None:
         for name in self.chat_template_kwargs:
             option = f"task.chat_template_kwargs.{name}"
@@ -124,16 +170,25 @@ class PromptFormat:
                 log.warning("%s: the chat template of this tokenizer does not read it", option)
 
     def _rendered(self, problem: Problem, question: Any) -> list[int]:
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return self._encoded(problem, self._messages(problem, question), add_generation_prompt=True)
+
+    def _messages(self, problem: Problem, question: Any) -> list[Message]:
+        messages: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else question
         if self.system_prompt:
             if any(message["role"] in ("system", "developer") for message in messages):
                 text = "problem '%s' has a system message, which stays; task.system_prompt is for problems without one"
                 self._say("system", text, problem.id)
             else:
                 messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        return messages
+
+    def _encoded(self, problem: Problem, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                **self.chat_template_kwargs,
             )
         except Exception as error:  # a template is a program, and fails as programs do
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]

@@ -11,6 +11,7 @@ from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.dataset import load_problems
+from stepcredit.tasks.recorded import load_recorded
 from stepcredit.verifiers import gym
 from stepcredit.verifiers.answers import listed
 from stepcredit.verifiers.judging import Judge
@@ -168,6 +169,8 @@ def build_judge(
 def load_rows(config: Config, source: str | None = None, split: str | None = None) -> list[Problem]:
     """The problems of a data set, `task.data` where none is named."""
     given = config.task
+    if config.growth.recorded:
+        return load_recorded(config.growth.name, source or given.data, split or given.split, given.columns)
     return load_problems(source or given.data, split or given.split, given.columns, needs_answer(config))
 
 
