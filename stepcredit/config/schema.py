@@ -152,9 +152,9 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()
     optim: OptimOptions = OptimOptions()
-    estimators: dict[
-        str, Named
-    ] = {}  # column -> dotted path of your builder, or name and options; old_logprobs: forward | sampler
+    # column -> dotted path of your builder, or a name and options
+    # (old_logprobs: forward | sampler, token_rewards: log_ratio)
+    estimators: dict[str, Named] = {}
     prm: PRMOptions = PRMOptions()
     prefix_values: PrefixValueOptions = PrefixValueOptions()
     prepare: PrepareOptions = PrepareOptions()

@@ -101,19 +101,28 @@ class SameAsOld(Estimator):
         return forest.with_token(ref_logprobs=forest.token["old_logprobs"])
 
 
-class Reference(Estimator):
-    """Adds `ref_logprobs`: the policy as it was when training began, frozen.
+class Frozen(Estimator):
+    """Scores rollouts with a model that stays as it is.
 
     Its weights are not saved: a resumed run starts from the same model. Their fingerprint is, so that a model that has
     changed in the meantime is found.
+
+    Args:
+        policy: of this estimator alone.
     """
+
+    named = "the model"  # by the config
+    what = "its reference"
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
-        own = shared_copy(policy).requires_grad_(False) if placement.sharded else frozen_copy(policy)
-        self.policy, self.temperature, self.max_tokens = own, temperature, max_tokens
+        self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self._remember(placement)
         placement.place(self.policy)
+
+    def score(self, forest: Forest) -> Tensor:
+        """[num_tokens] log-probabilities."""
+        return score(self.policy, forest, self.temperature, self.max_tokens).logprobs
 
     def _remember(self, placement: Placement) -> None:
         """Take the fingerprint now where it cannot be had later."""
@@ -124,18 +133,26 @@ class Reference(Estimator):
     def fingerprint(self) -> int:
         return fingerprint(self.policy)
 
-    def observe(self, forest: Forest) -> Forest:
-        return forest.with_token(ref_logprobs=score(self.policy, forest, self.temperature, self.max_tokens).logprobs)
-
     def state_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
-                "--resume: the model is not the one that the run began with, so its reference would be another; put "
+                f"--resume: {self.named} is not the one that the run began with, so {self.what} would be another; put "
                 "the model back or start a new run"
             )
+
+
+class Reference(Frozen):
+    """Adds `ref_logprobs`: the policy as it was when training began, frozen."""
+
+    def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
+        own = shared_copy(policy).requires_grad_(False) if placement.sharded else frozen_copy(policy)
+        super().__init__(own, temperature, max_tokens, placement)
+
+    def observe(self, forest: Forest) -> Forest:
+        return forest.with_token(ref_logprobs=self.score(forest))
 
 
 class ReferenceWithoutAdapters(Reference):

@@ -28,8 +28,8 @@ def run_observers(
     if objective.needs_entropy:
         read["entropy"] = objective.needs_entropy
     brought = {*sampler.columns, "token_rewards", RAW}
-    if objective.kl_in_reward:
-        read["token_rewards"] = "objective.kl.coef"
+    if objective.kl_in_reward or "token_rewards" in config.estimators:
+        read["token_rewards"] = "objective.kl.coef" if objective.kl_in_reward else "estimators.token_rewards"
         brought.remove("token_rewards")
     if objective.given.importance != "none" or sampler.elsewhere or optim.num_epochs * optim.num_minibatches > 1:
         read["old_logprobs"] = "the loss"

@@ -14,7 +14,7 @@ from stepcredit.estimators.base import Builder, Context, Estimator, Load, Passes
 from stepcredit.estimators.critic import critic
 from stepcredit.estimators.frozen import by_forward, by_sampler, old_policy, reference
 from stepcredit.estimators.greedy import greedy_return
-from stepcredit.estimators.penalty import reward_penalty
+from stepcredit.estimators.penalty import log_ratio, reward_penalty
 from stepcredit.estimators.prefix_values import prefix_values
 from stepcredit.estimators.prm import implicit_prm
 from stepcredit.estimators.prompt_value import prompt_value
@@ -38,6 +38,7 @@ PROVIDERS: dict[str, Builder] = {
 }
 NAMES: dict[str, dict[str, Builder]] = {  # that the config may give, for a column, beside dotted paths
     "old_logprobs": {"forward": by_forward, "sampler": by_sampler},
+    "token_rewards": {"log_ratio": log_ratio},
 }
 
 
