@@ -141,6 +141,7 @@ def test_files_that_have_such_rows_leave_them_out_and_count_them(tmp_path, caplo
         tmp_path / "uf.jsonl",
         scored | {"chosen": "b", "rejected": "b"},
         scored | {"chosen": "b", "rejected": "c"},
+        scored | {"prompt": "two ?", "chosen": [USER, says("2")], "rejected": [USER, says("")]},
     )
     assert kept == [("a", "b", "c")] and "1 rows were left out: the two sides are the same" in caplog.text
     refused(lambda: pairs(tmp_path / "none.jsonl", rows[1]), "no row is left", "the same")

@@ -10,7 +10,6 @@ from typing import Any
 from stepcredit.config import Config
 from stepcredit.growth.base import Growth
 from stepcredit.growth.flat import flat
-from stepcredit.growth.options import RECORDED
 from stepcredit.growth.recorded import Recorded
 from stepcredit.growth.steps import step_rule
 from stepcredit.growth.tree import check_limits, tree
@@ -36,7 +35,7 @@ def _recorded(config: Config, task: Task, encode: PromptFormat, stop: Sequence[i
     return Recorded(encode, stop, config.sampler.max_new_tokens)
 
 
-GROWTHS: dict[str, Bind] = {"flat": _flat, "tree": _tree} | dict.fromkeys(RECORDED, _recorded)
+GROWTHS: dict[str, Bind] = {"flat": _flat, "tree": _tree, "pairs": _recorded, "demonstrations": _recorded}
 
 
 def build_growth(config: Config, task: Task, encode: PromptFormat, stop: Sequence[int]) -> Growth:

@@ -113,6 +113,8 @@ def _pair(row: Row, chosen: Mapping[str, str | None]) -> Read:
         value = look(row.values, chosen[role])
         if value is None:
             raise UserError(f"{row.where}: column '{chosen[role]}' is empty; a pair has two sides")
+        if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("content") == "":
+            raise LeftOut("a side has no text")
         messages = messages_of(f"{row.where}: column '{chosen[role]}'", value)
         if messages is None and not isinstance(value, str):
             raise UserError(f"{row.where}: column '{chosen[role]}' must be text or chat messages, got {value!r:.60}")
