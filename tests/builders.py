@@ -8,6 +8,7 @@ import torch
 from reference_credit import paths
 from torch import Tensor
 
+from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
@@ -18,6 +19,8 @@ from stepcredit.section import check_options
 
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 STEPS = ("prefix_value", "step_index")
+# algorithms that sample; the others take completions from the data, which the embedded task does not have
+SAMPLING = [name for name, row in ALGORITHMS.items() if row.growth.get("name", "tree") == "tree"]
 PROMPT_VALUE = 0.25  # of every prompt, for credit that reads one
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [

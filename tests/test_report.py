@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from builders import SAMPLING
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ GATED = {
 def trained(tmp_path_factory) -> Path:
     """A folder with a short real run of every algorithm, and a second seed of one."""
     root = tmp_path_factory.mktemp("trained")
-    for name in ALGORITHMS:
+    for name in SAMPLING:
         size = [] if ALGORITHMS[name].growth else ["--group-size", "4"]
         size += [word for pair in GATED.items() for word in pair] if name == "posterior_grpo" else []
         assert main(["train", "--algorithm", name, *SMALL, *size, "--run-dir", str(root / name)]) in (0, 1)
@@ -93,10 +94,10 @@ def index_of(path: Path) -> dict:
 
 def test_runs_that_differ_by_their_seed_alone_are_a_method(trained):
     runs = read_runs([str(trained)])
-    assert len(runs) == len(ALGORITHMS) + 1
+    assert len(runs) == len(SAMPLING) + 1
     found = {method.label: [each.name for each in method.runs] for method in methods(runs)}
     assert found["grpo"] == ["grpo", "grpo-again"] and found["spro"] == ["spro"]
-    assert len(found) == len(ALGORITHMS)
+    assert len(found) == len(SAMPLING)
 
 
 def test_methods_of_one_algorithm_are_told_apart_by_what_differs(run, tmp_path):
@@ -382,7 +383,7 @@ def displayed(value: float, signed: bool) -> str:
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_every_view_of_every_algorithm_opens(trained, name, watched):
     page = watched(trained / name)
     for tab in ("rollouts", "trees", "credit", "setup", "curves"):

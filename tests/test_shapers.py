@@ -315,7 +315,7 @@ TWO = {"functions": ["exact", "format_think"], "weights": [1, 0]}
         ({"shapers": [{"name": "drop_uniform", "rewards": "row"}]}, ["'row' is not one of shaped, raw"]),
         ({"shapers": [{"name": "unlikeliness", "beta": 2.0}]}, ["shaper.beta", "less than or equal to 1"]),
         ({"shapers": [{"name": "clip_rewards", "low": 20.0}]}, ["low (20) is above high (10)"]),
-        ({"shapers": [{"buffer": 3}]}, ["shapers.0.name", "field required"]),
+        ({"shapers": [{"buffer": 3}]}, ["shapers[0].name", "field required"]),
         ({"shapers": {"name": "overlong"}}, ["shapers", "valid list"]),
         ({"shapers": ["overlong"], "reward": {"functions": ["exact", "overlong"]}}, ["reward function of this run"]),
         ({"algorithm": "posterior_grpo"}, ["name the reward function", "outcome: NAME, think: NAME", "weight 0"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from builders import SAMPLING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +97,7 @@ def base(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------------- what a run leaves
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SAMPLING)
 def test_every_algorithm_learns_something(runs, base, algorithm):
     """Two iterations move the weights and leave finite numbers."""
     run = runs(algorithm)
@@ -137,7 +138,7 @@ def test_checkpoint_loads_with_transformers(runs):
     assert main(["eval", "--model", str(folder), "--num-problems", "4", "--max-new-tokens", "16"]) == 0
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SAMPLING)
 def test_saved_rollouts_score_the_same_again(runs, tmp_path, algorithm):
     """`stepcredit credit` on a run's rollouts gives the advantages that the run used."""
     saved = runs(algorithm) / "rollouts" / "000002.jsonl.zst"

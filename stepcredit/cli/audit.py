@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from stepcredit.cli.arguments import output_file, parse
+from stepcredit.cli.audit_tables import gradient_table, numbers_of, table
 from stepcredit.config import Config, CreditConfig, merge, read_yaml, resolve
 from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.errors import UserError
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
     from stepcredit.forest.types import Tree
     from stepcredit.growth.prefix_values import Count, Plan, Returns
     from stepcredit.policy.forward import Policy
-    from stepcredit.report.agreement import Agreement, Number, Sizes
-    from stepcredit.report.audit import Book, Measured
-    from stepcredit.report.gradients import GradientFit
+    from stepcredit.report.audit import Book
     from stepcredit.verifiers.judging import Judge
 
 log = logging.getLogger("stepcredit")
@@ -88,13 +88,19 @@ def main(words: Sequence[str]) -> int:
         out = numbers.with_name(numbers.name.removesuffix(".json") + ".rollouts.jsonl")
     rollouts = {"num_rollouts": _whole(own, "num-rollouts")} if "num-rollouts" in own else {}
     own_values = {"num_rollouts": ROLLOUTS} | given.get("prefix_values", {}) | rollouts
-    config = resolve(merge(saved, given) | {"prefix_values": saved.get("prefix_values", {}) | own_values})
+    of_run = {name: value for name, value in saved.get("prefix_values", {}).items() if name not in OWN_OF_RUNS}
+    config = resolve(merge(saved, given) | {"prefix_values": of_run | own_values})
     _check(config)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     return _audit(str(file), config, saved, own, has_data, out, numbers)
 
 
+OWN_OF_RUNS = ("model", "start", "eta")  # of prefix_values: a run's own, which an audit does not take over
+
+
 def _check(config: Config) -> None:
+    if config.prefix_values.eta:
+        raise UserError("prefix_values.eta: an audit compares with mean returns; leave it out")
     if config.prefix_values.model is not None:
         raise UserError("prefix_values.model: give the model that goes on as --model")
     if config.prefix_values.start != "rollouts":
@@ -166,9 +172,11 @@ def _audit(
     check_trees(file, trees, policy)
     forest = Forest.from_trees(trees)
     flat, source = unfold(forest)
+    with closing(judge):
+        judged = judge(flat.without_token("token_rewards"))  # as rollouts are: without shapers, penalties of the run
     given = config.prefix_values
     rule = step_rule(given.step.tokens, given.step.delimiters, policy.tokenizer, delimiters, "prefix_values.step")
-    steps = steps_of(flat, rule, given.max_steps)
+    steps = steps_of(judged, rule, given.max_steps)
     chosen = choose(steps, _whole(own, "num-completions"))
     if not chosen:
         raise UserError(
@@ -179,10 +187,10 @@ def _audit(
     scored, is_policy = _with_columns(forest, policy, config, saved, own)
     scores, refused = _scores(scored, _names(own), config, saved)
     with_gradients = _truth_of("gradients", own["gradients"]) and is_policy
-    settings = _settings(trees, policy, config, sorted(judge.rewards), len(chosen))
+    settings = _settings(trees, policy, config, judge, made)
     console = Console()
-    returns, count = _returns(console, policy, judge, config, flat, made, Book(out, settings))
-    measured = Measured.of(flat, made.steps, returns)
+    returns, count = _returns(console, policy, judge, config, judged, made, Book(out, settings))
+    measured = Measured.of(judged, made.steps, returns)
     if not measured.steps:
         raise UserError(f"{file}: the rollouts of no completion have rewards; look at the reward functions")
     found = {name: agreement(measured.values, measured.by_step(score[source])) for name, score in scores.items()}
@@ -201,13 +209,13 @@ def _audit(
     )
     values = {name: score[source] for name, score in scores.items()}
     fits = gradient_fits(policy, flat, measured, values, config) if with_gradients else {}
-    console.print(_table(found, ceiling, counted))
+    console.print(table(found, ceiling, counted))
     if fits:
-        console.print(_gradients(fits))
+        console.print(gradient_table(fits))
     _print_plain(console, *(f"{name}: {why}" for name, why in refused.items()))
     if numbers is not None:
         number_of = asdict(counted) | {"right": right, "one_step": one_step}
-        written = _numbers(settings, made, asdict(count), number_of, found, ceiling, fits, refused, measured)
+        written = numbers_of(settings, made, asdict(count), number_of, found, ceiling, fits, refused, measured)
         numbers.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     _print_plain(console, f"numbers in {numbers}" if numbers else "", f"rollouts with values in {out}" if out else "")
     return 0
@@ -220,21 +228,25 @@ def _print_plain(console: Console, *lines: str) -> None:
 
 
 def _settings(
-    trees: "Sequence[Tree]", policy: "Policy", config: Config, rewards: Sequence[str], count: int
+    trees: "Sequence[Tree]", policy: "Policy", config: Config, judge: "Judge", made: "Plan"
 ) -> dict[str, Any]:
     """Everything that the values depend on."""
     from stepcredit.estimators.frozen import fingerprint
+    from stepcredit.tasks.base import canonical
 
     tokens = json.dumps([[tree.prompt_ids, [segment.token_ids for segment in tree.segments]] for tree in trees])
     return {
         "model": config.model,
-        "weights": f"{fingerprint(policy):x}",
+        "weights": f"{fingerprint(policy, adapters=True):x}",
+        "dtype": config.train.dtype,
         "rollouts": hashlib.sha256(tokens.encode()).hexdigest()[:16],
-        "num_completions": count,
+        "steps": [[each.leaf, *each.starts] for each in made.steps],
         "seed": config.train.seed,
         "sampler": config.sampler.model_dump(mode="json"),
         "prefix_values": config.prefix_values.model_dump(mode="json"),
-        "rewards": rewards,
+        "rewards": {name: weight for name, weight in zip(judge.rewards, judge.weights, strict=True)},
+        "reward": config.reward.model_dump(mode="json", exclude={"functions", "weights", "workers"}),
+        "answers": hashlib.sha256(b"".join(canonical(tree.problem) for tree in trees)).hexdigest()[:16],
     }
 
 
@@ -272,7 +284,7 @@ def _judge(
     from stepcredit.tasks.mixture import rows_of
     from stepcredit.tasks.rewards import build_judge, check_rows, function_names, named_rewards
 
-    names = function_names(config) or sorted({name for t in trees for s in t.segments for name in s.rewards})
+    names = function_names(config) or list(dict.fromkeys(n for t in trees for s in t.segments for n in s.rewards))
     if not names:
         raise UserError(f"{file}: the rollouts do not name a reward function; give one with --reward.functions")
     embedded = config.task.data == "embedded" if saved or has_data else names == list(EmbeddedTask.reward_functions)
@@ -281,6 +293,11 @@ def _judge(
     rewards = named_rewards(config, names)
     check_rows(rewards, [tree.problem for tree in trees], file)
     weights = config.reward.weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UserError(
+            f"reward.weights: {len(weights)} weights for {len(names)} reward functions ({', '.join(names)}); name the "
+            "functions of the run with --reward.functions"
+        )
     delimiters = EmbeddedTask.step_delimiters if embedded else Task.step_delimiters
     return build_judge(config, rewards, weights, None), delimiters
 
@@ -309,8 +326,12 @@ def _with_columns(
     temperature, most = config.sampler.temperature or 1.0, config.optim.max_tokens_per_micro_batch
     own_scores = score(policy, forest, temperature, most).logprobs
     sampled_with = forest.token.get("old_logprobs", forest.token.get("rollout_logprobs"))
-    gap = 0.0
-    if sampled_with is not None:
+    gap = math.inf
+    if sampled_with is None:
+        log.warning(
+            "the rollouts have no log-probabilities, so that it is not known whether --model sampled them; no gradients"
+        )
+    else:
         gap = float((sampled_with - own_scores).abs()[forest.token_sampled].mean())
         if gap > OTHER_POLICY:
             log.warning(
@@ -368,74 +389,3 @@ def _credit(name: str, config: Config, saved: Mapping[str, Any]) -> CreditConfig
     if name in ALGORITHMS:
         return resolve({"algorithm": name, "model": saved.get("model", config.model)}).credit
     return CreditConfig(name=name)
-
-
-# ---------------------------------------------------------------------- numbers
-
-
-def _table(found: "Mapping[str, Agreement]", ceiling: "Agreement | None", counted: "Sizes") -> Table:
-    table = Table("credit", "rank", "rank within", f"sign of {counted.beyond_noise}", f"first of {counted.losing}")
-    rows = dict(found) | ({"noise ceiling": ceiling} if ceiling else {})
-    for place, (name, row) in enumerate(rows.items()):
-        if ceiling and place == len(found):
-            table.add_section()
-        numbers = row.rank, row.rank_within, row.sign, row.first_loss
-        table.add_row(name, *map(_cell, numbers, (False, False, True, True)))
-    chance = next((row.chance for row in found.values() if row.chance is not None), None)
-    if chance is not None:
-        table.add_row("random step", "", "", "", f"{chance:.0%}")
-    return table
-
-
-def _gradients(fits: "Mapping[str, GradientFit]") -> Table:
-    from stepcredit.report.audit import CEILING
-
-    table = Table("policy gradient by", "cosine", "noise")
-    for name, one in fits.items():
-        if name == CEILING:
-            table.add_section()
-        table.add_row(name, _cell(one.cosine, False), "-" if one.noise is None else f"{one.noise:.1f}")
-    return table
-
-
-def _cell(number: "Number", percent: bool) -> str:
-    """A number and its interval."""
-    if number.value is None:
-        return "-"
-    if number.low is None or number.high is None:
-        return f"{number.value:.0%}" if percent else f"{number.value:.2f}"
-    if percent:
-        return f"{number.value:.0%} ({100 * number.low:.0f}-{100 * number.high:.0f})"
-    return f"{number.value:.2f} ({number.low:.2f} {number.high:.2f})"
-
-
-def _numbers(
-    settings: Mapping[str, Any],
-    made: "Plan",
-    count: Mapping[str, int],
-    sizes: Mapping[str, int],
-    found: "Mapping[str, Agreement]",
-    ceiling: "Agreement | None",
-    fits: "Mapping[str, GradientFit]",
-    refused: Mapping[str, str],
-    measured: "Measured",
-) -> dict[str, Any]:
-    """What --json gets."""
-    from stepcredit.report.agreement import as_json
-
-    completions = []
-    for each, values in zip(measured.steps, measured.values, strict=True):
-        advantages, errors = values.advantages()
-        row = {"tree": each.tree, "leaf": each.leaf, "starts": each.starts, "reward": values.total}
-        row |= {"values": [sum(part) / len(part) for part in values.returns]}
-        completions.append(row | {"advantages": advantages.tolist(), "errors": errors.tolist()})
-    return {
-        "settings": settings,
-        "sizes": {**sizes, "num_rollouts": made.num_rollouts, "every": made.every},
-        "sampled_now": count,
-        "credits": {name: as_json(row) for name, row in found.items()},
-        "noise_ceiling": as_json(ceiling),
-        "gradients": {name: {"cosine": vars(one.cosine), "noise": one.noise} for name, one in fits.items()},
-        "refused": refused,
-        "completions": completions,
-    }

@@ -182,6 +182,7 @@ ALGORITHMS = {
         "group z-score of the outcome, plus that of the thinking where it is right",
         objective=MEAN_OF_MEANS,
         shapers=("outcome_gate",),
+        data="reward functions of outcome and thinking",
     ),
     "vine": Algorithm(
         "vine",

@@ -14,13 +14,14 @@ def gpg(forest: Forest, alpha: Literal["varied", "nonzero", "none"] = "varied") 
     """A_i = alpha (r_i - group mean), alpha = B / (B - M) (GPG, arXiv 2504.02546, with F_norm 1).
 
     B are the judged completions of the batch, M those in groups of equal returns: they have no gradient and yet stand
-    in the denominators, which alpha makes up for. With `drop_uniform` among the shapers they stand there no longer, so
-    that alpha is to be "none". A singleton and a group of equal returns get 0.
+    in the denominators, which alpha makes up for. Completions that a shaper masked stand in none and are in neither.
+    A singleton and a group of equal returns get 0.
 
     Args:
         alpha: "nonzero": B over the completions whose return is not 0, as verl has it; "none": 1.
     """
     rows = completions(forest)
-    counted = rows.varied if alpha == "varied" else rows.returns != 0
-    scale = 1.0 if alpha == "none" else len(counted) / max(1, int(counted.sum()))
+    trained = forest.segment["mask"][rows.leaf]
+    counted = (rows.varied if alpha == "varied" else rows.returns != 0) & trained
+    scale = 1.0 if alpha == "none" else int(trained.sum()) / max(1, int(counted.sum()))
     return outcome_credit(forest, rows, scale * (rows.returns - mean_by(rows.returns, rows.tree)[0]))

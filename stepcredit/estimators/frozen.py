@@ -113,6 +113,7 @@ class Frozen(Estimator):
 
     named = "the model"  # by the config
     what = "its reference"
+    adapters = True  # they are a part of the model
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         super().__init__()
@@ -127,11 +128,11 @@ class Frozen(Estimator):
     def _remember(self, placement: Placement) -> None:
         """Take the fingerprint now where it cannot be had later."""
         if placement.sharded:
-            self.__dict__["fingerprint"] = placement.ranks.on_main(lambda: fingerprint(self.policy))
+            self.__dict__["fingerprint"] = placement.ranks.on_main(lambda: fingerprint(self.policy, self.adapters))
 
     @cached_property
     def fingerprint(self) -> int:
-        return fingerprint(self.policy)
+        return fingerprint(self.policy, self.adapters)
 
     def state_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint}
@@ -157,6 +158,8 @@ class Reference(Frozen):
 
 class ReferenceWithoutAdapters(Reference):
     """Adds `ref_logprobs` of a policy with adapters: the policy itself without them, so there is no second copy."""
+
+    adapters = False
 
     def __init__(self, policy: Policy, temperature: float, max_tokens: int, placement: Placement = UNSHARDED) -> None:
         Estimator.__init__(self)
@@ -248,13 +251,13 @@ def reference(context: Context) -> Estimator:
     return kind(start, temperature, config.optim.max_tokens_per_micro_batch, context.placement)
 
 
-def fingerprint(policy: nn.Module) -> int:
-    """A number that changes with any bit of any weight but the adapters'; the same on every device.
+def fingerprint(policy: nn.Module, adapters: bool = False) -> int:
+    """A number that changes with any bit of any weight, of adapters if asked for; the same on every device.
 
     And the same for weights in bf16 as for these in fp32: a run may go on with another `train.dtype`.
     """
     total = 0
-    weights = [weight for name, weight in policy.state_dict().items() if "lora_" not in name]
+    weights = [weight for name, weight in policy.state_dict().items() if adapters or "lora_" not in name]
     for number, weight in enumerate(weights, 1):
         place = number
         weight = weight.float() if weight.dtype == torch.bfloat16 else weight

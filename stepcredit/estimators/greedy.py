@@ -9,6 +9,7 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Segment, Tree
 from stepcredit.growth.rollouts import Rollouts
 from stepcredit.samplers.base import rest
+from stepcredit.shaping.choose import warn_of_raw_values
 
 
 class GreedyReturn(Estimator):
@@ -71,4 +72,10 @@ def greedy_return(context: Context) -> GreedyReturn:
     """
     if context.rollouts is None:
         raise UserError("greedy_return: a greedy completion has to be sampled, which only a run does")
+    if context.config.growth.name != "flat":
+        raise UserError(
+            f"growth.name {context.config.growth.name}: the greedy completion of a problem is a plain one (growth.name "
+            "flat); take another credit"
+        )
+    warn_of_raw_values(context.config, "returns of greedy completions")
     return GreedyReturn(context.rollouts)

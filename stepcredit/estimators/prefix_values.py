@@ -14,6 +14,7 @@ from stepcredit.policy.limits import check_shared_vocabulary
 from stepcredit.policy.loading import load_policy
 from stepcredit.samplers.base import rest
 from stepcredit.samplers.transformers import TransformersSampler
+from stepcredit.shaping.choose import warn_of_raw_values
 
 
 class PrefixValues(Estimator):
@@ -61,6 +62,7 @@ def prefix_values(context: Context) -> PrefixValues:
     if parts is None:
         raise UserError("prefix_values: there is nothing to sample with here")
     given = config.prefix_values
+    warn_of_raw_values(config, "values of prefixes")
     rule = step_rule(
         given.step.tokens,
         given.step.delimiters,

@@ -19,12 +19,12 @@ from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem
 from stepcredit.growth.prefix_values import soft_mean
 from stepcredit.growth.rollouts import Rollouts
+from stepcredit.shaping.choose import warn_of_raw_values
 from stepcredit.tasks.base import Task
 
 log = logging.getLogger("stepcredit")
 
 FILE = "prepared.jsonl"  # in the run's folder
-ONLY_MASK = ("mask_truncated", "positives_only", "drop_uniform")  # shapers that change no reward
 
 
 class PromptValue(Estimator):
@@ -173,14 +173,7 @@ def prompt_value(context: Context) -> PromptValue:
             f"growth.name {config.growth.name}: values of prompts are those of plain completions (growth.name flat); "
             "take --prepare.value zero, or another credit"
         )
-    changing = [f"shaper {shaper.name}" for shaper in config.shapers if shaper.name not in ONLY_MASK]
-    if config.objective.kl.estimator == "k1" and config.objective.kl.coef:
-        changing.append("the k1 penalty in the reward")
-    if changing:
-        log.warning(
-            "prepare: values of prompts are of rewards as they are judged; %s changes what they are compared with",
-            " and ".join(changing),
-        )
+    warn_of_raw_values(config, "values of prompts")
     weights = context.placement.ranks.on_main(lambda: fingerprint(context.policy.model))
     header = header_of(config, rollouts, weights)
     return PromptValue(rollouts, given, header, problems_of_run(config, rollouts.task))

@@ -53,6 +53,7 @@ class LossNeeds:
             not be computed. A squared loss is not sparse.
         flat: it reads completions, which must not share tokens; so does every loss whose unit is the completion.
         aggregate: the `objective.aggregate` that makes it what was published, where tokens have the loss of a unit.
+        mixes: the advantage of a token acts on other tokens of its completion, so that masking it does not spare them.
     """
 
     columns: tuple[str, ...] = ()
@@ -61,6 +62,7 @@ class LossNeeds:
     sparse: bool = False
     flat: bool = False
     aggregate: str = ""
+    mixes: bool = False
 
     @property
     def reads_completions(self) -> bool:
@@ -73,6 +75,8 @@ def loss(
     unit: LossUnit = "token",
     sparse: bool = False,
     flat: bool = False,
+    aggregate: str = "",
+    mixes: bool = False,
     by_options: Callable[..., LossNeeds] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Declare what a loss needs; `LossNeeds` says what each means.
@@ -82,7 +86,8 @@ def loss(
     """
 
     def declare(function: LossFunction) -> LossFunction:
-        function.needs = by_options or LossNeeds(columns, ratio, unit, sparse, flat)  # type: ignore[attr-defined]
+        own = LossNeeds(columns, ratio, unit, sparse, flat, aggregate, mixes)
+        function.needs = by_options or own  # type: ignore[attr-defined]
         return function
 
     return declare

@@ -38,6 +38,11 @@ def build_objective(config: Config, flat: bool) -> Objective:
             f"loss '{name}' is over completions, credit '{config.credit.name}' is of trees, whose completions share "
             "tokens; take another loss (clip, cispo) or another credit"
         )
+    if config.objective.entropy_top < 1 and objective.needs.mixes:
+        raise UserError(
+            f"objective.entropy_top: under loss '{name}' the advantages of a completion act on all its tokens, so that "
+            "none can be left out; take gspo_token"
+        )
     if config.objective.entropy_top < 1 and not objective.needs.sparse:
         raise UserError(
             f"objective.entropy_top makes advantages 0, which is a gradient under loss '{name}'; leave it out, or "

@@ -11,7 +11,7 @@ from stepcredit.losses.clip import clipped_surrogate
 Bound = Annotated[float, Field(ge=0)]
 
 
-@loss(ratio=True, unit="completion", sparse=True)
+@loss(ratio=True, unit="completion", sparse=True, aggregate="seq_mean_token_mean", mixes=True)
 def gspo(tokens: Tokens, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4) -> LossParts:
     """-min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A), s_i = exp(mean_t log rho_{i,t}) (arXiv 2507.18071).
 
@@ -28,7 +28,7 @@ def gspo(tokens: Tokens, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4) -> Los
     return _clipped(tokens, tokens.mean_by_completion(tokens.log_ratio), clip_low, clip_high)
 
 
-@loss(ratio=True, unit="completion", sparse=True)
+@loss(ratio=True, unit="completion", sparse=True, aggregate="seq_mean_token_mean")
 def gspo_token(tokens: Tokens, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4) -> LossParts:
     """As `gspo` with s_{i,t} = sg(s_i) pi_t / sg(pi_t): the same values, but each token has a gradient of its own.
 

@@ -16,7 +16,7 @@ TIE = 1e-4  # nats; margins that are smaller are rounding
 Beta = Annotated[float, Field(gt=0)]
 
 
-@loss("ref_logprobs", ratio=True, unit="tree", flat=True)
+@loss("ref_logprobs", ratio=True, unit="tree", flat=True, aggregate="seq_mean_token_mean")
 def dpo(tokens: Tokens, beta: Beta = 0.1) -> LossParts:
     """-log sigmoid(beta h) of each pair, h = D_chosen - D_rejected (DPO, arXiv 2305.18290).
 
@@ -26,7 +26,7 @@ def dpo(tokens: Tokens, beta: Beta = 0.1) -> LossParts:
     return _over_pairs(tokens, beta, lambda h: -functional.logsigmoid(beta * h))
 
 
-@loss("ref_logprobs", ratio=True, unit="tree", flat=True)
+@loss("ref_logprobs", ratio=True, unit="tree", flat=True, aggregate="seq_mean_token_mean")
 def ipo(tokens: Tokens, beta: Beta = 0.1, average: bool = False) -> LossParts:
     """(h - 1 / (2 beta))^2 of each pair, h = D_chosen - D_rejected (IPO, arXiv 2310.12036, Eq. 17; beta is its tau).
 
@@ -37,7 +37,7 @@ def ipo(tokens: Tokens, beta: Beta = 0.1, average: bool = False) -> LossParts:
     return _over_pairs(tokens, beta, lambda h: (h - 1 / (2 * beta)).square(), average)
 
 
-@loss("ref_logprobs", ratio=True, unit="tree", flat=True)
+@loss("ref_logprobs", ratio=True, unit="tree", flat=True, aggregate="seq_mean_token_mean")
 def hinge(tokens: Tokens, beta: Beta = 0.1) -> LossParts:
     """max(0, 1 - beta h) of each pair, h = D_chosen - D_rejected (SLiC, arXiv 2305.10425, with the reference of RSO,
     arXiv 2309.06657): nothing to gain beyond a margin of 1 / beta."""

@@ -27,7 +27,7 @@ from stepcredit.run.servers import fit_server
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.base import Shaper
-from stepcredit.shaping.choose import build_shapers, check_shapers
+from stepcredit.shaping.choose import build_shapers, check_shapers, warn_of_filter
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.mixture import build_data
 from stepcredit.tasks.prompts import PromptFormat
@@ -70,6 +70,7 @@ def build_parts(config: Config) -> Parts:
     task = build_task(config)
     rewards, weights = ({}, []) if config.growth.recorded else build_rewards(config, task)
     check_shapers(shapers, dict(zip(rewards, weights, strict=True)))
+    warn_of_filter(config)
     return Parts(task, rewards, weights, config.sampler, shapers, credit, assign, objective, seen)
 
 

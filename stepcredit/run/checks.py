@@ -105,6 +105,14 @@ def check_recorded(config: Config, needed: Collection[str]) -> None:
         raise UserError(f"sampler.name: {why}, so that '{sampler}' has nothing to sample; leave it out")
     if config.reward.functions or config.reward.kinds:
         raise UserError(f"reward: {why}, so that reward functions have nothing to judge; leave them out")
+    if config.sampler.temperature != 1:
+        raise UserError(
+            f"sampler.temperature {config.sampler.temperature:g}: {why}, and their likelihood is one at temperature 1; "
+            "leave it out"
+        )
+    for shaper in config.shapers:
+        if shaper.name not in ("drop_uniform", "mask_truncated"):
+            raise UserError(f"shapers: {why}, so that '{shaper.name}' has no rewards to change; leave it out")
     if config.filter.enabled:
         raise UserError(f"filter.enabled: {why}, so that there is nothing to filter by; leave it out")
     sampling = [column for column in PROVIDERS if column in needed and column not in WITHOUT_SAMPLES]

@@ -1,11 +1,22 @@
 """Which groups are trained on."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
 from stepcredit.errors import UserError
 from stepcredit.section import Section
+
+
+def overlong_options(given: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """The options of the punishment for length (a shaper and a reward function) with what 0 or nothing stands for.
+
+    Args:
+        longest: `sampler.max_new_tokens`.
+    """
+    max_tokens = given.get("max_tokens") or longest
+    return {**given, "max_tokens": max_tokens, "buffer": given.get("buffer") or max(1, max_tokens // 5)}
 
 
 class FilterOptions(Section):
@@ -26,6 +37,12 @@ class FilterOptions(Section):
             raise UserError("filter.low and filter.high are for --filter.keep window; with varied no mean is looked at")
         if self.enabled and self.low > self.high:
             raise UserError(f"filter.low ({self.low:g}) is above filter.high ({self.high:g})")
+        idle = ("low", "high", "drop_truncated", "oversample", "max_draws")
+        unused = [name for name in idle if getattr(self, name) != getattr(default, name)]
+        if unused and not self.enabled:
+            raise UserError(
+                f"filter.{unused[0]} has no effect without --filter.enabled true; add that, or leave it out"
+            )
         if self.history and not self.enabled:
             raise UserError(
                 "filter.history goes with --filter.enabled true; to sample all others whatever their rewards, set "

@@ -92,7 +92,9 @@ def overlong(
     prompt filter, which therefore sees the answers alone, as DAPO's does; the reward function of this name acts before.
 
     Args:
-        max_tokens, buffer: 0: `sampler.max_new_tokens`, and a fifth of that.
+        max_tokens, buffer: 0: `sampler.max_new_tokens`, and a fifth of `max_tokens`.
+        coef: 1 is the paper's, whose outcome rewards are 1 and -1; with 1 and 0 a right answer of the greatest length
+            comes out like a wrong one, and 0.5 keeps the paper's proportion.
     """
     if not 0 < buffer <= max_tokens:
         raise UserError(f"shaper 'overlong': buffer ({buffer}) must be above 0 and at most max_tokens ({max_tokens})")
@@ -182,7 +184,9 @@ def _check_gate(options: Mapping[str, Any], rewards: Mapping[str, float]) -> Non
 
 
 @shaper(check=_check_gate)
-def outcome_gate(forest: Forest, outcome: str = "", think: str = "", coef: float = 1.0) -> Forest:
+def outcome_gate(
+    forest: Forest, outcome: str = "", think: str = "", coef: Annotated[float, Field(ge=0)] = 1.0
+) -> Forest:
     """r_i <- r_i + coef * R_outcome * R_think: thinking counts where the outcome is right (Posterior-GRPO,
     arXiv 2508.05170).
 

@@ -28,17 +28,21 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {  # the first of them that the d
     },
 }
 NAMES = {"id": ("id", "prompt_id"), "source": ("source", "data_source")}
+PARTS_OF_PROMPTS = ("input", "context", "system", "system_prompt")  # of published instruction data
 NEEDED = {"pairs": ("chosen", "rejected"), "demonstrations": ()}
 SCORED = ("score_chosen", "score_rejected", "chosen-rating", "rejected-rating")  # columns of UltraFeedback's forms
 
 
-def load_recorded(kind: str, source: str, split: str, columns: Mapping[str, str] | None = None) -> list[Problem]:
+def load_recorded(
+    kind: str, source: str, split: str, columns: Mapping[str, str] | None = None, template: str | None = None
+) -> list[Problem]:
     """Read rows of preferences or demonstrations and check each.
 
     Args:
         kind: "pairs" or "demonstrations".
         source, split: as of `load_problems`.
         columns: which column has a role of `ROLES`, "id" or "source", where it has another name than usual.
+        template: `task.prompt_template`.
 
     Raises:
         UserError: naming the file and line of a row without a side, with two of the same, or whose sides are no
@@ -54,6 +58,7 @@ def load_recorded(kind: str, source: str, split: str, columns: Mapping[str, str]
         if not rows:
             raise UserError(f"{each}: the data set is empty")
         chosen = _choose(each, kind, rows, columns or {})
+        _warn_of_left_out(each, rows, chosen, template or "")
         read = _pair if kind == "pairs" else _demonstration
         tolerant = kind == "pairs" and (chosen["question"] is None or any(name in rows[0].values for name in SCORED))
         for row in rows:
@@ -74,6 +79,25 @@ def load_recorded(kind: str, source: str, split: str, columns: Mapping[str, str]
         raise UserError(f"{source}: no row is left ({', '.join(left_out)})")
     check_ids(source, problems, places, named="id" in (columns or {}))
     return problems
+
+
+def _warn_of_left_out(source: str, rows: Sequence[Row], chosen: Mapping[str, str | None], template: str) -> None:
+    """Say which columns that are usually a part of the prompt are in none."""
+    for column in PARTS_OF_PROMPTS:
+        if column in chosen.values() or "{" + column in template:
+            continue
+        filled = [row.where for row in rows if str(row.values.get(column) or "").strip()]
+        if filled:
+            log.warning(
+                "%s: column '%s' has text in %d of %d rows (first: %s) and is not in the prompts; put it there with "
+                "--task.prompt-template, such as '{question}\\n\\n{%s}', if it belongs to them",
+                source,
+                column,
+                len(filled),
+                len(rows),
+                filled[0],
+                column,
+            )
 
 
 def _choose(source: str, kind: str, rows: Sequence[Row], named: Mapping[str, str]) -> dict[str, str | None]:
@@ -130,7 +154,17 @@ def _prompt(row: Row, column: str | None) -> str | list[Message] | None:
     value = look(row.values, column)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise UserError(f"{row.where}: column '{column}' is empty; every row has a prompt")
+    _check_end(f"{row.where}: column '{column}'", messages_of(f"{row.where}: column '{column}'", value))
     return question_of(row.where, column, value)
+
+
+def _check_end(at: str, prompt: Sequence[Message] | None) -> None:
+    """A problem's solution is left out of its question; here nothing of a prompt may get lost."""
+    if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls"):
+        raise UserError(
+            f"{at}: the prompt ends with a message of the assistant, which would be left out; it belongs to the "
+            "completion, or behind it comes a user's"
+        )
 
 
 def _demonstration(row: Row, chosen: Mapping[str, str | None]) -> Read:
@@ -166,6 +200,7 @@ def _of_messages(row: Row, column: str | None) -> Read:
     messages = messages_of(at, look(row.values, column))
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1].get("content"):
         raise UserError(f"{at} must be chat messages that end with one of the assistant")
+    _check_end(at, messages[:-1])
     return question_of(row.where, column, messages[:-1]), [messages[-1]], [1.0]
 
 

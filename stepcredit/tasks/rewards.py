@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stepcredit.config import Config
 from stepcredit.errors import UserError, did_you_mean
 from stepcredit.forest.types import Problem, look
+from stepcredit.shaping.options import overlong_options
 from stepcredit.tasks.base import Task
 from stepcredit.tasks.dataset import load_problems
 from stepcredit.tasks.recorded import load_recorded
@@ -61,12 +62,12 @@ def named_rewards(config: Config, names: Sequence[str]) -> dict[str, Reward]:
     """
     given = config.reward
     options = options_by_function(given.options, names)
-    longest = config.sampler.max_new_tokens
-    defaults = {"overlong": {"max_tokens": longest, "buffer": max(1, longest // 5)}}
+    if "overlong" in options:
+        options["overlong"] = overlong_options(options["overlong"], config.sampler.max_new_tokens)
     kinds = Kinds(given.kind_column, given.kinds) if given.kinds else None
     rewards = {}
     for name in names:
-        reward = reward_function(name, defaults.get(name, {}) | options[name])
+        reward = reward_function(name, options[name])
         of_kinds = any(name in functions for functions in given.kinds.values())
         rewards[name] = replace(reward, kinds=kinds) if of_kinds else reward
     if "gym" in rewards:
@@ -170,7 +171,8 @@ def load_rows(config: Config, source: str | None = None, split: str | None = Non
     """The problems of a data set, `task.data` where none is named."""
     given = config.task
     if config.growth.recorded:
-        return load_recorded(config.growth.name, source or given.data, split or given.split, given.columns)
+        where, part = source or given.data, split or given.split
+        return load_recorded(config.growth.name, where, part, given.columns, given.prompt_template)
     return load_problems(source or given.data, split or given.split, given.columns, needs_answer(config))
 
 
