@@ -86,6 +86,14 @@ def test_gpg_makes_up_for_uniform_groups():
     is_near(run(forest, "gpg", alpha="nonzero"), [0.75, -0.75, 0, -0.75, 0.75, 0, 0, 0])  # 4 of 6 have a reward
 
 
+def test_gpg_leaves_out_what_a_shaper_masked():
+    """With the uniform groups masked nothing is to be made up for: alpha 1."""
+    forest = flat_forest([[1, 1], [1], [1, 1]], [[1.0, 0.0], [1.0], [1.0, 1.0]])
+    forest = forest.with_segment(mask=forest.segment["tree"] == 0)
+    is_near(run(forest, "gpg"), [0.5, -0.5, 0, 0, 0])
+    is_near(run(forest, "gpg", alpha="nonzero"), [1.0, -1.0, 0, 0, 0])
+
+
 def test_opo_vector_of_the_notes():
     """Lengths 100, 400, 300, 200 and rewards 1, 0, 1, 0: the baseline is 0.4; leave-one-out as in the notes."""
     forest = flat_forest([[100, 400, 300, 200]], REWARDS)

@@ -135,6 +135,7 @@ def test_entropies_are_asked_for(option):
         ({"objective": {"entropy_target": 0.3, "entropy_coef": 2.0}}, ["entropy_coef (2)", "entropy_coef_max (1)"]),
         ({"objective": {"entropy_target": 0.3, "entropy_coef": -0.1}}, ["entropy_coef (-0.1)"]),
         ({"objective": {"entropy_top": 0.2}, "loss": {"name": f"{__name__}.squared"}}, ["entropy_top", "squared"]),
+        ({"objective": {"entropy_top": 0.2}, "algorithm": "gspo"}, ["entropy_top", "'gspo'", "take gspo_token"]),
         ({"filter": {"enabled": True, "keep": "varied", "low": 0.1}}, ["filter.low", "--filter.keep window"]),
     ],
     ids=str,

@@ -12,6 +12,7 @@ from stepcredit.cli.main import main
 from stepcredit.config import resolve
 from stepcredit.demo.chain import LEVELS, final_answer, generate
 from stepcredit.demo.demonstrations import Demonstrator
+from stepcredit.errors import UserError
 from stepcredit.forest.types import Problem
 from stepcredit.growth.recorded import Recorded
 from stepcredit.run.build import build_parts
@@ -247,6 +248,27 @@ def test_a_long_completion_is_never_cut(tmp_path, capsys):
     assert row["tokens/sampled"] == 16 * 6  # the other row again and again
 
 
+def test_columns_beside_the_prompt_are_told(tmp_path, caplog):
+    """Alpaca's input is in no prompt, unless a template names it."""
+    file = write(tmp_path / "a.jsonl", *({"instruction": "Add.", "input": text, "output": "3"} for text in ("1 2", "")))
+    with caplog.at_level("WARNING", "stepcredit"):
+        (first, _) = load_recorded("demonstrations", file, "train", template="{question} {input}")
+        assert not caplog.text and first.columns["input"] == "1 2"
+        load_recorded("demonstrations", file, "train")
+    assert "column 'input' has text in 1 of 2 rows" in caplog.text and "--task.prompt-template" in caplog.text
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_an_error(tmp_path):
+    """As a question it would lose that message."""
+    chat = [{"role": "user", "content": "1 + 1 + 1?"}, {"role": "assistant", "content": "Step 1: 2."}]
+    row = {"prompt": chat, "chosen": "Step 2: 3.", "rejected": "Step 2: 4."}
+    with pytest.raises(UserError, match="line 1: column 'prompt': the prompt ends with a message of the assistant"):
+        load_recorded("pairs", write(tmp_path / "a.jsonl", row), "train")
+    messages = {"messages": [*chat, {"role": "assistant", "content": "Step 2: 3."}]}
+    with pytest.raises(UserError, match="line 1: column 'messages': the prompt ends with"):
+        load_recorded("demonstrations", write(tmp_path / "b.jsonl", messages), "train")
+
+
 # ---------------------------------------------------------------------- configs
 
 
@@ -262,6 +284,8 @@ def test_a_long_completion_is_never_cut(tmp_path, capsys):
         (["--algorithm", "dpo", "--growth.depth", "4"], ["growth.depth is for trees"]),
         (["--algorithm", "ppo", "--growth.name", "pairs"], ["column value", "needs samples of the policy"]),
         (["--sampler.name", "none"], ["sampler.name", "growth.name flat samples"]),
+        (["--algorithm", "sft", "--temperature", "0.6"], ["sampler.temperature 0.6", "at temperature 1"]),
+        (["--algorithm", "dpo", "--shapers", "overlong"], ["shapers:", "'overlong' has no rewards to change"]),
     ],
     ids=str,
 )

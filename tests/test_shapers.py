@@ -20,7 +20,7 @@ from stepcredit.forest.types import Problem, Segment, Tree
 from stepcredit.run.build import build_parts
 from stepcredit.run.observing import observe, restored_states, shaper_state
 from stepcredit.shaping.base import Shaped, Shaper, fresh_states, shaper
-from stepcredit.shaping.choose import build_shapers, with_raw_rewards
+from stepcredit.shaping.choose import build_shapers, warn_of_raw_values, with_raw_rewards
 from stepcredit.shaping.rewards import ranks
 from stepcredit.shaping.shapers import SHAPERS
 
@@ -298,6 +298,43 @@ def test_defaults_of_length_are_the_samplers():
     assert found.options == {"max_tokens": 100, "buffer": 20}
     (found,) = build_shapers(resolve({"shapers": [{"name": "overlong", "buffer": 7}]}))
     assert found.options == {"max_tokens": 128, "buffer": 7}
+    (found,) = build_shapers(resolve({"shapers": [{"name": "overlong", "max_tokens": 50, "buffer": 0}]}))
+    assert found.options == {"max_tokens": 50, "buffer": 10}
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"algorithm": "remax", "shapers": ["running_scale"]}, "returns of greedy completions"),
+        ({"algorithm": "vine", "objective": {"kl": {"estimator": "k1", "coef": 0.1}}}, "values of prefixes"),
+        ({"algorithm": "astar_po", "shapers": ["overlong", "mask_truncated"]}, "values of prompts"),
+    ],
+    ids=str,
+)
+def test_raw_values_beside_changed_rewards_are_told(given, words, caplog):
+    with caplog.at_level(logging.WARNING, "stepcredit"):
+        warn_of_raw_values(resolve(given), words)
+        warn_of_raw_values(
+            resolve({**given, "objective": {}, "shapers": ["drop_uniform", "positives_only"]}), "nothing"
+        )
+    assert words in caplog.text and "as they are judged" in caplog.text and "nothing" not in caplog.text
+
+
+def test_a_filter_before_the_gate_is_told(caplog):
+    given = {"algorithm": "posterior_grpo", "shapers": [GATE | {"outcome": "chain"}]}
+    given["reward"] = {"functions": ["chain", "format_think"], "weights": [1, 0]}
+    with caplog.at_level(logging.WARNING, "stepcredit"):
+        build_parts(resolve(given))
+        assert "outcome_gate" not in caplog.text
+        build_parts(resolve(given | {"filter": {"enabled": True, "keep": "varied"}}))
+    assert "before outcome_gate can tell them apart" in caplog.text
+
+
+@pytest.mark.parametrize("name, value", [("low", 0.1), ("oversample", 2.0), ("drop_truncated", True)])
+def test_a_filter_that_is_not_on_is_told(name, value):
+    with pytest.raises(UserError, match=f"filter.{name} has no effect without --filter.enabled true"):
+        build_parts(resolve({"filter": {name: value}}))
+    build_parts(resolve({"filter": {name: value, "enabled": True}}))
 
 
 GATE = {"name": "outcome_gate", "outcome": "exact", "think": "format_think"}
