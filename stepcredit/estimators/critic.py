@@ -152,7 +152,7 @@ class Critic(Estimator):
         values = forest.token["values"] if "values" in forest.token else torch.zeros(forest.num_tokens)
         target = self.returns.of(forest, values).float()
         low, high = self.form.range
-        outside = forest.active & ((target < low - 1e-6) | (target > high + 1e-6))
+        outside = forest.usable & ((target < low - 1e-6) | (target > high + 1e-6))
         if self.form.bounded and bool(outside.any()):
             index = int(outside.nonzero()[0])
             raise UserError(
@@ -161,15 +161,22 @@ class Critic(Estimator):
                 "with --reward.weights, take no k1 penalty, or another --critic.loss"
             )
         if math.isfinite(high - low) and not self.form.bounded:
-            self.metrics["critic/outside"] = float(outside.sum() / forest.active.sum().clamp(min=1))
+            self.metrics["critic/outside"] = float(outside.sum() / forest.usable.sum().clamp(min=1))
         return forest.with_token(value_target=target)
 
     def _learn(self, forest: Forest) -> Forest:
         """The optimiser steps of a batch; adds the values of the only one where there are none yet."""
         counted = forest.active
-        if self.options.learn_from == "finished":
-            counted = counted & _finished(forest)
+        if self.options.learn_from == "finished":  # of earlier windows, too
+            counted = forest.usable & _finished(forest)
         whole = with_source(forest.with_token(counted=counted))
+        if "past" in forest.segment and "values" in forest.token:  # in a window few completions end
+            ends = torch.zeros(forest.num_segments, dtype=torch.bool)
+            ends[forest.token["segment"][counted]] = True
+            whole = whole.select(ends)
+            self.metrics["critic/learnt_from"] = float(counted.float().mean())
+            if not whole.num_trees:
+                return forest
         norms, losses, values = [], [], torch.zeros(forest.num_tokens)
         for step in self._minibatches(whole):
             count = int(step.token["counted"].sum())

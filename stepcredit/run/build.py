@@ -23,6 +23,7 @@ from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.checks import check_combination
 from stepcredit.run.servers import fit_server
+from stepcredit.run.windowed import check_window
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.base import Shaper
@@ -64,6 +65,7 @@ def build_parts(config: Config) -> Parts:
     config.filter.check()
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)
+    check_window(config, credit, objective)
     seen = run_observers(config, credit, objective, shapers)
     task = build_task(config)
     rewards, weights = build_rewards(config, task)

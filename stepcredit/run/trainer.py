@@ -26,8 +26,9 @@ from stepcredit.run.interrupt import Interrupted, StopRequest
 from stepcredit.run.observing import observe
 from stepcredit.run.preparing import prepare_all
 from stepcredit.run.resume import restore, run_state
-from stepcredit.run.source import InStep, Source
+from stepcredit.run.source import Source
 from stepcredit.run.tracking import Records, open_tracker
+from stepcredit.run.windowed import build_source
 from stepcredit.run.work import Work
 from stepcredit.samplers.base import rest
 from stepcredit.samplers.table import check_training
@@ -59,8 +60,7 @@ class Trainer:
         self.policy_update = PolicyUpdate(
             self.learner, parts.objective, optim, self.rollouts.params.temperature, train.seed
         )
-        window = config.filter if config.filter.enabled else None
-        self.source: Source = InStep(self.rollouts, train.seed, train.problems_per_iteration, window)
+        self.source: Source = build_source(config, parts.credit, self.rollouts)
         self.ranks, self.stop = placement.ranks, StopRequest(placement.ranks)
         self.shaper_states, self.entropy = fresh_states(parts.shapers), EntropyControl(config.objective)
         self.done, self.resumed = 0, False
