@@ -63,6 +63,7 @@ def build_parts(config: Config) -> Parts:
     who = needs_of(credit).flat or f"credit '{config.credit.name}'"
     config.growth.check(flat, who, fitting, len(config.objective.depth_weights))
     config.filter.check()
+    config.ptx.check()
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)
     check_window(config, credit, objective)

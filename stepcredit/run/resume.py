@@ -31,6 +31,8 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
         "data": data_state(trainer),
         "config": trainer.config.model_dump(mode="json", exclude={"run_dir"}),
     }
+    if trainer.policy_update.text is not None:
+        state["text"] = trainer.policy_update.text.state_dict()
     if trainer.work is not None:
         state["work"] = trainer.work.state_dict(trainer.policy_update.shape)
     return state
@@ -54,6 +56,8 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.learner.max_tokens = min(trainer.learner.max_tokens, state["max_tokens"])
     stopped_for_it = state["nonfinite"] >= trainer.config.optim.max_nonfinite
     trainer.nonfinite = 0 if stopped_for_it else state["nonfinite"]
+    if trainer.policy_update.text is not None and "text" in state:
+        trainer.policy_update.text.load_state_dict(state["text"], trainer.config.checkpoint.changed_data)
     if "work" in state:
         trainer.work = Work.from_state(state["work"], trainer.policy_update.shape)
     if not trainer.config.sampler.window:

@@ -12,6 +12,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
+from stepcredit.learn.text import load_text
 from stepcredit.learn.update import PolicyUpdate
 from stepcredit.losses.entropy import EntropyControl, with_top_entropy
 from stepcredit.plan.advice import with_fitting_budget
@@ -58,7 +59,12 @@ class Trainer:
         optim, train = config.optim, config.train
         self.learner = Learner(placement.place(policy), placement, optim, optim.max_tokens_per_micro_batch)
         self.policy_update = PolicyUpdate(
-            self.learner, parts.objective, optim, self.rollouts.params.temperature, train.seed
+            self.learner,
+            parts.objective,
+            optim,
+            self.rollouts.params.temperature,
+            train.seed,
+            load_text(config.ptx, policy, train.seed),
         )
         self.source: Source = build_source(config, parts.credit, self.rollouts)
         self.ranks, self.stop = placement.ranks, StopRequest(placement.ranks)
