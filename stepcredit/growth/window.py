@@ -88,7 +88,9 @@ def _longer(segment: Segment, more: Segment, limit: int, version: int) -> Segmen
     """A completion with what a window added."""
     tokens = [*segment.token_ids, *more.token_ids]
     added = more.columns | {VERSION: [float(version)] * len(more.token_ids)}
-    columns = {name: [*segment.columns.get(name, ()), *values] for name, values in added.items()}
+    columns: dict[str, Sequence[float]] = {
+        name: [*segment.columns.get(name, ()), *values] for name, values in added.items()
+    }
     goes_on = more.finish == "length" and len(tokens) < limit
     return Segment(tokens, finish="open" if goes_on else more.finish, columns=columns)
 

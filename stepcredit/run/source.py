@@ -55,7 +55,7 @@ class Position:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Position":
         history = from_state(state.get("history", {}))
-        carried = carried_of(state["carried"]) if "carried" in state else ()
+        carried = carried_of(state["carried"]) if state.get("carried") else ()
         return cls(state["drawn"], state["sampled"], tuple(state["queue"]), history, carried)
 
 
