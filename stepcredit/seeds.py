@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 # Streams: what is sampled, shuffled, or drawn by chance.
-TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS, EXPLORING, PREFIX_VALUES, PREPARATION, CRITIC = range(9)
+TRAINING, EVALUATION, MINIBATCHES, REWARD_MODEL, ROWS, EXPLORING, PREFIX_VALUES, PREPARATION, CRITIC, TEXT = range(10)
 BITS = 62  # servers take signed 64 bits, and add the number of the completion
 
 

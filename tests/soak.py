@@ -36,6 +36,9 @@ RUNS = {
     "spro": "--algorithm spro --group-size 4",
     "ppo": "--algorithm ppo --group-size 4 --critic.num-minibatches 2 --optim.num-minibatches 2 --critic.warmup 2"
     " --credit.bootstrap value",
+    "t_ppo": "--algorithm t_ppo --group-size 4 --sampler.window 12 --critic.num-minibatches 2"
+    " --optim.num-minibatches 2",
+    "grpo in windows": "--algorithm grpo --group-size 4 --sampler.window 12 --optim.num-minibatches 2",
     "prime": "--algorithm prime --group-size 4 --prm.num-minibatches 2 --optim.num-minibatches 2"
     " --filter.enabled true --filter.oversample 2",
     "shaped": "--algorithm unlikeliness --group-size 4 --objective.entropy-target 0.3 --objective.entropy-top 0.5"

@@ -37,6 +37,9 @@ RUNS = {
     " --credit.bootstrap value --critic.learning-rate 3e-4",
     "ppo on the policy's states": "--algorithm ppo --group-size 4 --critic.backbone policy --critic.learning-rate 1e-3"
     " --credit.lam 0.9",
+    "t_ppo": "--algorithm t_ppo --group-size 4 --sampler.window 16 --critic.num-minibatches 2 --optim.num-minibatches 2"
+    " --critic.learning-rate 3e-4",
+    "grpo in windows": "--algorithm grpo --group-size 4 --sampler.window 16 --optim.num-minibatches 2",
 }
 AGAIN = ("spro", "prime with adapters", "ppo")  # whose layers several processes compute again in the backward
 APART = ("time/", "tokens/per_second")  # no two runs share them

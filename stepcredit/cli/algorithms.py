@@ -80,6 +80,8 @@ def needs(facts: "AlgorithmFacts") -> list[str]:
     """What it needs beside the policy, groups of completions and answers that can be checked."""
     words = [f"trees of up to {facts.completions} completions"] if facts.branching else []
     words += [f"{model.name}{', learnt' if model.learns else ''}" for model in facts.models]
+    if window := facts.config.get("sampler", {}).get("window"):
+        words.append(f"windows of {window} tokens")
     if facts.config.get("filter", {}).get("enabled"):
         words.append("prompt filter")
     words += [f"shaper {one if isinstance(one, str) else one['name']}" for one in facts.config.get("shapers", ())]

@@ -17,8 +17,8 @@ class Algorithm:
         credit: a name of `stepcredit.credit.CREDIT`.
         paper: arXiv id.
         summary: one line for `--help` and the docs.
-        credit_options, loss, objective, growth, filter, optim, critic: defaults that differ from those of the parts
-            and of the schema; `growth` for trees, and for completions of the data.
+        credit_options, loss, objective, growth, filter, optim, critic, sampler: defaults that differ from those of
+            the parts and of the schema; `growth` for trees, and for completions of the data.
         shapers: by name, or name and options; a list of the user's takes their place.
         several_steps: why several optimiser steps on a batch are meant although the loss has no ratio; empty: they are
             not.
@@ -40,6 +40,7 @@ class Algorithm:
     data: str = ""
     group_size: int | None = None
     critic: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=dict)
 
 
 MEAN_OF_MEANS = {"aggregate": "seq_mean_token_mean"}
@@ -279,6 +280,14 @@ ALGORITHMS = {
         objective={"kl": {"estimator": "k1", "coef": 0.01}},
         critic={"clip": 0.2, "learning_rate": 3e-6},
         shapers=("running_scale",),
+    ),
+    "t_ppo": Algorithm(
+        "gae",
+        "2506.15050",
+        "PPO on the new tokens of completions that go on in later iterations",
+        credit_options={"lam": 1.0, "lam_policy": 0.95, "bootstrap": "hold_last", "whiten": True},
+        critic={"learn_from": "finished"},
+        sampler={"window": 384},
     ),
 }
 

@@ -13,7 +13,7 @@ from stepcredit.config.algorithms import algorithm
 from stepcredit.config.places import expand_all
 from stepcredit.config.renamed import with_new_names
 from stepcredit.config.schema import SUM, Config
-from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES
+from stepcredit.demo.recipe import EMBEDDED_CREDIT, EMBEDDED_RECIPE, EMBEDDED_TREES, EMBEDDED_WINDOW
 from stepcredit.errors import UserError, did_you_mean
 
 SECTIONS = {name for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)}
@@ -30,6 +30,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     layers: list[Mapping[str, Any]] = [
         {"credit": {"name": chosen.credit}, "objective": dict(chosen.objective), "growth": dict(chosen.growth)},
         {"filter": dict(chosen.filter), "optim": dict(chosen.optim), "critic": dict(chosen.critic)},
+        {"sampler": dict(chosen.sampler)},
         {"shapers": list(chosen.shapers)},
         {"growth": {"group_size": chosen.group_size} if chosen.group_size is not None else {}},
     ]
@@ -43,6 +44,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
         layers.append({"credit": dict(chosen.credit_options)})
     if given.get("model", "embedded") == "embedded":
         layers += [EMBEDDED_RECIPE, EMBEDDED_TREES if chosen.growth.get("name") == "tree" else {}]
+        layers.append(EMBEDDED_WINDOW if chosen.sampler.get("window") else {})
         layers.append({"filter": chosen.filter} if chosen.filter.get("keep") == "varied" else {})
         if same_credit:
             layers.append({"credit": EMBEDDED_CREDIT.get(chosen.credit, {})})

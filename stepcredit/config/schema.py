@@ -19,7 +19,7 @@ from pydantic import (
 
 from stepcredit.estimators.options import CriticOptions, PrepareOptions, PRMOptions
 from stepcredit.growth.options import GrowthOptions, PrefixValueOptions
-from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions
+from stepcredit.learn.options import LoraOptions, OptimOptions, PlacementOptions, TextOptions
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.run.options import CheckpointOptions, EvalOptions, RolloutOptions, TrackOptions, TrainOptions
 from stepcredit.samplers.options import SamplerOptions
@@ -152,6 +152,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     objective: ObjectiveOptions = ObjectiveOptions()
     optim: OptimOptions = OptimOptions()
+    ptx: TextOptions = TextOptions()
     # column -> dotted path of your builder, or a name and options
     # (old_logprobs: forward | sampler, token_rewards: log_ratio)
     estimators: dict[str, Named] = {}

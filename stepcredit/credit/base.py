@@ -52,19 +52,23 @@ class Needs:
     Attributes:
         readers: of a sum of credits the term that reads a column, by column.
         flat: of a sum of credits the term that takes flat forests alone.
+        unfinished: it gives tokens of completions that go on in the next iteration (finish "open") their credit.
     """
 
     columns: tuple[str, ...] = ()
     forests: Literal["flat", "tree"] = "flat"
     readers: Mapping[str, str] = field(default_factory=dict)
     flat: str = ""
+    unfinished: bool = False
 
 
-def credit(*columns: str, forests: Literal["flat", "tree"] = "flat") -> Callable[[CreditFunction], CreditFunction]:
+def credit(
+    *columns: str, forests: Literal["flat", "tree"] = "flat", unfinished: bool = False
+) -> Callable[[CreditFunction], CreditFunction]:
     """Declare the columns (of tokens, segments or trees) that a credit function reads and the forests that it takes."""
 
     def declare(function: CreditFunction) -> CreditFunction:
-        function.needs = Needs(columns, forests)  # type: ignore[attr-defined]
+        function.needs = Needs(columns, forests, unfinished=unfinished)  # type: ignore[attr-defined]
         return function
 
     return declare
@@ -211,6 +215,11 @@ def to_tokens(forest: Forest, rows: Completions, values: Tensor) -> Tensor:
 def judged_tokens(forest: Forest) -> Tensor:
     """[num_tokens] True for sampled tokens of judged completions."""
     return forest.judged[forest.token["segment"]] & forest.token_sampled
+
+
+def counted_tokens(forest: Forest) -> Tensor:
+    """[num_tokens] True for sampled tokens of completions that are judged, or that go on in the next iteration."""
+    return forest.judged_or_open[forest.token["segment"]] & forest.token_sampled
 
 
 def group_std(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

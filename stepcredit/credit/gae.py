@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepcredit.credit.base import credit, judged_tokens
+from stepcredit.credit.base import counted_tokens, credit
 from stepcredit.errors import UserError
 from stepcredit.forest import FINISH_CODE, Forest
 from stepcredit.forest.ops import SAME, back_up, last_sampled
@@ -58,7 +58,7 @@ class Returns:
 
     def _clean(self, forest: Forest, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which tokens count, their values, and what stands behind the leaves."""
-        counted = judged_tokens(forest)
+        counted = counted_tokens(forest)
         values = torch.where(counted, values, 0.0).double()
         return counted, values, _bootstrap(forest, values, self.bootstrap)
 
@@ -69,7 +69,7 @@ class Returns:
     def _backed_up(self, forest: Forest, terms: Tensor, lam: float | Tensor, behind: Tensor) -> Tensor:
         """y_t = x_t + gamma lam y'; a token of a tool passes on what is behind it."""
         factor = torch.where(forest.token_sampled, torch.as_tensor(self.gamma * lam, dtype=torch.float64), 1.0)
-        return torch.where(judged_tokens(forest), back_up(forest, terms, factor, behind).values, 0.0)
+        return torch.where(counted_tokens(forest), back_up(forest, terms, factor, behind).values, 0.0)
 
 
 def _next(forest: Forest, values: Tensor, behind: Tensor) -> Tensor:
@@ -83,19 +83,23 @@ def step_rewards(forest: Forest) -> Tensor:
     Where completions that share it end in tokens of a tool, it gets their mean, as `back_up` does.
     """
     passing = (~forest.token_sampled).double()
-    outcome = torch.where(forest.judged, forest.segment["reward"], 0.0)
+    outcome = torch.where(forest.judged, forest.segment["reward"], 0.0)  # 0 for what goes on
     rewards = back_up(forest, torch.zeros(forest.num_tokens), passing, outcome).following
     if "token_rewards" in forest.token:
         rewards = rewards + forest.token["token_rewards"]
-    return torch.where(judged_tokens(forest), rewards, 0.0)
+    return torch.where(counted_tokens(forest), rewards, 0.0)
 
 
 def cut_off(forest: Forest) -> Tensor:
-    """[num_segments] True for the leaves of judged completions that ended at the token limit."""
-    return forest.segment["is_leaf"] & forest.judged & (forest.segment["finish"] == FINISH_CODE["length"])
+    """[num_segments] True for the leaves of judged completions that ended at the token limit, and of those that go on.
+
+    The latter have no reward yet.
+    """
+    at_limit = forest.judged & (forest.segment["finish"] == FINISH_CODE["length"])
+    return forest.segment["is_leaf"] & (at_limit | forest.open)
 
 
-@credit("values", forests="tree")
+@credit("values", forests="tree", unfinished=True)
 def gae(
     forest: Forest,
     gamma: float = 1.0,
@@ -121,11 +125,12 @@ def gae(
         lam_policy: of the advantages (decoupled, VC-PPO, arXiv 2503.01491: lam 1, lam_policy 0.95); below 0: as `lam`.
         length_alpha: above 0, lam_policy is 1 - 1 / (length_alpha l), l the sampled tokens of the completion, or their
             mean over the completions behind a shared token (VAPO, arXiv 2504.05118: 0.05); at least 0.
-        bootstrap: the value behind a completion that was cut off at the token limit. "zero": none, as at a regular
-            end; "hold_last": the value of its last token's state (EGAE of T-PPO, arXiv 2506.15050), so that at gamma 1
-            that token's advantage is its reward; "value": the critic's value of the state behind it.
-        whiten: (A - mean) / sqrt(var + 1e-8) over all judged sampled tokens of the batch, the variance unbiased, as in
-            verl and TRL. TRL does it in each process for itself.
+        bootstrap: the value behind a completion that was cut off at the token limit, or that goes on in the next
+            iteration (sampler.window). "zero": none, as at a regular end; "hold_last": the value of its last token's
+            state (EGAE of T-PPO, arXiv 2506.15050), so that at gamma 1 that token's advantage is its reward; "value":
+            the critic's value of the state behind it.
+        whiten: (A - mean) / sqrt(var + 1e-8) over all judged sampled tokens of the batch (with sampler.window over the
+            new ones), the variance unbiased, as in verl and TRL. TRL does it in each process for itself.
         whiten_rewards: (r - mean) / sqrt(var + 1e-8) + mean, before anything else (TRL). TRL counts one more token a
             completion, behind the last, and puts the outcome there.
         clip: bounds the advantages at last, to [-clip, clip] (PPO-max, arXiv 2307.04964: 0.5); 0: not.
@@ -150,7 +155,7 @@ def gae(
     if length_alpha:
         policy_lam = (1 - 1 / (length_alpha * _lengths(forest))).clamp(min=0)
     advantages = Returns(gamma, lam, bootstrap, whiten_rewards).advantages(forest, forest.token["values"], policy_lam)
-    counted = judged_tokens(forest)
+    counted = counted_tokens(forest) & ~forest.past
     if whiten:
         advantages = torch.where(counted, _whitened(advantages, counted), 0.0)
     return (advantages.clamp(-clip, clip) if clip else advantages).float()

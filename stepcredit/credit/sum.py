@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stepcredit.credit.base import CreditFunction, CreditParts, Needs, call, judged_tokens, needs_of
+from stepcredit.credit.base import CreditFunction, CreditParts, Needs, call, counted_tokens, needs_of
 from stepcredit.credit.normalize import Normalize, normalized
 from stepcredit.errors import UserError
 from stepcredit.forest import Forest
@@ -67,7 +67,7 @@ class Term:
             )
         outcome = None if self.part == "process" else given.outcome
         process = None if self.part == "outcome" else given.process
-        where = judged_tokens(forest)
+        where = counted_tokens(forest) & ~forest.past
         if given.kept is not None:
             where = where & given.kept[forest.token["segment"]]
         outcome, process, _ = normalized(forest, outcome, process, self.normalize, where)
@@ -99,7 +99,8 @@ class CreditSum:
         flat = next((term.who for term, need in needs if need.forests == "flat"), "")
         readers = {column: term.who for term, need in reversed(needs) for column in need.columns}
         columns = tuple(dict.fromkeys(column for _, need in needs for column in need.columns))
-        self.needs = Needs(columns, "flat" if flat else "tree", readers, flat)
+        unfinished = all(need.unfinished for _, need in needs)
+        self.needs = Needs(columns, "flat" if flat else "tree", readers, flat, unfinished)
 
     def __call__(self, forest: Forest, normalize: Normalize = "none") -> CreditParts:
         given = [term.of(forest) for term in self.terms]
@@ -108,7 +109,7 @@ class CreditSum:
         outcome, process = _total([added.outcome for added in given]), _total([added.process for added in given])
         terms = {name: added.advantages for name, added in zip(self.names, given, strict=True)}
         if normalize != "none":
-            where = judged_tokens(forest)
+            where = counted_tokens(forest) & ~forest.past
             where = where if kept is None else where & kept[forest.token["segment"]]
             outcome, process, divisor = normalized(forest, outcome, process, normalize, where)
             terms = {name: torch.where(where, values, 0.0) / divisor for name, values in terms.items()}

@@ -16,6 +16,7 @@ EMBEDDED_TREES: dict[str, Any] = {  # about as many tokens an iteration as 16 gr
     "growth": {"num_branches": 3, "depth": 2, "step": {"tokens": None, "delimiters": ["task"]}},
     "train": {"problems_per_iteration": 17},
 }
+EMBEDDED_WINDOW: dict[str, Any] = {"sampler": {"window": 48}}
 EMBEDDED_CREDIT: dict[str, dict[str, Any]] = {  # log-ratios of a tiny model at this learning rate are large
     "spro": {"beta": 0.003},
     "prime": {"process_coef": 0.1},

@@ -76,7 +76,7 @@ def example_view(
     shading = Shading("advantage", max(map(abs, bounds)), is_plain(console))
     reward = segments[-1].reward
     facts = (
-        "unjudged" if reward is None else f"reward {reward:.2f}",
+        "goes on" if segments[-1].finish == "open" else "unjudged" if reward is None else f"reward {reward:.2f}",
         one_line(tree.problem.id),
         f"{len(tokens.texts)} tokens",
         f"advantages {range_of(bounds)}",

@@ -116,7 +116,11 @@ def completion_view(
 def _facts(group: SavedGroup, leaf: int, tokens: Tokens, shading: Shading) -> str:
     segment, average = group.tree.segments[leaf], mean(tokens.values)
     facts = [
-        "unjudged" if segment.reward is None else f"reward {segment.reward:.2f}",
+        "goes on"
+        if segment.finish == "open"
+        else "unjudged"
+        if segment.reward is None
+        else f"reward {segment.reward:.2f}",
         f"{len(tokens.texts)} tokens",
     ]
     if average is not None:
@@ -159,6 +163,8 @@ def _node_label(group: SavedGroup, number: int, column: str, shading: Shading, i
         label.append("  pruned", "italic")
     if segment.finish == "length":
         label.append("  truncated", "italic")
+    if segment.finish == "open":
+        label.append("  goes on", "italic")
     text = shaded(tokens, replace(shading, plain=False), flat=True)
     if group.pruned[number]:
         text.stylize("dim strike")

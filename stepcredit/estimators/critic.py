@@ -166,16 +166,26 @@ class Critic(Estimator):
                 "with --reward.weights, take no k1 penalty and no --credit.bootstrap, or another --critic.loss"
             )
         if math.isfinite(high - low) and not self.form.bounded:
-            self.metrics["critic/outside"] = float(outside.sum() / forest.active.sum().clamp(min=1))
+            self.metrics["critic/outside"] = float(outside.sum() / forest.usable.sum().clamp(min=1))
         return forest.with_token(value_target=target)
 
     def _counted(self, forest: Forest) -> Tensor:
         """[num_tokens] the tokens that it learns from."""
-        return forest.active & _finished(forest) if self.options.learn_from == "finished" else forest.active
+        if self.options.learn_from == "finished":  # of earlier windows, too
+            return forest.usable & _finished(forest)
+        return forest.active
 
     def _learn(self, forest: Forest) -> Forest:
         """The optimiser steps of a batch; adds the values of the only one where there are none yet."""
-        whole = with_source(forest.with_token(counted=self._counted(forest)))
+        counted = self._counted(forest)
+        whole = with_source(forest.with_token(counted=counted))
+        if "past" in forest.segment and "values" in forest.token:  # in a window few completions end
+            ends = torch.zeros(forest.num_segments, dtype=torch.bool)
+            ends[forest.token["segment"][counted]] = True
+            whole = whole.select(ends)
+            self.metrics["critic/learnt_from"] = float(counted.float().mean())
+            if not whole.num_trees:
+                return forest
         norms, losses, values = [], [], torch.zeros(forest.num_tokens)
         for step in self._minibatches(whole):
             count = int(step.token["counted"].sum())

@@ -35,13 +35,20 @@ class OldPolicy(Estimator):
     A sampler that computes with the same weights gives the same numbers up to rounding, so that a pass over all tokens
     can be left out. The first forest is scored to see that it is so, and of later ones a few trees.
 
+    Tokens that older weights have sampled (column `age`) are compared with nothing.
+
     Args:
         source: "forward"; "sampler"; "auto": the sampler, as long as it agrees.
+        as_sampled: tokens of older weights have the sampler's numbers, so that the loss's ratio is to what sampled
+            them. Otherwise importance weights are the ratio of the present weights to these.
     """
 
-    def __init__(self, policy: Policy, temperature: float, max_tokens: int, source: Source = "forward") -> None:
+    def __init__(
+        self, policy: Policy, temperature: float, max_tokens: int, source: Source = "forward", as_sampled: bool = True
+    ) -> None:
         super().__init__()
         self.policy, self.temperature, self.max_tokens, self.source = policy, temperature, max_tokens, source
+        self.as_sampled = as_sampled
         self.compared = False
 
     def observe(self, forest: Forest) -> Forest:
@@ -59,14 +66,17 @@ class OldPolicy(Estimator):
             self._agrees(forest, scores.logprobs)
         if "entropy" not in forest.token:
             forest = forest.with_token(entropy=scores.entropy)
-        return forest.with_token(old_logprobs=scores.logprobs)
+        old = scores.logprobs
+        if self.as_sampled and "age" in forest.token:
+            old = torch.where(forest.token_sampled & ~forest.fresh, forest.token["rollout_logprobs"], old)
+        return forest.with_token(old_logprobs=old)
 
     def _scores(self, forest: Forest) -> TokenScores:
         return score(self.policy, forest, self.temperature, self.max_tokens)
 
     def _agrees(self, forest: Forest, own: Tensor) -> bool:
         """Whether the sampler's log-probabilities can be taken; with "auto" from now on never, once they differ."""
-        gap = (own - forest.token["rollout_logprobs"]).abs()[forest.token_sampled]
+        gap = (own - forest.token["rollout_logprobs"]).abs()[forest.fresh]
         largest, mean = (float(gap.max()), float(gap.mean())) if len(gap) else (0.0, 0.0)
         self.metrics = {"sampler/logprob_diff": largest, "sampler/logprob_diff_mean": mean}
         agrees = largest <= AGREES
@@ -215,7 +225,8 @@ def by_sampler(context: Context) -> OldPolicy:
 
 def _old_policy(context: Context, source: Source) -> OldPolicy:
     config = context.config
-    return OldPolicy(context.policy, config.sampler.temperature, config.optim.max_tokens_per_micro_batch, source)
+    as_sampled, budget = config.objective.importance == "none", config.optim.max_tokens_per_micro_batch
+    return OldPolicy(context.policy, config.sampler.temperature, budget, source, as_sampled)
 
 
 def _own(config: Config, needed: Collection[str]) -> bool:

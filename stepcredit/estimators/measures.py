@@ -25,7 +25,7 @@ def area_under_curve(score: Tensor, right: Tensor) -> float:
 
 
 def value_metrics(forest: Forest, values: Tensor, returns: Tensor) -> dict[str, float]:
-    """How well values fit what came of them, over active tokens.
+    """How well values fit what came of them, over active tokens of completions that have ended.
 
     `critic/explained_variance` is 1 - var(return - value) / var(return), absent where all returns are equal;
     `critic/auc` the chance that a right completion's mean value is above a wrong one's, right by its reward before
@@ -35,7 +35,7 @@ def value_metrics(forest: Forest, values: Tensor, returns: Tensor) -> dict[str, 
     Args:
         values, returns: [num_tokens].
     """
-    rows = forest.active & values.isfinite()
+    rows = forest.active & forest.judged[forest.token["segment"]] & values.isfinite()
     if not bool(rows.any()):
         return {}
     value, target = values[rows].double(), returns[rows].double()

@@ -31,7 +31,9 @@ def run_observers(
     if objective.kl_in_reward or "token_rewards" in config.estimators:
         read["token_rewards"] = "objective.kl.coef" if objective.kl_in_reward else "estimators.token_rewards"
         brought.remove("token_rewards")
-    if objective.given.importance != "none" or sampler.elsewhere or optim.num_epochs * optim.num_minibatches > 1:
+    older = config.sampler.window > 0 and not needs.unfinished  # groups that several versions of the weights sampled
+    several = optim.num_epochs * optim.num_minibatches > 1
+    if objective.given.importance != "none" or sampler.elsewhere or several or older:
         read["old_logprobs"] = "the loss"
     return observers(config, read, brought)
 

@@ -2,7 +2,8 @@
 
     tree     [num_trees]      prompt_start, prompt_length, and what is added: version (of the sampling weights)
     segment  [num_segments]   tree, parent, depth, start, length, is_leaf, sampled, finish, reward, has_reward, mask,
-                              and what a credit function of trees adds: value, kept
+                              what a credit function of trees adds: value, kept; and where completions are sampled in
+                              windows that are trained on one by one, `past`: tokens of earlier windows
     token    [num_tokens]     token_ids, segment, position, and whatever is added: old_logprobs, advantages, weights ...
 
 Rows of a table are in the order of the trees. `segment["parent"]` is a row of the segment table (-1 = the prompt).
@@ -225,12 +226,45 @@ class Forest:
         return judged
 
     @cached_property
-    def active(self) -> Tensor:
-        """[num_tokens] True for tokens that are trained on: sampled, judged, not masked by a shaper, kept by credit."""
-        segment = self.judged & self.segment["mask"] & self.segment["sampled"]
+    def open(self) -> Tensor:
+        """[num_segments] True for leaves of completions that go on in the next iteration."""
+        return self.segment["is_leaf"] & (self.segment["finish"] == FINISH_CODE["open"])
+
+    @cached_property
+    def judged_or_open(self) -> Tensor:
+        """[num_segments] True where a completion through the segment has a reward, or may still get one."""
+        if not bool(self.open.any()):
+            return self.judged
+        either = self.judged | self.open
+        for level in self.levels_deepest_first():
+            either[self.segment["parent"][level[either[level]]]] = True
+        return either
+
+    @cached_property
+    def past(self) -> Tensor:
+        """[num_tokens] True for tokens of earlier windows, which the policy has learnt from already."""
+        if "past" not in self.segment:
+            return torch.zeros(self.num_tokens, dtype=torch.bool)
+        return self.segment["past"][self.token["segment"]]
+
+    @cached_property
+    def fresh(self) -> Tensor:
+        """[num_tokens] True for sampled tokens that are of the weights which learn from them, not of older ones."""
+        return self.token_sampled & (self.token["age"] == 0) if "age" in self.token else self.token_sampled
+
+    @cached_property
+    def usable(self) -> Tensor:
+        """[num_tokens] True for tokens that may be learnt from: sampled, judged or of a completion that goes on, not
+        masked by a shaper, kept by credit."""
+        segment = self.judged_or_open & self.segment["mask"] & self.segment["sampled"]
         if "kept" in self.segment:
             segment = segment & self.segment["kept"]
         return segment[self.token["segment"]]
+
+    @cached_property
+    def active(self) -> Tensor:
+        """[num_tokens] True for tokens that the policy is trained on: usable ones, but for those of earlier windows."""
+        return self.usable & ~self.past
 
     def require_flat(self, what: str) -> None:
         if not self.is_flat:

@@ -140,7 +140,7 @@ def back_up(forest: Forest, values: Tensor, factor: Tensor, end: Tensor) -> Back
     within = _scan(values.double(), link, factor)
     to_end = _scan(torch.where(at_end, factor, 0.0), link, factor)  # product of the factors up to the segment's end
     behind = torch.where(forest.segment["is_leaf"], end.double(), 0.0)
-    parent, judged = forest.segment["parent"], forest.judged
+    parent, judged = forest.segment["parent"], forest.judged_or_open
     for level in forest.levels_deepest_first():
         rows = level[judged[level]]
         first = start[rows]

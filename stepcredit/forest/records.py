@@ -21,6 +21,7 @@ TOKEN_COLUMNS = (
     "ref_logprobs",
     "prm_logprobs",
     "entropy",
+    "age",
     "token_rewards",
     "greedy_return",
     "prefix_value",

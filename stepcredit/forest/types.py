@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from stepcredit.errors import UserError
 
-Finish = Literal["stop", "length", "cut"]
-FINISHES: tuple[Finish, ...] = ("stop", "length", "cut")
+Finish = Literal["stop", "length", "cut", "open"]
+FINISHES: tuple[Finish, ...] = ("stop", "length", "cut", "open")
 
 Message = dict[str, Any]
 
@@ -67,7 +67,8 @@ class Segment:
     Attributes:
         token_ids: at least one token; the sampled stop token is included.
         parent: index of the parent segment in the same tree, -1 for the prompt. Parents come before children.
-        finish: "stop" (a stop token was sampled), "length" (truncated) or "cut" (has children).
+        finish: "stop" (a stop token was sampled), "length" (truncated), "cut" (has children) or "open" (a window of
+            sampling ended here, and the completion goes on in the next iteration).
         sampled: False for tool or user tokens: encoded, never weighted, not counted in lengths or positions.
         reward: outcome of the completion that ends here (leaves only); None means unjudged.
         rewards: the named parts of `reward`.

@@ -60,7 +60,11 @@ class Learner:
         )
 
     def accumulate(
-        self, step: Forest, loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]], whole_trees: bool = False
+        self,
+        step: Forest,
+        loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]],
+        whole_trees: bool = False,
+        beside: tuple[Forest, Callable[[Forest, ScoreFunction], tuple[Tensor, Any]]] | None = None,
     ) -> tuple[list[Forest], list[T]]:
         """Add up the gradient of a step, part by part.
 
@@ -71,14 +75,18 @@ class Learner:
         Args:
             loss: of a part, to be summed over all parts of all processes, with whatever else is to be returned.
             whole_trees: the loss must see all of a tree at once.
+            beside: another forest with a loss of its own, whose gradient is added.
 
         Returns:
-            This process's parts, and what `loss` returned for each.
+            This process's parts, and what `loss` returned for each; behind it what that of `beside` did.
         """
         while True:
             parts = self.policy.parts(step, self.max_tokens, whole_trees)
-            results = self._passes(parts, loss)
-            own = self._smaller(parts, whole_trees) if results is None else None
+            passes = [(part, loss) for part in parts]
+            if beside is not None:
+                passes += [(part, beside[1]) for part in self.policy.parts(beside[0], self.max_tokens)]
+            results = self._passes(passes)
+            own = self._smaller([part for part, _ in passes], whole_trees) if results is None else None
             asked = [own] if self.placement.sharded else self.placement.ranks.gather(own)
             smaller = min((size for size in asked if size is not None), default=None)
             if results is not None and smaller is None:
@@ -96,13 +104,13 @@ class Learner:
                 torch.cuda.empty_cache()
 
     def _passes(
-        self, parts: Sequence[Forest], loss: Callable[[Forest, ScoreFunction], tuple[Tensor, T]]
+        self, passes: Sequence[tuple[Forest, Callable[[Forest, ScoreFunction], tuple[Tensor, T]]]]
     ) -> list[T] | None:
         """A forward and backward for each part; None when out of memory. In shards every process has as many parts."""
         results, ranks = [], self.placement.ranks
         scale = ranks.size if self.placement.sharded else 1  # FSDP2 takes the mean over processes
         try:
-            for part in parts:
+            for part, loss in passes:
                 with ranks.name_missing():
                     value, result = loss(part, self.policy)
                     (value * scale).backward()

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepcredit.section import Decay, Names, Section, split
+from stepcredit.errors import UserError
+from stepcredit.section import Decay, Names, Place, Section, split
 
 
 class AdamWOptions(Section):
@@ -23,6 +24,18 @@ class OptimOptions(AdamWOptions):
     num_epochs: int = Field(1, ge=1)
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     max_nonfinite: int = Field(5, ge=1)  # optimiser steps in a row without a finite gradient, then the run stops
+
+
+class TextOptions(Section):
+    data: Place | None = None  # text file whose next tokens the policy learns in every optimiser step; None: nothing
+    coef: float = Field(1.0, gt=0)  # of the mean loss of a token of the text
+    tokens: int = Field(2048, ge=2)  # of the text in a step, in whole rows
+    length: int = Field(512, ge=2)  # tokens of a row
+
+    def check(self) -> None:
+        """Raise `UserError` for options that do not go together."""
+        if self.data is None and self != type(self)():
+            raise UserError("ptx.coef, tokens and length go with --ptx.data FILE")
 
 
 class LoraOptions(Section):

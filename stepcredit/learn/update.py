@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from stepcredit.forest import Forest
 from stepcredit.learn.learner import Learner, ScoreFunction
 from stepcredit.learn.options import OptimOptions
+from stepcredit.learn.text import PretrainingText
 from stepcredit.losses.objective import Objective, Sums, read_sums
 from stepcredit.policy.batching import unshared_positions
 from stepcredit.seeds import MINIBATCHES, generator, mixed
@@ -20,13 +22,20 @@ class PolicyUpdate:
         learner: of the policy.
         temperature: that the log-probabilities of the loss are of.
         seed: of the run.
+        text: that each optimiser step learns beside the batch; None: none.
     """
 
     def __init__(
-        self, learner: Learner, objective: Objective, given: OptimOptions, temperature: float, seed: int
+        self,
+        learner: Learner,
+        objective: Objective,
+        given: OptimOptions,
+        temperature: float,
+        seed: int,
+        text: PretrainingText | None = None,
     ) -> None:
         self.learner, self.objective, self.given = learner, objective, given
-        self.temperature, self.seed = temperature, seed
+        self.temperature, self.seed, self.text = temperature, seed, text
 
     @property
     def shape(self) -> list[int]:
@@ -58,16 +67,23 @@ class PolicyUpdate:
         whole, step = step, step.select(segments)
         by_node = self.objective.unit == "segment"
         unshared = unshared_positions(whole, segments) if by_node else unshared_positions(step)
-        sums = self._accumulate(step)
+        sums, text = self._accumulate(step)
         finite_loss = all(math.isfinite(float(row.sums["optim/loss"])) for row in sums)
         norm, finite = self.learner.step(finite_loss)
         flags = {"optim/grad_norm": norm, "optim/skipped": 0.0, "optim/nonfinite": float(not finite)}
-        return step_metrics(sums) | flags | {"tokens/unshared": float(unshared)}
+        return step_metrics(sums) | flags | text | {"tokens/unshared": float(unshared)}
 
-    def _accumulate(self, step: Forest) -> list[Sums]:
-        """Add up the gradient of an optimiser step; the sums of its parts, those of all processes."""
-        _, own = self.learner.accumulate(step, self._loss, self._whole_trees)
-        return self._of_all(own)
+    def _accumulate(self, step: Forest) -> tuple[list[Sums], dict[str, float]]:
+        """Add up the gradient of an optimiser step; the sums of its parts, those of all processes, and the metrics of
+        the text."""
+        beside = None if self.text is None else (self.text.next(), self.text.loss)
+        parts, own = self.learner.accumulate(step, self._loss, self._whole_trees, beside)
+        sums = self._of_all(own[: len(parts)])
+        if beside is None:
+            return sums, {}
+        text: list[Any] = own[len(parts) :]
+        total = sum(float(value) for value in text)
+        return sums, {"ptx/loss": sum(self.learner.placement.ranks.gather(total))}
 
     @torch.no_grad()
     def measure(self, forest: Forest) -> dict[str, float]:

@@ -26,7 +26,7 @@ from stepcredit.report.credits import CreditComparison, compare_credits, label_o
 from stepcredit.run.health import replay
 
 SCRIPTS = ("chunk.js", "dom.js", "curves.js", "rollouts.js", "trees.js", "credits.js", "setup.js", "app.js")
-FINISHES = {"stop": 0, "length": 1, "cut": 2}
+FINISHES = {"stop": 0, "length": 1, "cut": 2, "open": 3}
 MIB = 2**20
 
 PANELS = {  # section: metric -> title and unit

@@ -24,6 +24,7 @@ from stepcredit.policy.loading import pick_device
 from stepcredit.processes.ranks import Ranks
 from stepcredit.run.checks import check_combination, check_recorded
 from stepcredit.run.servers import fit_server
+from stepcredit.run.windowed import check_window
 from stepcredit.samplers.params import SamplingParams
 from stepcredit.samplers.table import build_sampler
 from stepcredit.shaping.base import Shaper
@@ -63,8 +64,10 @@ def build_parts(config: Config) -> Parts:
     who = needs_of(credit).flat or f"credit '{config.credit.name}'"
     config.growth.check(flat, who, fitting, len(config.objective.depth_weights))
     config.filter.check()
+    config.ptx.check()
     objective = build_objective(config, flat)
     check_combination(config, credit, objective)
+    check_window(config, credit, objective)
     seen = run_observers(config, credit, objective, shapers)
     check_recorded(config, seen.needed)
     task = build_task(config)

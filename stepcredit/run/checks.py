@@ -173,10 +173,10 @@ def check_agreement(forest: Forest, config: Config, sampling: Traits, policy: Po
             "whether it samples from the model that is trained here; give it to every segment"
         )
     tolerance = config.sampler.server.tolerance or (0.05 if policy.autocast else 0.005)  # bf16, fp32
-    far = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]).abs() * forest.token_sampled
-    mean = float(far.sum() / forest.token_sampled.sum().clamp(min=1))
+    far = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"]).abs() * forest.fresh
+    mean = float(far.sum() / forest.fresh.sum().clamp(min=1))
     if not mean <= tolerance:
-        beyond = float((far[forest.token_sampled] > tolerance).float().mean())
+        beyond = float((far[forest.fresh] > tolerance).float().mean())
         raise UserError(
             f"sampler: log-probabilities of the sampled tokens differ from the trainer's by {mean:.3g} nats on "
             f"average (at most {float(far.max()):.3g}, {beyond:.0%} of the tokens beyond sampler.server.tolerance "

@@ -184,7 +184,10 @@ class Health:
             self.rewards.add(round(metrics["reward/mean"], 6))
         if metrics["credit/outcome_rms"] == 0.0:
             self.idle += 1
-        for name in ("policy/entropy", "completion/length"):
+        watched = ["policy/entropy"]
+        if "window/rows" not in metrics:  # with a window the first completions that end are the short ones
+            watched.append("completion/length")
+        for name in watched:
             if metrics.get(name) is not None:
                 self.first.setdefault(name, metrics[name])
         due = []

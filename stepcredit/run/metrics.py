@@ -18,10 +18,10 @@ def forest_metrics(forest: Forest, config: Config | None = None, sources: Source
         config: of the run, where there is one; with a process reward model it tells what `ref_logprobs` are.
         sources: that have metrics of their own.
     """
-    leaf = forest.segment["is_leaf"]
+    leaf = forest.segment["is_leaf"] & ~forest.open
     judged = leaf & forest.segment["has_reward"]
     reward = forest.segment["reward"][judged]
-    sampled = forest.token_sampled
+    sampled = forest.token_sampled & ~forest.past
     metrics = {
         "reward/mean": _mean(reward),
         "reward/std": _std(reward),
@@ -63,7 +63,7 @@ def forest_metrics(forest: Forest, config: Config | None = None, sources: Source
 
 def _mismatch(forest: Forest, cap: float) -> dict[str, float]:
     """How far the sampler's log-probabilities are from the trainer's of the same tokens."""
-    log_ratio = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[forest.token_sampled]
+    log_ratio = (forest.token["old_logprobs"] - forest.token["rollout_logprobs"])[forest.fresh]
     ratio = log_ratio.exp()
     return {
         "sampler/logprob_diff": float(log_ratio.abs().max()) if len(log_ratio) else 0.0,
@@ -114,7 +114,7 @@ def _siblings(forest: Forest) -> dict[str, float]:
 
 def _by_source(forest: Forest, judged: torch.Tensor, sources: Sources) -> dict[str, float]:
     """Mean reward, length and number of groups of each source that is in the forest."""
-    lengths, leaf = _lengths(forest), forest.segment["is_leaf"]
+    lengths, leaf = _lengths(forest), forest.segment["is_leaf"] & ~forest.open
     labels = [sources.label(problem.source) for problem in forest.problems]
     metrics = {}
     for label in sources.labels:
@@ -145,7 +145,7 @@ def _reward_parts(forest: Forest) -> dict[str, float]:
 def judging_counts(forest: Forest) -> dict[str, float]:
     """Completions, those with a reward and its sum, and those on which a function ran out of time,
     went wrong, or that no function is for."""
-    leaf = forest.segment["is_leaf"]
+    leaf = forest.segment["is_leaf"] & ~forest.open
     judged = leaf & forest.segment["has_reward"]
     failed = [set(detail["extra"].get("failures", {}).values()) for detail in forest.details]
     return {

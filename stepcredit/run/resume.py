@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepcredit.errors import UserError
 from stepcredit.run.observing import restored_states, shaper_state
-from stepcredit.run.source import Position
+from stepcredit.run.source import Position, without_carried
 from stepcredit.run.state import random_state, set_random_state
 from stepcredit.run.work import Work
 from stepcredit.tasks.base import canonical
@@ -21,7 +21,7 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
     """Everything but the weights and the state of the optimisers."""
     state: dict[str, Any] = {
         "iteration": trainer.done,
-        "position": vars(trainer.source.position),
+        "position": trainer.source.position.state_dict(),
         "models": {name: estimator.state_dict() for name, estimator in trainer.estimators.items()},
         "shapers": shaper_state(trainer.parts.shapers, trainer.shaper_states),
         "entropy": trainer.entropy.state_dict(),
@@ -31,6 +31,8 @@ def run_state(trainer: "Trainer") -> dict[str, Any]:
         "data": data_state(trainer),
         "config": trainer.config.model_dump(mode="json", exclude={"run_dir"}),
     }
+    if trainer.policy_update.text is not None:
+        state["text"] = trainer.policy_update.text.state_dict()
     if trainer.work is not None:
         state["work"] = trainer.work.state_dict(trainer.policy_update.shape)
     return state
@@ -54,8 +56,25 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.learner.max_tokens = min(trainer.learner.max_tokens, state["max_tokens"])
     stopped_for_it = state["nonfinite"] >= trainer.config.optim.max_nonfinite
     trainer.nonfinite = 0 if stopped_for_it else state["nonfinite"]
+    if trainer.policy_update.text is not None and "text" in state:
+        trainer.policy_update.text.load_state_dict(state["text"], trainer.config.checkpoint.changed_data)
     if "work" in state:
         trainer.work = Work.from_state(state["work"], trainer.policy_update.shape)
+    if not trainer.config.sampler.window:
+        _leave_out_carried(trainer)
+
+
+def _leave_out_carried(trainer: "Trainer") -> None:
+    """Without a window nothing goes on with completions that the run has carried."""
+    trainer.source.position, lost = without_carried(trainer.source.position)
+    if trainer.work is not None:
+        trainer.work.position, lost = without_carried(trainer.work.position)
+    if lost:
+        log.warning(
+            "--resume: %d completions had not ended, and without sampler.window nothing goes on with them; they are "
+            "left out, their problems too",
+            lost,
+        )
 
 
 def data_state(trainer: "Trainer") -> dict[str, str]:

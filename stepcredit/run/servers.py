@@ -52,6 +52,8 @@ def _against_server(config: Config, placement: Placement, device: torch.device) 
         return "vLLM is not installed"
     if config.model == "embedded":
         return "the embedded model is too small for a server"
+    if given.window:
+        return "sampler.window goes on with completions in their own random numbers"
     if config.growth.name != "flat":
         return "trees go on from keys and values that it keeps"
     if placement.ranks.size > 1:

@@ -15,6 +15,8 @@ import torch
 
 from stepcredit.forest import Forest
 from stepcredit.growth.rollouts import Rollouts
+from stepcredit.growth.window import Carried, to_state
+from stepcredit.growth.window import from_state as carried_of
 from stepcredit.policy.forward import Policy
 from stepcredit.run.clock import Clock
 from stepcredit.run.history import Chosen, History, accuracy, choose, from_state, is_explored, with_groups
@@ -37,16 +39,29 @@ class Position:
         sampled: trees grown so far; numbers their seeds.
         queue: numbers of problems that passed when a batch was full already; they come first next time, sampled afresh.
         history: the last groups of problems by their ids, where the filter goes by them (run/history.py).
+        carried: groups whose completions have not all ended (sampler.window).
     """
 
     drawn: int = 0
     sampled: int = 0
     queue: tuple[int, ...] = ()
     history: History = field(default_factory=dict)
+    carried: tuple[Carried, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in ("drawn", "sampled", "queue", "history")}
+        return state | ({"carried": to_state(self.carried)} if self.carried else {})
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Position":
-        return cls(state["drawn"], state["sampled"], tuple(state["queue"]), from_state(state.get("history", {})))
+        history = from_state(state.get("history", {}))
+        carried = carried_of(state["carried"]) if state.get("carried") else ()
+        return cls(state["drawn"], state["sampled"], tuple(state["queue"]), history, carried)
+
+
+def without_carried(position: Position) -> tuple[Position, int]:
+    """A position without its carried groups, and how many completions of these had not ended."""
+    return replace(position, carried=()), sum(len(group.open) for group in position.carried)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from stepcredit.learn.learner import Learner
 from stepcredit.learn.loading import adapt
 from stepcredit.learn.placement import UNSHARDED, Placement
 from stepcredit.learn.schedule import learning_rate
+from stepcredit.learn.text import load_text
 from stepcredit.learn.update import PolicyUpdate
 from stepcredit.losses.entropy import EntropyControl, with_top_entropy
 from stepcredit.plan.advice import with_fitting_budget
@@ -27,8 +28,9 @@ from stepcredit.run.observing import observe
 from stepcredit.run.preparing import prepare_all
 from stepcredit.run.recorded import held_out_loss, score_of
 from stepcredit.run.resume import restore, run_state
-from stepcredit.run.source import InStep, Source
+from stepcredit.run.source import Source
 from stepcredit.run.tracking import Records, open_tracker
+from stepcredit.run.windowed import build_source
 from stepcredit.run.work import Work
 from stepcredit.samplers.base import rest
 from stepcredit.samplers.table import check_training
@@ -59,10 +61,14 @@ class Trainer:
         optim, train = config.optim, config.train
         self.learner = Learner(placement.place(policy), placement, optim, optim.max_tokens_per_micro_batch)
         self.policy_update = PolicyUpdate(
-            self.learner, parts.objective, optim, self.rollouts.params.temperature, train.seed
+            self.learner,
+            parts.objective,
+            optim,
+            self.rollouts.params.temperature,
+            train.seed,
+            load_text(config.ptx, policy, train.seed),
         )
-        window = config.filter if config.filter.enabled else None
-        self.source: Source = InStep(self.rollouts, train.seed, train.problems_per_iteration, window)
+        self.source: Source = build_source(config, parts.credit, self.rollouts)
         self.ranks, self.stop = placement.ranks, StopRequest(placement.ranks)
         self.shaper_states, self.entropy = fresh_states(parts.shapers), EntropyControl(config.objective)
         self.done, self.resumed, self.preparing = 0, False, 0.0

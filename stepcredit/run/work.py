@@ -39,7 +39,7 @@ class Work:
         """Args: steps: what decides how a batch becomes optimiser steps."""
         return {
             "forest": self.forest.state_dict(),
-            "position": vars(self.position),
+            "position": self.position.state_dict(),
             "seconds": self.clock.seconds,
             "observed": self.observed,
             "learnt": self.learnt,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stepcredit.forest.types import Segment
 from stepcredit.samplers.options import SamplerOptions
-from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.params import SamplingParams, Stream
 
 if TYPE_CHECKING:
     from stepcredit.policy.forward import Policy
@@ -42,6 +42,21 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
+class SamplerInWindows(Sampler, Protocol):
+    """One that goes on with completions (trait `goes_on`)."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+        num_reusable: Callable[[list[int]], int] | None = None,
+        streams: Sequence[Stream] | None = None,
+    ) -> list[list[Segment]]: ...
+
+
 Builder = Callable[..., Sampler]
 
 
@@ -68,6 +83,7 @@ class Traits:
         copies_when_sharded: it holds an unsharded copy of the policy on each GPU when the policy is sharded.
         why_no_logprobs: from the options, why segments come without `rollout_logprobs`, and what to do; else empty.
         other_model: what to look for when its log-probabilities are not the trainer's.
+        goes_on: `sample` takes `streams`, so that it can go on with completions (sampler.window).
     """
 
     columns: tuple[str, ...] = ("rollout_logprobs",)
@@ -75,6 +91,7 @@ class Traits:
     copies_when_sharded: bool = False
     why_no_logprobs: Callable[[SamplerOptions], str] = always_there
     other_model: str = OTHER_MODEL
+    goes_on: bool = False
 
 
 def sampler(
@@ -83,9 +100,10 @@ def sampler(
     copies_when_sharded: bool,
     why_no_logprobs: Callable[[SamplerOptions], str] = always_there,
     other_model: str = OTHER_MODEL,
+    goes_on: bool = False,
 ) -> Callable[[Builder], Builder]:
     """Declare the `Traits` of the sampler that a builder makes."""
-    traits = Traits(columns, elsewhere, copies_when_sharded, why_no_logprobs, other_model)
+    traits = Traits(columns, elsewhere, copies_when_sharded, why_no_logprobs, other_model, goes_on)
 
     def declare(builder: Builder) -> Builder:
         builder.traits = traits  # type: ignore[attr-defined]

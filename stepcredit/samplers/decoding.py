@@ -20,7 +20,7 @@ from stepcredit.policy.decoding import CachedRows, ForestRows
 from stepcredit.policy.forward import Policy
 from stepcredit.policy.paged_rows import PagedRows
 from stepcredit.samplers.drawing import draw
-from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.params import SamplingParams, Stream
 from stepcredit.samplers.prefix_cache import Prefix, PrefixCache
 from stepcredit.seeds import generator
 
@@ -37,7 +37,7 @@ class Decoding(ABC):
 
     Args:
         rows: what computes them.
-        prefix_cache: of earlier calls; num_reusable: as in `sample`.
+        prefix_cache: of earlier calls; num_reusable, streams: as in `sample`.
 
     Attributes:
         waiting: completions that have not begun.
@@ -58,12 +58,16 @@ class Decoding(ABC):
         on_progress: Callable[[int], None],
         prefix_cache: PrefixCache,
         num_reusable: Callable[[list[int]], int] | None,
+        streams: Sequence[Stream] | None = None,
     ) -> None:
+        if streams is not None and n != 1:
+            raise ValueError(f"streams are of single completions, and n is {n}")
         policy.check_length(max((len(prompt) + most for prompt, most in zip(prompts, limits, strict=True)), default=0))
         self.batch: Any = rows
         self.prompts, self.n, self.params, self.seeds = prompts, n, params, seeds
         self.max_rows, self.on_progress = max_rows, on_progress
         self.prefix_cache, self.num_reusable = prefix_cache, num_reusable
+        self.streams = streams
         self.device, self.total, self.longest = policy.device, len(prompts) * n, max(limits, default=0)
         self.stop = policy.stop_token_ids if params.stop_token_ids is None else list(params.stop_token_ids)
         self.limit = np.repeat(np.asarray(limits, dtype=np.int64), n)  # most tokens of each completion
@@ -96,7 +100,9 @@ class Decoding(ABC):
 
     def _noise(self, prompt: int) -> np.ndarray:
         """[n, most tokens] the uniform numbers of a prompt's completions, from its seed."""
-        return generator(self.seeds[prompt]).random((self.longest, self.n), dtype=np.float32).T
+        number, of, used = (0, self.n, 0) if self.streams is None else self.streams[prompt]
+        noise = generator(self.seeds[prompt]).random((used + self.longest, of), dtype=np.float32)[used:].T
+        return noise if self.streams is None else noise[number : number + 1]
 
     def _prefixes(self, prompts: Sequence[Prompt]) -> dict[Prompt, Prefix]:
         """The prefixes of prompts; those that are not cached are encoded."""

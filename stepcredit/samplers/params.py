@@ -1,5 +1,7 @@
 """How tokens are drawn; the same words mean the same for every sampler."""
 
+from typing import NamedTuple
+
 from pydantic import ConfigDict, Field
 
 from stepcredit.section import Ids, Section
@@ -18,3 +20,16 @@ class SamplingParams(Section):
     def truncates(self) -> bool:
         """True when tokens are drawn from less than the full distribution."""
         return self.top_p < 1.0 or self.top_k > 0
+
+
+class Stream(NamedTuple):
+    """The random numbers that a completion draws from, where it is sampled alone or goes on.
+
+    Attributes:
+        number, of: it is completion `number` of `of` that have one seed.
+        used: tokens that it has already.
+    """
+
+    number: int
+    of: int
+    used: int = 0

@@ -20,7 +20,7 @@ from stepcredit.samplers.base import sampler
 from stepcredit.samplers.decoding import Decoding, GrowingDecoding
 from stepcredit.samplers.machine import PagedMachine
 from stepcredit.samplers.paged import PagedDecoding
-from stepcredit.samplers.params import SamplingParams
+from stepcredit.samplers.params import SamplingParams, Stream
 from stepcredit.samplers.prefix_cache import PrefixCache
 
 log = logging.getLogger("stepcredit")
@@ -92,6 +92,7 @@ class TransformersSampler:
         seeds: Sequence[int],
         limits: Sequence[int] | None = None,
         num_reusable: Callable[[list[int]], int] | None = None,
+        streams: Sequence[Stream] | None = None,
     ) -> list[list[Segment]]:
         """Draw `n` completions of each prompt.
 
@@ -102,6 +103,8 @@ class TransformersSampler:
             num_reusable: from the token ids of a completion, how many of them (from its first on) later prompts may
                 begin with, after this prompt. Their keys and values are cached until `sync`, so that such a prompt is
                 not encoded again. Only with scoring form "forest"; otherwise it has no effect.
+            streams: with n 1: which random numbers each completion draws from. One that ended at a limit goes on as it
+                would have without, given its prompt with its tokens behind it, its seed and its place.
 
         Returns:
             For each prompt `n` segments with the stop token included, and the columns `rollout_logprobs` (of the full
@@ -119,7 +122,7 @@ class TransformersSampler:
             prefix_cache, num_reusable = PrefixCache(), None
         given = (
             *(self.policy, prompts, n, params, seeds, limits, self.max_rows, self.on_progress),
-            *(prefix_cache, num_reusable),
+            *(prefix_cache, num_reusable, streams),
         )
         with self.policy.autocast_context():
             machine = self._machine() if self.policy.scoring_form == "forest" else None
@@ -153,7 +156,7 @@ class TransformersSampler:
         return self.machine
 
 
-@sampler(columns=("rollout_logprobs", "entropy"), elsewhere=False, copies_when_sharded=True)
+@sampler(columns=("rollout_logprobs", "entropy"), elsewhere=False, copies_when_sharded=True, goes_on=True)
 def build(config: Config, policy: Policy, placement: Placement) -> TransformersSampler:
     """The decode loop, with the policy itself or, if that will be sharded, an unsharded copy of it."""
     given = config.sampler

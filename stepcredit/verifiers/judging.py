@@ -122,14 +122,15 @@ class Judge:
     def __call__(self, forest: Forest) -> Forest:
         """The forest with `reward` and `has_reward` on its leaves, and each function's value in `details`.
 
-        A function's None is left out of the sum; a completion that all functions leave out stays unjudged. Rewards
-        inside completions become the token column `token_rewards`.
+        Completions that go on in the next iteration are not judged. A function's None is left out of the sum; a
+        completion that all functions leave out stays unjudged. Rewards inside completions become the token column
+        `token_rewards`.
 
         Raises:
             UserError: a function that has never worked failed on all completions of several problems, or one failed on
                 any under "raise".
         """
-        leaves = forest.segment["is_leaf"].nonzero().squeeze(1).tolist()
+        leaves = (forest.segment["is_leaf"] & ~forest.open).nonzero().squeeze(1).tolist()
         problems = [forest.problems[int(forest.segment["tree"][leaf])] for leaf in leaves]
         ids = [completion_ids(forest, leaf) for leaf in leaves]
         ends = prompt_ends(forest, self._tokenizer)

@@ -170,7 +170,7 @@ function question(group) {
 
 function completionCard(chunk, group, leaf, column, scale) {
   const node = group.nodes[leaf], [mark, word, kind] = verdict(node.reward), number = group.leaves.indexOf(leaf) + 1;
-  const head = el("header", {}, el("span", {class: `verdict ${kind}`}, `${mark} ${word}`), el("span", {}, `reward ${short(node.reward)}`), el("span", {}, `${lengthOf(chunk, group, leaf)} tokens`), node.finish === 1 ? el("b", {}, "truncated") : null, node.masked ? el("b", {}, "masked") : null, el("span", {style: {"margin-left": "auto"}}, `#${number}`));
+  const head = el("header", {}, el("span", {class: `verdict ${kind}`}, `${mark} ${word}`), el("span", {}, `reward ${short(node.reward)}`), el("span", {}, `${lengthOf(chunk, group, leaf)} tokens`), node.finish === 1 ? el("b", {}, "truncated") : node.finish === 3 ? el("b", {}, "goes on") : null, node.masked ? el("b", {}, "masked") : null, el("span", {style: {"margin-left": "auto"}}, `#${number}`));
   return el("article", {class: "card completion", "aria-label": `completion ${number}, ${word}`}, head, stepRows(chunk, group, leaf, column, scale, state.layout === "running"));
 }
 
