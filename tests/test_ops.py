@@ -8,7 +8,7 @@ from builders import random_forest, random_trees
 from reference_credit import paths
 
 from stepcredit.errors import UserError
-from stepcredit.forest import Forest
+from stepcredit.forest import Forest, ops
 from stepcredit.forest.ops import (
     KL_ESTIMATORS,
     cumsum_along_path,
@@ -107,6 +107,68 @@ def test_long_paths_are_summed_to_their_ends():
     ones = torch.ones(1000)
     assert cumsum_along_path(forest, ones).tolist() == list(range(1, 1001))
     assert sum_to_end(forest, ones).tolist() == list(range(1000, 0, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["flat", "with tools"])
+def test_sums_by_shifts_are_those_by_jumps_to_the_last_bit(kind, dtype, monkeypatch):
+    """Chains of neighbours are summed without indices: the same terms in the same order, signs of zeros included."""
+    forests = [Forest.from_trees(random_trees(seed, "flat", columns=())) for seed in range(5)]
+    if kind == "with tools":
+        forests = [Forest.from_trees([with_tools(seed) for seed in range(4)])]
+    values = [torch.randn(each.num_tokens, dtype=dtype, generator=generator(1)) for each in forests]
+    for each in values:
+        each[::4] = -0.0
+
+    def sums():
+        return [
+            result
+            for forest, value in zip(forests, values, strict=True)
+            for result in (
+                cumsum_along_path(forest, value),
+                ops.last_sampled(forest, value),
+                *(sum_to_end(forest, value, discount) for discount in (1.0, 0.9, 0.0)),
+            )
+        ]
+
+    by_shifts = sums()
+    shifted = []
+    monkeypatch.setattr(ops, "_scan_neighbours", lambda *given, **how: shifted.append(given))
+    sums()
+    assert len(shifted) == len(by_shifts)  # nothing else was summed by jumps
+    monkeypatch.undo()
+    scan = ops._scan
+    monkeypatch.setattr(ops, "_scan", lambda value, link, factor=None: _by_jumps(scan, value, link, factor))
+    for one, other in zip(by_shifts, sums(), strict=True):
+        assert torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
+
+
+def with_tools(seed: int) -> Tree:
+    """Completions of three segments, one behind the other, the middle one not sampled."""
+    lengths = torch.randint(1, 9, (4, 3), generator=generator(seed)).tolist()
+    segments = []
+    for first, second, third in lengths:
+        at = len(segments)
+        segments += [Segment([1] * first, finish="cut"), Segment([2] * second, parent=at, sampled=False, finish="cut")]
+        segments += [Segment([3] * third, parent=at + 1, reward=1.0)]
+    return Tree(Problem(id=str(seed)), [1], segments)
+
+
+def _by_jumps(scan, values, link, factor):
+    """The same chains between two rows that link over them, so that not all links are neighbours."""
+    last = len(values) + 1
+    link = torch.cat([torch.tensor([last]), torch.where(link < 0, -1, link + 1), torch.tensor([-1])])
+    pad = values.new_zeros(1)
+    factor = None if factor is None else torch.cat([pad, factor, pad])
+    return scan(torch.cat([pad, values, pad]), link, factor)[1:-1]
+
+
+@pytest.mark.parametrize("low, high, size", [(0, 5, 40), (0, 10**6, 40), (-3, 5, 40), (7, 8, 3), (0, 1, 0)])
+def test_keys_are_numbered_as_sorting_does(low, high, size):
+    keys = torch.randint(low, high, (size,), generator=generator(2))
+    unique, inverse = keys.unique(return_inverse=True)
+    numbers, count = ops._group_ids((keys,))
+    assert numbers.equal(inverse) and count == len(unique)
 
 
 def test_path_sums_are_fp32_and_leave_their_input_alone():

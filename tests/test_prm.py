@@ -52,6 +52,18 @@ def test_at_first_it_is_the_reference():
         assert done.token["process"].abs().max() == 0
 
 
+def test_judging_teaches_nothing():
+    """It gives what a model that does not learn gives, and leaves weights and the order of minibatches alone."""
+    forest, model, still = observed(), prm(), prm(update="none")
+    before = weights(model)
+    judged = model.judge(forest)
+    assert judged.token["prm_logprobs"].equal(still.observe(forest).token["prm_logprobs"])
+    assert model.metrics == still.metrics and model.batches == 0
+    assert all(map(torch.equal, weights(model), before))
+    model.observe(forest)
+    assert not all(map(torch.equal, weights(model), before)) and model.batches == 1
+
+
 @pytest.mark.parametrize("max_tokens", [8, 4096])
 @pytest.mark.parametrize("kind", ["flat", "chain"])
 def test_the_gradient_is_that_of_plain_autograd(kind, max_tokens, monkeypatch):

@@ -135,12 +135,13 @@ def _forest(
     """
     names, group_of = _numbered(groups)
     order = group_of.sort(stable=True).indices
-    length = mask.sum(1)[order]
-    tree = group_of[order]
+    length = mask.sum(1)
+    cells = mask.flatten().nonzero().squeeze(1)
+    if not bool((order[1:] > order[:-1]).all()):  # rows of a group do not stand together
+        cells = _rows_of(cells, length, order)
+    length, tree = length[order], group_of[order]
+    start = length.cumsum(0) - length
     token_row = torch.arange(len(mask)).repeat_interleave(length)
-    within = mask.long().cumsum(1) - 1
-    sorted_mask = mask[order]
-    cells = (order[:, None] * mask.shape[1] + torch.arange(mask.shape[1]))[sorted_mask]
     none = torch.zeros(len(names), dtype=torch.long)
     reward = rewards[order]
     segments = Table(
@@ -149,7 +150,7 @@ def _forest(
             "tree": tree,
             "parent": torch.full_like(tree, -1),
             "depth": torch.zeros_like(tree),
-            "start": length.cumsum(0) - length,
+            "start": start,
             "length": length,
             "is_leaf": torch.ones_like(tree, dtype=torch.bool),
             "sampled": torch.ones_like(tree, dtype=torch.bool),
@@ -162,8 +163,11 @@ def _forest(
     tokens = {
         "token_ids": torch.zeros_like(token_row),
         "segment": token_row,
-        "position": within[order][sorted_mask],
-        **{column: values.detach().to(mask.device)[order][sorted_mask] for column, values in columns.items()},
+        "position": torch.arange(len(token_row)) - start.index_select(0, token_row),
+        **{
+            column: values.detach().to(mask.device).reshape(-1).index_select(0, cells)
+            for column, values in columns.items()
+        },
     }
     forest = Forest(
         problems=tuple(Problem(question="", answer=None, id=str(each)) for each in names),
@@ -175,6 +179,18 @@ def _forest(
         tree_extra=({},) * len(names),
     )
     return forest, cells
+
+
+def _rows_of(values: Tensor, length: Tensor, order: Tensor) -> Tensor:
+    """Rows of values, one after the other, in another order.
+
+    Args:
+        length: of each row.
+    """
+    start = (length.cumsum(0) - length)[order]
+    length = length[order]
+    behind = start - (length.cumsum(0) - length)  # where a row's values stand, less where they shall
+    return values[torch.arange(len(values)) + behind.repeat_interleave(length)]
 
 
 def _numbered(groups: Sequence[Hashable] | Tensor) -> tuple[list[Hashable], Tensor]:

@@ -11,8 +11,8 @@ docs/trl.md. Tested with TRL 1.16, whose private methods it overrides: a name th
 
 import inspect
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from stepcredit.adapters.rows import credit_parts, flat_credit
+from stepcredit.adapters.token_rewards import TokenRewards, token_rewards
+from stepcredit.adapters.trl_prm import FOLDER, RewardModel
 from stepcredit.credit.base import CreditFunction, needs_of
 from stepcredit.errors import UserError
 
@@ -32,6 +34,8 @@ try:
     from trl.trainer.utils import use_adapter
 except ImportError as error:
     raise UserError(f"the adapter of TRL needs TRL {TESTED} (pip install 'stepcredit[trl]'): {error}") from error
+
+__all__ = ["CreditGRPOTrainer", "TokenRewards", "token_rewards"]
 
 log = logging.getLogger("stepcredit")
 
@@ -55,6 +59,8 @@ METHODS = {
         *("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
         *EXTRA_INPUTS,
     ),
+    "_save_optimizer_and_scheduler": ("output_dir",),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 ATTRIBUTES = (
     "_logs",
@@ -73,51 +79,8 @@ ATTRIBUTES = (
     "reward_weights",
 )
 OUTPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
-COLUMNS = ("old_logprobs", "ref_logprobs", "token_rewards", "token_ids")
+COLUMNS = ("old_logprobs", "ref_logprobs", "token_rewards", "token_ids", "prm_logprobs")
 MAX_PARTS = 16  # numbers of a completion in the table of completions
-
-
-class TokenRewards:
-    """A reward function that returns, for each completion, a number for each of its tokens, or None.
-
-        @token_rewards
-        def steps(completion_ids, **kwargs):
-            return [[0.1 if token == STEP else 0.0 for token in ids] for ids in completion_ids]
-
-    TRL gets the sums, for its metrics. The numbers reach the credit function as `token_rewards`, times the weight that
-    TRL has for the function in `reward_weights`.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-            raise UserError(f"token_rewards: '{self.__name__}' is async; give a plain function")
-        self.function = function
-        self.last: list[list[float] | None] = []
-
-    def __call__(self, **given: Any) -> list[float | None]:
-        ids = given["completion_ids"]
-        values = list(self.function(**given))
-        if len(values) != len(ids):
-            raise UserError(f"{self.__name__} returned {len(values)} lists; expected {len(ids)}, one a completion")
-        self.last = [
-            None if row is None else self._row(number, row, len(tokens))
-            for number, (row, tokens) in enumerate(zip(values, ids, strict=True))
-        ]
-        return [None if row is None else math.fsum(row) for row in self.last]
-
-    def _row(self, number: int, row: Any, length: int) -> list[float]:
-        if not hasattr(row, "__len__"):
-            raise UserError(f"{self.__name__} returned {row!r:.40} for completion {number}; expected a list of numbers")
-        row = [float(value) for value in row]
-        if len(row) != length:
-            raise UserError(f"{self.__name__} returned {len(row)} numbers for completion {number} of {length} tokens")
-        if not all(map(math.isfinite, row)):
-            raise UserError(f"{self.__name__}: a number for completion {number} is not finite")
-        return row
-
-
-token_rewards = TokenRewards
 
 
 class _Scored(NamedTuple):
@@ -135,9 +98,16 @@ class CreditGRPOTrainer(GRPOTrainer):
     which every reward function returned None; they are in no baseline and get 0). With `log_completions` the table has
     the column `token_advantages`, and its advantage is the mean over the tokens.
 
+    A credit that reads `prm_logprobs`, such as `prime`, has a process reward model that learns beside the policy; it is
+    in TRL's checkpoints, and its metrics are `prm/...`.
+
     Args:
         credit: name of a credit function of completions, or `module.function` or `file.py:function` of your own.
         credit_options: its options.
+        prm: options of the process reward model, those of `prm.*` in a config of this package.
+
+    Attributes:
+        reward_model: the process reward model (`RewardModel`); None where the credit reads none.
 
     Raises:
         UserError: the credit does not exist, is one of trees, reads what TRL does not have, has other options, or
@@ -154,11 +124,16 @@ class CreditGRPOTrainer(GRPOTrainer):
         *others: Any,
         credit: str = "spro",
         credit_options: Mapping[str, Any] | None = None,
+        prm: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> None:
         _check_methods()
         self.credit, self.credit_options = credit, dict(credit_options or {})
-        self.needs = needs_of(_supported(credit, self.credit_options)).columns
+        function = _supported(credit, self.credit_options)
+        self.needs = needs_of(function).columns
+        judged = "prm_logprobs" in self.needs
+        if prm is not None and not judged:
+            raise UserError(f"prm: credit '{credit}' reads no process reward model; leave prm out")
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = GRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
@@ -166,7 +141,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         beta = args.beta
         try:
             # TRL makes a reference only for its KL term; it is made the same way for the credit alone.
-            args.beta = beta or float("ref_logprobs" in self.needs)
+            args.beta = beta or float("ref_logprobs" in self.needs and not judged)
             super().__init__(model, reward_funcs, args, *others, **named)
         finally:
             args.beta = beta
@@ -175,8 +150,12 @@ class CreditGRPOTrainer(GRPOTrainer):
         if missing:
             raise UserError(_gone(f"GRPOTrainer.{missing[0]}"))
         if self.accelerator.is_main_process:
-            _tell(credit, args)
+            _tell(credit, judged, args)
         self._scored: _Scored | None = None
+        self.reward_model: RewardModel | None = None
+        if judged:
+            own = (self.credit_options, prm or {}, args, self.accelerator)
+            self.reward_model = RewardModel(self.model, self._tokenizer, credit, function, *own)
 
     # ------------------------------------------------------------------ what TRL calls
 
@@ -197,11 +176,23 @@ class CreditGRPOTrainer(GRPOTrainer):
             raise UserError(_gone(f"'{missing[0]}' of a batch" if missing else "the call of _calculate_rewards"))
         rewards, columns = self._rewards(output), self._columns(output)
         mask = _mask(output)
+        kept = self._ended(mask.device) if masks_truncated else torch.ones_like(mask[:, 0])
+        read = self._judged(output, mask, rewards, kept, columns)
         if masks_truncated:
-            self._mask_truncated(output)
-        self._replace_advantages(output, rewards, mask, columns)
+            self._mask_truncated(output, kept)
+        self._replace_advantages(output, rewards, mask, columns, read)
         self._scored = None
         return output
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.reward_model is not None:
+            self.reward_model.save(Path(output_dir) / FOLDER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.reward_model is not None and checkpoint is not None:
+            self.reward_model.load(Path(checkpoint) / FOLDER)
 
     # ------------------------------------------------------------------ what the credit function reads
 
@@ -217,15 +208,31 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _columns(self, output: dict[str, Any]) -> dict[str, Tensor]:
         """[B, T] each, of this process."""
         columns = {"token_ids": output["completion_ids"]}
-        if "old_logprobs" in self.needs:
+        judge = self.reward_model
+        if "old_logprobs" in self.needs or (judge is not None and judge.reference is None):
             old = output.get("old_per_token_logps")
             columns["old_logprobs"] = self._logprobs(self.model, output) if old is None else old
-        if "ref_logprobs" in self.needs:
+        if "ref_logprobs" in self.needs and judge is None:
             reference = output.get("ref_per_token_logps")
             columns["ref_logprobs"] = self._reference_logprobs(output) if reference is None else reference
         if any(isinstance(one, TokenRewards) for one in self.reward_funcs):
             columns["token_rewards"] = self._token_rewards(output)
         return columns
+
+    def _judged(
+        self, output: dict[str, Any], mask: Tensor, rewards: Tensor, kept: Tensor, columns: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the process reward model gives, [N, T] each of all processes. It learns in training alone."""
+        if self.reward_model is None:
+            return {}
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        old = columns.get("old_logprobs")
+        read = self.reward_model.columns(output, mask, rewards, kept == 0, old, group_size, learns=training)
+        metrics = self._metrics["train" if training else "eval"]
+        for name, value in self.reward_model.metrics.items():
+            metrics[name].append(value)
+        return read
 
     def _logprobs(self, model: Any, output: dict[str, Any]) -> Tensor:
         """[B, T] log-probabilities of the completions, by TRL's own forward."""
@@ -273,21 +280,27 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------ what becomes of it
 
-    def _mask_truncated(self, output: dict[str, Any]) -> None:
-        """Take completions without an end out of the loss and its divisor, as TRL's option says."""
+    def _ended(self, device: torch.device) -> Tensor:
+        """[B] 1 for completions with an end, 0 for truncated ones."""
         assert self._scored is not None
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        ended = [ids[-1] in ends for ids in self._scored.completion_ids]
-        kept = torch.tensor(ended, device=output["completion_mask"].device).long()[:, None]
+        return torch.tensor([ids[-1] in ends for ids in self._scored.completion_ids], device=device).long()
+
+    def _mask_truncated(self, output: dict[str, Any], kept: Tensor) -> None:
+        """Take completions without an end out of the loss and its divisor, as TRL's option says."""
         for name in ("completion_mask", "tool_mask"):
             if name in output:
-                output[name] = output[name] * kept
+                output[name] = output[name] * kept[:, None]
         output["num_items_in_batch"] = self.accelerator.gather(_mask(output).sum()).sum()
 
     def _replace_advantages(
-        self, output: dict[str, Any], rewards: Tensor, mask: Tensor, columns: dict[str, Tensor]
+        self, output: dict[str, Any], rewards: Tensor, mask: Tensor, columns: dict[str, Tensor], read: dict[str, Tensor]
     ) -> None:
-        """Credit of the groups of all processes, since one may be spread over several; each keeps its own rows."""
+        """Credit of the groups of all processes, since one may be spread over several; each keeps its own rows.
+
+        Args:
+            read: columns of all processes already.
+        """
         number, width = mask.shape
         whole = self._gather(mask)
         training = self.model.training
@@ -297,7 +310,7 @@ class CreditGRPOTrainer(GRPOTrainer):
             torch.arange(len(whole)) // group_size,
             whole,
             rewards,
-            {name: self._gather(columns[name]) for name in sorted(columns)},
+            {name: self._gather(columns[name]) for name in sorted(columns)} | read,
             self.credit_options,
         )
         trained = self._gather(_mask(output)).bool()
@@ -378,11 +391,6 @@ def _check_methods() -> None:
 def _supported(credit: str, options: Mapping[str, Any]) -> CreditFunction:
     function = flat_credit(credit, options)
     missing = [name for name in needs_of(function).columns if name not in COLUMNS]
-    if "prm_logprobs" in missing:
-        raise UserError(
-            f"credit '{credit}' reads a process reward model that learns beside the policy, which TRL has no place "
-            "for; 'stepcredit train --algorithm prime' trains one"
-        )
     if missing:
         raise UserError(f"credit '{credit}' reads '{missing[0]}'; with TRL there are {', '.join(COLUMNS)}")
     return function
@@ -410,8 +418,10 @@ def _check_options(credit: str, args: Any) -> None:
             )
 
 
-def _tell(credit: str, args: Any) -> None:
+def _tell(credit: str, judged: bool, args: Any) -> None:
     if not trl.__version__.startswith(f"{TESTED}."):
         log.warning("TRL is %s; the adapter was tested with %s", trl.__version__, TESTED)
     if args.scale_rewards != "group" and (credit, args.scale_rewards) != ("dr_grpo", "none"):
         log.warning("scale_rewards='%s' is not read: credit '%s' sets the scale", args.scale_rewards, credit)
+    if judged and args.save_only_model and args.save_strategy != "no":
+        log.warning("save_only_model: checkpoints have no process reward model; trainer.reward_model.save writes it")

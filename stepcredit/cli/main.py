@@ -24,6 +24,7 @@ stepcredit: reinforcement learning of LLM reasoning with credit for every step
   stepcredit tasks      the tasks of reasoning-gym: options, levels, examples
   stepcredit prepare    values of prompts from samples of a reference, for A*-PO
   stepcredit plan       memory that a run takes on each GPU, and what fits
+  stepcredit config     a config of TRL or verl as one of ours
   stepcredit merge      one model of LoRA adapters and their base
   stepcredit convert    a GGUF file as a folder that can be trained
   stepcredit warmstart  build the embedded base model anew
@@ -137,6 +138,12 @@ def _plan(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _config(words: Sequence[str]) -> int:
+    from stepcredit.cli.config import main
+
+    return main(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
@@ -149,6 +156,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": _compare,
     "prepare": _prepare,
     "plan": _plan,
+    "config": _config,
     "algorithms": _algorithms,
     "tasks": _tasks,
     "merge": _merge,

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,21 +80,29 @@ class ImplicitPRM(Estimator):
         Raises:
             UserError: a reward outside [0, 1], or the memory does not hold a completion.
         """
+        observed = self._observe(forest, self.options.update)
+        self.batches += 1
+        return observed
+
+    def judge(self, forest: Forest) -> Forest:
+        """`observe` without learning from the forest, whatever the options say."""
+        return self._observe(forest, "none")
+
+    def _observe(self, forest: Forest, update: str) -> Forest:
         forest.require_flat("the process reward model")
         outcome = _outcomes(forest)
         first = None
-        if self.options.update == "none" or self.options.num_minibatches > 1:
+        if update == "none" or self.options.num_minibatches > 1:
             first = self._score(forest)
         self.metrics = {}
-        if self.options.update != "none":
-            found = self._learn(forest, outcome)
-            first = found if first is None else first
+        if update != "none":
+            learnt = self._learn(forest, outcome)
+            first = learnt if first is None else first
         assert first is not None
-        self.batches += 1
         leaf, label = outcome
         logit = self.beta * sums(forest, first - forest.token["ref_logprobs"])[leaf]
         self.metrics |= prediction_metrics(logit, label)
-        return forest.with_token(prm_logprobs=self._score(forest) if self.options.update == "before" else first)
+        return forest.with_token(prm_logprobs=self._score(forest) if update == "before" else first)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches, "max_tokens": self.learner.max_tokens}
@@ -195,9 +203,14 @@ def prm_beta(config: Config) -> float:
 
 
 def _beta(term: Term) -> float:
-    parameter = inspect.signature(term.function).parameters.get("beta")
+    return beta_of(term.function, term.options)
+
+
+def beta_of(function: Callable[..., Any], options: Mapping[str, Any]) -> float:
+    """That of a credit function with these options, its default included; the paper's for one that has none."""
+    parameter = inspect.signature(function).parameters.get("beta")
     default = parameter.default if parameter and isinstance(parameter.default, (int, float)) else BETA
-    return float(term.options.get("beta", default))
+    return float(options.get("beta", default))
 
 
 def sums(forest: Forest, values: Tensor) -> Tensor:

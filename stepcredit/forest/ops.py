@@ -13,6 +13,7 @@ from stepcredit.forest import Forest
 SAME = (
     1e-6  # smaller differences are rounding: of rewards such as 0.1, of sums of many, or of means over unlike branches
 )
+MOST_EMPTY = 4  # times as many possible keys as rows: beyond it keys are sorted rather than counted
 MAX_LOG_RATIO = 20.0  # beyond it exp() of a log-ratio only overflows: the ratio is 5e8
 
 
@@ -78,10 +79,16 @@ def spread_by(values: Tensor, key: Tensor, where: Tensor | None = None) -> Tenso
 
 
 def _group_ids(keys: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    """The number of each row's combination of keys, in ascending order, and how many there are."""
     combined = keys[0]
     for key in keys[1:]:
         num_values = int(key.max()) + 1 if len(key) else 1
         combined = combined * num_values + key
+    countable = combined.dtype == torch.long and len(combined) > 0
+    if countable and int(combined.min()) >= 0 and int(combined.max()) < MOST_EMPTY * len(combined):
+        present = torch.zeros(int(combined.max()) + 1, dtype=torch.bool).index_fill_(0, combined, True)
+        numbers = present.long().cumsum(0) - 1
+        return numbers.index_select(0, combined), int(numbers[-1]) + 1
     unique, inverse = combined.unique(return_inverse=True)
     return inverse, len(unique)
 
@@ -96,7 +103,7 @@ def cumsum_along_path(forest: Forest, values: Tensor) -> Tensor:
         [num_tokens].
     """
     values = _at_least_fp32(values)
-    return _scan(values, forest.previous_token, torch.ones_like(values))
+    return _scan(values, forest.previous_token)
 
 
 def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
@@ -106,7 +113,7 @@ def sum_to_end(forest: Forest, values: Tensor, discount: float = 1.0) -> Tensor:
     of a branching tree has several ends).
     """
     values = _at_least_fp32(values)
-    factor = torch.where(forest.token_sampled, discount, 1.0).to(values.dtype)
+    factor = None if discount == 1.0 else torch.where(forest.token_sampled, discount, 1.0).to(values.dtype)
     return _scan(values, forest.next_token, factor)
 
 
@@ -160,16 +167,50 @@ def _at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _scan(values: Tensor, link: Tensor, factor: Tensor) -> Tensor:
-    """y = x + factor * y[link] along the chains of `link` (row of the next one, -1 at the end) by pointer jumping."""
-    total, factor, link = values.clone(), factor.clone(), link.clone()
+def _scan(values: Tensor, link: Tensor, factor: Tensor | None = None) -> Tensor:
+    """y = x + factor * y[link] along the chains of `link` (row of the next one, -1 at the end) by pointer jumping.
+
+    Where every row's next one is its neighbour, the jumps are shifts of the whole tensor, which read no indices; the
+    sums are the same, in the same order.
+
+    Args:
+        factor: None: 1 everywhere.
+    """
+    for step in (-1, 1):
+        if bool(((link < 0) | (link == torch.arange(len(link)) + step)).all()):
+            return _scan_neighbours(values, link, factor, backwards=step == 1)
+    total, factor, link = values.clone(), None if factor is None else factor.clone(), link.clone()
     while (rows := (link >= 0).nonzero().squeeze(1)).numel():
-        step = link[rows]
-        next_total, next_link, next_factor = total[step], link[step], factor[step]
-        total[rows] += factor[rows] * next_total
-        factor[rows] *= next_factor
+        step_to = link[rows]
+        next_total, next_link = total[step_to], link[step_to]
+        if factor is None:
+            total[rows] += next_total
+        else:
+            next_factor = factor[step_to]
+            total[rows] += factor[rows] * next_total
+            factor[rows] *= next_factor
         link[rows] = next_link
     return total
+
+
+def _scan_neighbours(values: Tensor, link: Tensor, factor: Tensor | None, backwards: bool) -> Tensor:
+    """`_scan` where the next of a row is the row before it, or with `backwards` the row behind it."""
+    if backwards:
+        values, link = values.flip(0), link.flip(0)
+        factor = None if factor is None else factor.flip(0)
+    total, factor = values.clone(), None if factor is None else factor.clone()
+    first = (link < 0).nonzero().squeeze(1)  # of each chain
+    length = torch.cat([first, first.new_tensor([len(link)])]).diff()
+    distance = torch.arange(len(link)) - first.repeat_interleave(length)
+    longest, jump = int(length.max()) - 1 if len(length) else 0, 1
+    while jump <= longest:
+        reached, added = distance[jump:] >= jump, total[:-jump]
+        if factor is not None:
+            added = factor[jump:] * added
+            factor[jump:] *= torch.where(reached, factor[:-jump], 1.0)
+        total[jump:] += torch.where(reached, added, -0.0)  # which changes no number, not even a 0
+        jump *= 2
+    return total.flip(0) if backwards else total
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -89,19 +89,32 @@ def load_policy(
     where = pick_device(device)
     network = load_network(source, option, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(source, f"{option}: '{model}'", trust_remote_code)
-    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):
-        raise UserError(
-            f"{option}: '{model}' ({network.config.model_type}) keeps states other than keys and values (recurrent or "
-            "convolution layers); choose a model of attention layers only"
-        )
-    network.to(where)  # type: ignore[arg-type]
-    if network.generation_config is not None and network.can_generate():
-        network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
-    policy = Policy(network, tokenizer, autocast_type(dtype, home or where))
-    check_vocabulary(policy, f"{option}: '{model}'")
-    check_causal(policy, f"{option}: '{model}'")
+    policy = policy_of(network.to(where), tokenizer, autocast_type(dtype, home or where), f"{option}: '{model}'")  # type: ignore[arg-type]
     load_heads(policy, Path(source), option)
     choose_scoring_form(policy, home=home)
+    return policy
+
+
+def policy_of(network: Any, tokenizer: Any, autocast: torch.dtype | None, where: str) -> Policy:
+    """A policy of a model in memory; `choose_scoring_form` is to be called next.
+
+    Args:
+        where: begins the message, such as "model: 'my-folder'".
+
+    Raises:
+        UserError: it is not a causal language model with keys and values, or embedding and output layer have different
+            numbers of tokens.
+    """
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=network.config).layers):
+        raise UserError(
+            f"{where} ({network.config.model_type}) keeps states other than keys and values (recurrent or "
+            "convolution layers); choose a model of attention layers only"
+        )
+    if network.generation_config is not None and network.can_generate():
+        network.generation_config.do_sample = True  # some models set a temperature without it and could not be saved
+    policy = Policy(network, tokenizer, autocast)
+    check_vocabulary(policy, where)
+    check_causal(policy, where)
     return policy
 
 

@@ -77,6 +77,19 @@ class Ranks:
         ranks.on_main(lambda: ranks.check_device(device))
         return ranks
 
+    @classmethod
+    def of_group(cls) -> "Ranks":
+        """Those of torch's default group, which another library has made and ends; a single process without one.
+
+        All of its processes call this. One that is missing is not named: the group's own error is raised.
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return SINGLE_PROCESS
+        local_rank, local_size = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+        ranks = cls(dist.get_rank(), dist.get_world_size(), int(local_rank), int(local_size))
+        ranks._host = dist.new_group(backend="gloo")
+        return ranks
+
     def check_device(self, device: str) -> None:
         """Each process has a GPU of its own, numbered by torchrun; a number in the config would be that of all."""
         kind, _, number = device.partition(":")

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import socket
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +13,9 @@ if "trl.trainer.grpo_trainer" not in sys.modules:  # conftest.py tried
     pytest.skip("make test-trl sets up TRL", allow_module_level=True)
 
 import pandas as pd
-import small_trainer
-from small_trainer import MODEL, PROMPTS, config, reward, train, weights
+from small_trainer import MODEL, PROMPTS, config, in_two_processes, reward, train, weights
 from trl import GRPOTrainer
 
-import stepcredit
 from stepcredit.adapters import trl as adapter
 from stepcredit.adapters.rows import credit_rows
 from stepcredit.adapters.trl import CreditGRPOTrainer, token_rewards
@@ -347,23 +342,7 @@ def test_a_long_completion_is_told_in_sixteen_numbers():
 
 def test_a_group_spread_over_two_processes_is_one(tmp_path):
     """Two processes with two rows each share a group of four; each keeps its rows of the whole group's credit."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"PYTHONPATH": str(Path(stepcredit.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, small_trainer.__file__, str(tmp_path)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    in_two_processes(tmp_path, "spro")
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.equal(parts[0]["rewards"], parts[1]["rewards"])
     for step in range(2):
@@ -380,6 +359,7 @@ def test_a_group_spread_over_two_processes_is_one(tmp_path):
         alone = credit_rows("spro", [0, 0, 1, 1], wide["completion_mask"], rewards, columns, beta=1.0)
         assert not torch.allclose(wide["advantages"], alone, atol=1e-3)
     assert parts[0]["logged"] == parts[1]["logged"] and json.dumps(parts[0]["logged"])
+    assert len(parts[0]["logged"]["credit/outcome_rms"]) == 2
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -388,7 +368,6 @@ def test_a_group_spread_over_two_processes_is_one(tmp_path):
 REFUSED = {
     "unknown": (dict(credit="sprro"), "did you mean 'spro'"),
     "trees": (dict(credit="treerpo"), "'treerpo' is one of trees"),
-    "prime": (dict(credit="prime"), "process reward model that learns beside the policy"),
     "option": (dict(credit="spro", credit_options={"betta": 1.0}), "betta"),
     "column": (dict(credit="small_trainer.reads_values"), "reads 'values'; with TRL there are old_logprobs"),
     "objectives": (dict(credit="rloo", multi_objective_aggregation="normalize_then_sum"), "weighted sum: leave"),
