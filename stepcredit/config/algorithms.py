@@ -230,7 +230,7 @@ ALGORITHMS = {
     "direct_advantage": Algorithm(
         "spo_tree",
         "2412.18279",
-        "log-ratio of a step to the reference fitted to its value against its siblings'",
+        "log-ratio of a step to the reference fitted to its value over its siblings'",
         loss={"name": "squared", "unit": "step", "anchor": "reference", "scale": 0.01},
         objective=MEAN_OF_MEANS,
         growth=TREES,
