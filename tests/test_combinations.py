@@ -12,6 +12,7 @@ from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.config.resolve import resolve
 from stepcredit.credit.base import CreditParts, credit
 from stepcredit.errors import UserError
+from stepcredit.growth.options import RECORDED
 from stepcredit.losses.base import Tokens, loss
 from stepcredit.run.build import build_parts
 
@@ -138,8 +139,13 @@ SMALL = {
 @pytest.mark.parametrize("algorithm", SAMPLING)
 def test_every_algorithm_trains_with_every_penalty(tmp_path, capsys, algorithm, estimator):
     """Two iterations, or a refusal with advice before the first; the second begins away from the reference."""
-    trees = ALGORITHMS[algorithm].growth
-    shape = {"growth.num-branches": "3", "growth.depth": "2"} if trees else {"group-size": "4"}
+    growth = ALGORITHMS[algorithm].growth.get("name", "flat")
+    shape = {"growth.num-branches": "3", "growth.depth": "2"} if growth == "tree" else {"group-size": "4"}
+    if growth in RECORDED:
+        data = tmp_path / "rows.jsonl"
+        rows = [{"prompt": f"Amy = {n} . Amy ?", "chosen": f" #### {n}", "rejected": " #### 0"} for n in range(1, 9)]
+        data.write_text("".join(json.dumps(row | {"completion": row["chosen"]}) + "\n" for row in rows))
+        shape = {"data": str(data)}
     options = (
         SMALL | shape | {"algorithm": algorithm, "objective.kl.estimator": estimator, "run-dir": str(tmp_path / "run")}
     )
@@ -153,6 +159,9 @@ def test_every_algorithm_trains_with_every_penalty(tmp_path, capsys, algorithm, 
     if (algorithm, estimator) == ("treerpo", "k1"):
         assert code == 2 and "--objective.kl.estimator k3 or k2" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+        return
+    if growth in RECORDED and estimator == "k1":
+        assert code == 2 and "needs samples of the policy" in capsys.readouterr().err
         return
     assert code == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
