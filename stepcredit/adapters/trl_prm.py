@@ -183,7 +183,8 @@ class RewardModel:
     def _gather(self, rows: Tensor, pad_first: bool = False) -> Tensor:
         if rows.dim() > 1:
             rows = self.accelerator.pad_across_processes(rows.contiguous(), dim=1, pad_first=pad_first)
-        return self.accelerator.gather(rows).cpu()
+        gathered: Tensor = self.accelerator.gather(rows)
+        return gathered.cpu()
 
     def _check_outcomes(self, rewards: Tensor) -> None:
         outside = ((rewards < 0) | (rewards > 1)).nonzero()
@@ -266,8 +267,8 @@ def forest_of(rows: Rollouts) -> tuple[Forest, Tensor]:
     members: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for row, group in enumerate(rows.groups.tolist()):
         if bool(rows.sampled[row].any()):
-            prompt = rows.prompt_ids[row][rows.prompt_mask[row]].tolist()
-            members.setdefault((group, tuple(prompt)), []).append(row)
+            ids = rows.prompt_ids[row][rows.prompt_mask[row]].tolist()
+            members.setdefault((group, tuple(ids)), []).append(row)
     trees, cells = [], [torch.zeros(0, dtype=torch.long)]
     for (group, prompt), numbers in members.items():
         segments: list[Segment] = []

@@ -61,7 +61,7 @@ class Conversion:
         Raises:
             UserError: it is none.
         """
-        value = self.get(*names)
+        value: float | None = self.get(*names)
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             return value
         raise UserError(f"{self.library}'s {names[0]}: '{value}' is not a number")
@@ -73,7 +73,7 @@ class Conversion:
             UserError: it is neither.
         """
         value = self.get(name)
-        words = [value] if isinstance(value, str) else value or []
+        words: list[str] = [value] if isinstance(value, str) else value or []
         if isinstance(words, list) and all(isinstance(word, str) for word in words):
             return words
         raise UserError(f"{self.library}'s {name}: {value!r} is no list of words")
