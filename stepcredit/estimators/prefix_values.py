@@ -13,7 +13,6 @@ from stepcredit.policy.forward import Policy
 from stepcredit.policy.limits import check_shared_vocabulary
 from stepcredit.policy.loading import load_policy
 from stepcredit.samplers.base import rest
-from stepcredit.samplers.transformers import TransformersSampler
 from stepcredit.shaping.choose import warn_of_raw_values
 
 
@@ -73,6 +72,8 @@ def prefix_values(context: Context) -> PrefixValues:
     prover = None
     sampler = parts.sampler
     if given.model is not None:
+        from stepcredit.samplers.transformers import TransformersSampler  # heavy, and few runs need it
+
         prover = load_prover(config, context.policy)
         sampler = TransformersSampler(prover, config.sampler.max_rows, keep_mb=config.sampler.keep_mb)
     rollouts = Rollouts(sampler, parts.params, parts.judge, config.train.seed, parts.ranks)
