@@ -12,6 +12,7 @@ from stepcredit.config.algorithms import ALGORITHMS
 from stepcredit.credit import CREDIT, assign
 from stepcredit.forest import Forest
 from stepcredit.forest.types import Problem, Segment, Tree
+from stepcredit.growth.options import RECORDED
 from stepcredit.losses.objective import Objective
 from stepcredit.losses.options import ObjectiveOptions
 from stepcredit.losses.table import LOSSES
@@ -20,7 +21,7 @@ from stepcredit.section import check_options
 LOGPROBS = ("old_logprobs", "ref_logprobs", "prm_logprobs")
 STEPS = ("prefix_value", "step_index")
 # algorithms that sample; the others take completions from the data, which the embedded task does not have
-SAMPLING = [name for name, row in ALGORITHMS.items() if row.growth.get("name", "tree") == "tree"]
+SAMPLING = [name for name, row in ALGORITHMS.items() if row.growth.get("name") not in RECORDED]
 PROMPT_VALUE = 0.25  # of every prompt, for credit that reads one
 VERL = {"centering": "authors", "batch_norm": True, "last_token": "zero", "whitening": True}  # of PRIME
 VARIANTS = [

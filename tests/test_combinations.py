@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from builders import SAMPLING
 
 from stepcredit.cli.main import main
 from stepcredit.config.algorithms import ALGORITHMS
@@ -136,7 +135,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("algorithm", SAMPLING)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_trains_with_every_penalty(tmp_path, capsys, algorithm, estimator):
     """Two iterations, or a refusal with advice before the first; the second begins away from the reference."""
     growth = ALGORITHMS[algorithm].growth.get("name", "flat")
