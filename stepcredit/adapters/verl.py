@@ -40,6 +40,11 @@ TESTED = "0.9"
 PREFIX = "stepcredit"
 TRAINER = "verl.trainer.ppo.ray_trainer"  # compute_advantage is defined there; the others import it from there
 COLUMNS = {"old_logprobs": "old_log_probs", "ref_logprobs": "ref_log_prob"}  # ours and verl's
+HINTS = {
+    "ref_logprobs": "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0 computes it",
+    "prm_logprobs": "they are those of a process reward model, which a worker of yours adds to the batch, [B, T]; "
+    "'stepcredit train --algorithm prime' trains one beside the policy, and so does the adapter for TRL",
+}
 
 log = logging.getLogger("stepcredit")
 _batch: ContextVar[Mapping[str, Tensor] | None] = ContextVar("batch", default=None)
@@ -109,27 +114,17 @@ def _columns(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
     columns = {}
     batch = _batch.get()
     for column in needs_of(flat_credit(name, options)).columns:
-        theirs = COLUMNS.get(column)
+        theirs = COLUMNS.get(column, column)
         if column == "token_rewards":
             continue
-        if column == "prm_logprobs":
-            raise UserError(
-                f"credit '{name}' reads a process reward model that learns beside the policy, which verl has no place "
-                "for; 'stepcredit train --algorithm prime' trains one, and so does verl's own PRIME recipe"
-            )
-        if theirs is None:
-            raise UserError(f"credit '{name}' reads '{column}'; with verl there are {', '.join(COLUMNS)}")
         if batch is None:
             raise UserError(
                 f"credit '{name}' reads '{column}', but verl called the estimator without {TRAINER}.compute_advantage"
             )
         values = batch.get(theirs)
         if values is None:
-            hint = "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0 computes it"
-            raise UserError(
-                f"credit '{name}' reads '{theirs}', which this batch does not have"
-                + (f"; {hint}" if column == "ref_logprobs" else "")
-            )
+            hint = HINTS.get(column, "a worker of yours can add it to the batch, [B, T]")
+            raise UserError(f"credit '{name}' reads '{theirs}', which this batch does not have; {hint}")
         columns[column] = values
     return columns
 
@@ -140,7 +135,7 @@ def _columns(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
 def register() -> None:
     """Put an estimator for each credit function into verl's registry, and the wrapper around `compute_advantage`.
 
-    Those of trees and those that read what verl does not have are there as well: they say so when they are called.
+    Those of trees are there as well: they say so when they are called.
 
     Raises:
         UserError: verl has no registry of estimators.

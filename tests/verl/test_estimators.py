@@ -67,7 +67,7 @@ def through_verl(given: DataProto, estimator: str, **options) -> torch.Tensor:
     return done.batch["advantages"]
 
 
-def by_rows(given: DataProto, name: str, **options) -> torch.Tensor:
+def by_rows(given: DataProto, name: str, more: dict | None = None, **options) -> torch.Tensor:
     batch, mask = given.batch, given.batch["response_mask"].bool()
     last = torch.nn.functional.one_hot(mask.sum(1) - 1, T).bool()
     outcome = batch["token_level_rewards"][last]
@@ -75,6 +75,7 @@ def by_rows(given: DataProto, name: str, **options) -> torch.Tensor:
         "old_logprobs": batch["old_log_probs"],
         "ref_logprobs": batch["ref_log_prob"],
         "token_rewards": batch["token_level_rewards"].masked_fill(last, 0.0),
+        **(more or {}),
     }
     return credit_rows(name, list(given.non_tensor_batch["uid"]), mask, outcome, columns, **options)
 
@@ -176,7 +177,11 @@ def test_nothing_is_kept_of_a_batch():
 
 WRONG = {
     "trees": ("stepcredit_treerpo", {}, "'treerpo' is one of trees"),
-    "prime": ("stepcredit_prime", {}, "process reward model that learns beside the policy"),
+    "prime": (
+        "stepcredit_prime",
+        {},
+        "reads 'prm_logprobs', which this batch does not have; they are those of a process",
+    ),
     "option": ("stepcredit_spro", {"betta": 1.0}, "betta"),
     "no name": ("stepcredit", {}, "algorithm.stepcredit.name is not set"),
     "unknown": ("stepcredit", {"name": "sprro"}, "did you mean 'spro'"),
@@ -197,9 +202,17 @@ def test_a_missing_reference_says_how_to_have_one():
         through_verl(given, "stepcredit_spro")
 
 
-def test_an_own_credit_that_reads_something_else():
-    with pytest.raises(UserError, match="reads 'values'; with verl there are old_logprobs, ref_logprobs"):
+def test_other_columns_are_those_of_the_batch():
+    """A credit of one's own and PRIME read what a worker put there, under its own name; otherwise it is asked for."""
+    with pytest.raises(UserError, match="reads 'values', which this batch does not have; a worker of yours can add it"):
         through_verl(data(), "stepcredit", name=f"{__file__}:reads_values")
+    given = data()
+    added = torch.rand(given.batch["response_mask"].shape, generator=torch.Generator().manual_seed(1)) - 1
+    given.batch["values"] = given.batch["prm_logprobs"] = added
+    mask = given.batch["response_mask"].float()
+    assert torch.equal(through_verl(given, "stepcredit", name=f"{__file__}:reads_values"), added * mask)
+    own = by_rows(given, "prime", {"prm_logprobs": added})
+    assert own.any() and torch.equal(through_verl(given, "stepcredit_prime"), own)
 
 
 @credit("values")
