@@ -41,6 +41,7 @@ RUNS = {
     " --critic.learning-rate 3e-4",
     "grpo in windows": "--algorithm grpo --group-size 4 --sampler.window 16 --optim.num-minibatches 2",
 }
+SEEDS = {"ppo": "2"}  # of 1 for all others
 AGAIN = ("spro", "prime with adapters", "ppo")  # whose layers several processes compute again in the backward
 APART = ("time/", "tokens/per_second")  # no two runs share them
 CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on how a step is cut, or are rounding
@@ -48,7 +49,8 @@ CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on
 
 def words(run: Path, algorithm: str, iterations: int = 5, *more: str) -> list[str]:
     named = ["--iterations", str(iterations), "--run-dir", str(run)]
-    return ["train", *COMMON.split(), *RUNS[algorithm].split(), *named, *more]
+    given = ["train", *COMMON.split(), *RUNS[algorithm].split(), *named, *more]
+    return _with_seed(given, SEEDS[algorithm]) if algorithm in SEEDS else given
 
 
 def _with_seed(given: list[str], seed: str) -> list[str]:

@@ -195,7 +195,7 @@ def test_micro_batches_of_a_model_change_nothing():
             now = policy(forest).logprobs
         noise = torch.randn(forest.num_tokens, generator=torch.Generator().manual_seed(0))
         step = forest.with_token(ref_logprobs=now + 0.3 * noise, advantages=noise.roll(1))
-        sums = update._accumulate(update.weighted(step))
+        sums, _ = update._accumulate(update.weighted(step))
         assert step_metrics(sums)["optim/loss"] == pytest.approx(update.measure(step)["optim/loss"], rel=1e-6)
         found.append(torch.cat([weight.grad.flatten() for weight in learner.trained]))
     size = float(found[0].norm())

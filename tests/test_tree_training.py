@@ -125,7 +125,7 @@ def test_a_run_computes_only_what_survives(tmp_path: Path):
 
 
 def test_when_nothing_survives_it_is_said_and_nothing_changes(tmp_path: Path, capsys):
-    """A tau that no group reaches: every update is skipped, counted and warned of; the exit code says it too."""
+    """A tau that no group reaches: every update is skipped, counted and told of; the exit code says it too."""
     assert train(tmp_path / "run", algorithm="treerpo", credit__tau=1.5) == 1
     rows = metrics(tmp_path / "run")[1:]
     assert all(row["optim/skipped"] == 1 and row["group/kept"] == 0 for row in rows)

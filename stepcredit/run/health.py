@@ -24,6 +24,12 @@ EQUAL_REWARDS = (
 )
 
 
+EQUAL_SIBLINGS = (
+    "no group of siblings had values further apart than the credit asks for. Take more branches, easier or harder "
+    "problems, or a smaller --credit.tau"
+)
+
+
 Metrics = dict[str, Any]
 
 
@@ -169,6 +175,7 @@ class Health:
         self.console = console
         self.iterations = 0
         self.idle = 0  # iterations without two different rewards in a group
+        self.kept = 0.0  # largest share of sibling groups that credit of trees kept
         self.rewards: set[float] = set()
         self.reason_sums: dict[str, float] = {}  # of the metrics in `REASONS`
         self.first: dict[str, float] = {}  # metrics of the first iteration that had them
@@ -184,6 +191,7 @@ class Health:
             self.rewards.add(round(metrics["reward/mean"], 6))
         if metrics["credit/outcome_rms"] == 0.0:
             self.idle += 1
+        self.kept = max(self.kept, _value(metrics, "group/kept", 1.0))
         watched = ["policy/entropy"]
         if "window/rows" not in metrics:  # with a window the first completions that end are the short ones
             watched.append("completion/length")
@@ -211,7 +219,7 @@ class Health:
             else:
                 mean = "but not all groups the same"
             always = [reason for name, reason in REASONS.items() if self.reason_sums[name] >= 0.999 * self.iterations]
-            reason = always[0] if always else EQUAL_REWARDS.format(mean=mean)
+            reason = always[0] if always else EQUAL_REWARDS.format(mean=mean) if self.kept else EQUAL_SIBLINGS
             self._warn(f"nothing was learnt: in all {self.iterations} iterations {reason}")
             return False
         marks = [f"{name} ({times}x)" if times > 1 else name for name, times in self.warned.items()]
