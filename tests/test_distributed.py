@@ -34,14 +34,13 @@ RUNS = {
     "prime with adapters": "--algorithm prime --group-size 4 --lora.rank 4 --prm.reference start"
     " --prm.learning-rate 1e-3",
     "ppo": "--algorithm ppo --group-size 4 --critic.num-minibatches 2 --optim.num-minibatches 2 --critic.warmup 1"
-    " --credit.bootstrap value --critic.learning-rate 3e-4",
+    " --credit.bootstrap value --critic.learning-rate 3e-4 --learning-rate 3e-5",  # ratios have the critic's rounding
     "ppo on the policy's states": "--algorithm ppo --group-size 4 --critic.backbone policy --critic.learning-rate 1e-3"
     " --credit.lam 0.9",
     "t_ppo": "--algorithm t_ppo --group-size 4 --sampler.window 16 --critic.num-minibatches 2 --optim.num-minibatches 2"
     " --critic.learning-rate 3e-4",
     "grpo in windows": "--algorithm grpo --group-size 4 --sampler.window 16 --optim.num-minibatches 2",
 }
-SEEDS = {"ppo": "2"}  # of 1 for all others
 AGAIN = ("spro", "prime with adapters", "ppo")  # whose layers several processes compute again in the backward
 APART = ("time/", "tokens/per_second")  # no two runs share them
 CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on how a step is cut, or are rounding
@@ -49,8 +48,7 @@ CUT = ("tokens/computed", "tokens/sharing", "sampler/logprob_diff")  # depend on
 
 def words(run: Path, algorithm: str, iterations: int = 5, *more: str) -> list[str]:
     named = ["--iterations", str(iterations), "--run-dir", str(run)]
-    given = ["train", *COMMON.split(), *RUNS[algorithm].split(), *named, *more]
-    return _with_seed(given, SEEDS[algorithm]) if algorithm in SEEDS else given
+    return ["train", *COMMON.split(), *RUNS[algorithm].split(), *named, *more]
 
 
 def _with_seed(given: list[str], seed: str) -> list[str]:
